@@ -1,0 +1,1 @@
+"""Align language models on the hardware you have: SFT, reward models, PPO, DPO and classifier heads."""

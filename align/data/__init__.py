@@ -1,0 +1,1 @@
+"""From files to token trees: rows of any format, rendered, mixed, split, packed into batches."""

@@ -1,0 +1,1 @@
+"""Loading models, the trunk and its roles, and sampling from it."""

@@ -1,0 +1,1 @@
+"""Pure tensor functions: log-probabilities, losses, advantages. They import torch alone."""

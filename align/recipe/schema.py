@@ -1,0 +1,213 @@
+"""The sections that every recipe has. A stage adds its own on top; unknown keys are errors everywhere.
+
+The docstring under each field is also its `--help` and its description in the JSON schema.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: strict types, frozen, no key it does not know."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Model(Section):
+    """The base checkpoint that becomes the run's trunk."""
+
+    base: str
+    """A local folder in Hugging Face format, a hub id, or `demo/smollm2-135m` (the embedded model)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    adapter: str | None = None
+    """`final/` folder of an earlier SFT run: its LoRA is merged into the base, in float32, when the model is loaded."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` takes only the base's config and tokenizer and starts from new weights: training from scratch."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """With `init: random`: entries that replace those of the base's config, such as `hidden_size`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen trunk. `auto` is bfloat16 where the device computes it natively, else float32; what trains is float32."""
+    quantize: Literal["8bit", "4bit"] | None = None
+    """Load the trunk quantised (needs bitsandbytes and a LoRA)."""
+    layout: Literal["auto", "tree", "padded"] = "auto"
+    """How batches are laid out. `auto` tries the packed tree layout on the loaded model and keeps it if it is exact there."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time, much less memory."""
+    compile: bool = False
+    """`torch.compile` the decoder layers; worth its start-up time on long GPU runs."""
+    chat_template: str | None = None
+    """`chatml`, `plain` or a Jinja file. Default: the tokenizer's own; without one, `chatml` if its vocabulary has
+    `<|im_start|>`, else `plain`."""
+    trust_remote_code: bool = False
+    """Run Python code that the base's repository carries. Leave off unless you have read it."""
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685). `lora: null` trains every weight instead."""
+
+    r: PositiveInt = 16
+    """Rank of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The update is scaled by alpha / r (alpha / sqrt(r) with `rslora`)."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapters' input, in training only."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Every linear layer but the output head, or the names of the modules to adapt."""
+    rslora: bool = False
+    """Rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732)."""
+
+
+class Source(Section):
+    """One place that rows come from."""
+
+    path: str
+    """A JSON, JSONL, CSV, TSV, Parquet or text file (also `.gz`), a folder of them, or a hub data set id."""
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = "auto"
+    """The shape of its rows. `auto` looks at the columns and prints what it found."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over this source in one epoch: 2.0 shows every row twice, 0.5 a seeded half."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Rename columns: the format's name to the file's, for example `{prompt: question, completion: answer}`."""
+    limit: PositiveInt | None = None
+    """Read only this many rows."""
+    name: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+
+
+class Eval(Section):
+    """Held-out rows: a seeded share of the training rows, or sources of their own."""
+
+    fraction: Fraction = 0.0
+    """Share of the training rows held out by prompt: no prompt stands on both sides."""
+    sources: list[Source] = Field(default_factory=list)
+    """Sources of their own, all of whose rows are evaluated."""
+    max_rows: PositiveInt | None = None
+    """Evaluate at most this many (seeded choice)."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Eval:
+        if self.fraction and self.sources:
+            raise ValueError("give either a fraction of the training rows or sources, not both")
+        return self
+
+
+class Data(Section):
+    """What the run reads, and what happens to rows it cannot take."""
+
+    train: list[Source] = Field(min_length=1)
+    """The sources, mixed by their weights in a seeded order."""
+    eval: Eval = Field(default_factory=Eval)
+    """The held-out rows."""
+    max_length: PositiveInt = 1024
+    """Most tokens in one example."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What happens to a longer one. Drops and cuts are written to ledger.jsonl."""
+    invalid: Literal["error", "drop"] = "error"
+    """What happens to a row that cannot be taken (no assistant turn, empty content, …). Drops are written to ledger.jsonl."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Exact duplicates are always counted; `drop` keeps the first of each."""
+
+
+class Batch(Section):
+    """How much is computed at once."""
+
+    examples: PositiveInt = 16
+    """Examples in one optimizer step, over all processes: a number of the experiment, not of the hardware."""
+    row_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Most tokens in one packed row (one forward pass on one device). Changes speed and memory, never the update."""
+
+
+class Optim(Section):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) on float32 weights."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How it falls after the warm-up."""
+    warmup: Annotated[float, Field(ge=0)] = 0.05
+    """Share of all steps when below 1, else a number of steps, over which it rises linearly from 0."""
+    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Where the schedule ends, as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled; not applied to biases, norms and other vectors."""
+    beta1: Fraction = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: Fraction = 0.999
+    """Decay of the squared gradient's running mean."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Clip the global gradient norm to this; 0 does not clip."""
+
+
+class Train(Section):
+    """How long, and how often to look and to save."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the mixture; fractions are allowed."""
+    steps: PositiveInt | None = None
+    """Stop after this many optimizer steps instead of `epochs`."""
+    eval_every: PositiveInt | None = None
+    """Steps between evaluations; there is always one before the first step and one after the last."""
+    save_every: PositiveInt | None = None
+    """Steps between checkpoints; there is always one at the end."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints stay on disk."""
+
+
+class Log(Section):
+    """What a run tells, and to whom."""
+
+    every: PositiveInt = 1
+    """Steps between lines in metrics.jsonl and on the screen."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Where metrics go besides metrics.jsonl. All but tensorboard must be installed and may use the network."""
+    project: str = "align"
+    """Project name for the trackers."""
+    samples: list[str] = Field(default_factory=list)
+    """Prompts that are answered before and after training, shown in report.html."""
+    sample_tokens: PositiveInt = 64
+    """Most tokens of such an answer."""
+
+
+class BaseRecipe(Section):
+    """What every stage's recipe holds; a stage narrows `stage` and adds its own section."""
+
+    stage: str
+    """The stage that this recipe is for."""
+    run: str
+    """The run's output folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Fixes the order of examples, the splits, the initial weights and dropout."""
+    model: Model
+    lora: Lora | None = Field(default_factory=Lora)
+    data: Data
+    batch: Batch = Field(default_factory=Batch)
+    optim: Optim = Field(default_factory=Optim)
+    train: Train = Field(default_factory=Train)
+    log: Log = Field(default_factory=Log)
+
+    @model_validator(mode="after")
+    def _quantized_needs_lora(self) -> BaseRecipe:
+        if self.model.quantize and self.lora is None:
+            raise ValueError("a quantised trunk cannot be trained itself: give a `lora` section or drop `model.quantize`")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run folder as a path."""
+        return Path(self.run)

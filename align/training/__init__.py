@@ -1,0 +1,1 @@
+"""What every stage trains with: the loop, checkpoints, meters and the report."""
