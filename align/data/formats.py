@@ -1,0 +1,248 @@
+"""Rows of any known shape become canonical ones: OpenAI-style messages, or plain text.
+
+A canonical message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}` and, where the row
+has them, `tool_calls` ([{"type": "function", "function": {"name": str, "arguments": dict}}], an `id` kept),
+`reasoning_content`, `train: False` (an assistant turn given only as context) and, on tool turns, `name` and
+`tool_call_id`. An optional system turn comes first, then user and assistant take turns, an assistant last; an
+assistant's tool calls are followed by at most as many tool turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from align.data.files import Broken, Record, data_files, has_blank_lines, is_hub_id, read_file, read_hub
+from align.data.turns import (
+    Refused,
+    Turn,
+    a,
+    alpaca,
+    check,
+    encodable,
+    filled,
+    from_json,
+    meant,
+    messages,
+    prompt_completion,
+    sharegpt,
+    text,
+    tools_of,
+)
+from align.recipe.errors import UserError
+from align.recipe.schema import Source
+
+SAMPLE = 16  # first rows of a file, by which its format is told
+
+
+class Row(NamedTuple):
+    """One example as every stage takes it. Exactly one of `messages` and `text` is set."""
+
+    file: str
+    line: int  # 1-based line where the row starts; for Parquet and hub sets the row's number
+    messages: list[dict[str, Any]] | None
+    text: str | None
+    tools: list[dict[str, Any]] | None  # each {"type": "function", "function": {"name": str, …}}
+    repairs: tuple[str, ...] = ()  # what was changed so that the row could be taken
+
+
+class Fault(NamedTuple):
+    """A row that cannot be taken."""
+
+    file: str
+    line: int
+    reason: str  # the field, what was expected, what was found
+
+
+class Found(NamedTuple):
+    """One file of a source and the format its rows have."""
+
+    file: str
+    format: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.format} ({self.why})"
+
+
+def read_rows(source: Source) -> Iterator[Row | Fault]:
+    """The source's rows in file order, streamed.
+
+    Raises UserError: before the first row for every file whose beginning fails, later where a file breaks.
+    """
+    rows = (_converted(source, found) for found in find(source))
+    yield from islice(chain.from_iterable(rows), source.limit)
+
+
+def describe(source: Source) -> str:
+    """One line a file: `data_templates/chat.jsonl: sharegpt (column `conversations` with from/value)`."""
+    return "\n".join(map(str, find(source)))
+
+
+def find(source: Source) -> list[Found]:
+    """The files of a source and their formats, by their first rows. Raises UserError with every problem."""
+    files = [source.path] if is_hub_id(source.path) else [str(file) for file in data_files(source.path)]
+    found, problems = [], []
+    for file in files:
+        try:
+            found.append(_find(source, file))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
+def _find(source: Source, file: str) -> Found:
+    sample = list(islice(_records(source, file), SAMPLE))
+    if not sample:
+        raise UserError(f"{file}: holds no rows")
+    rows = [value for _, value in sample if isinstance(value, dict)]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    known = FORMATS if source.format == "auto" else {source.format: FORMATS[source.format]}
+    names = sorted({name for shape in known.values() for name in (*shape.needs, *shape.may)})
+    problems = [
+        f"{file}: `columns` maps the unknown '{name}'{meant(name, names)}; expected {_list(names)}"
+        for name in source.columns
+        if name not in names
+    ]
+    if rows:
+        problems += [
+            f"{file}: no column '{column}' to map{meant(column, columns)}; it has {_list(columns)}"
+            for column in source.columns.values()
+            if column not in columns
+        ]
+    if problems:
+        raise UserError(*problems)
+    rows = [_renamed(row, source.columns) for row in rows]
+    if source.format == "auto":
+        format, why = detect(rows)
+        if format is None:
+            line, value = sample[0]  # where no row is one, the first tells more than the columns
+            raise UserError(f"{file}: {why}" if rows else f"{file}:{line}: {_refusal(value)}")
+    else:
+        format, why = source.format, "as the recipe says"
+        lacking = [name for name in FORMATS[format].needs if rows and not any(name in row for row in rows)]
+        if lacking:
+            raise UserError(
+                f"{file}: format {format} needs {_list(FORMATS[format].needs)}, the file has {_list(columns)}"
+                f"; name another format, or map its columns: `columns: {{{lacking[0]}: <a column>}}`"
+            )
+    if format == "text" and file.removesuffix(".gz").endswith(".txt"):
+        why = "documents parted by blank lines" if has_blank_lines(Path(file)) else "one document a line"
+    return Found(file, format, why)
+
+
+def detect(rows: list[dict[str, Any]]) -> tuple[str | None, str]:
+    """The format of some rows and the columns that tell it, or None and why it cannot be told.
+
+    Where several fit, the one with the most structure is taken and the others are named.
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    fits = {}
+    for name, shape in FORMATS.items():
+        if all(need in columns for need in shape.needs) and (not shape.keys or _keyed(rows, shape)):
+            keys = f" with {'/'.join(shape.keys)}" if shape.keys else ""
+            fits[name] = f"column{'s' * (len(shape.needs) > 1)} {_list(shape.needs)}{keys}"
+    if fits:
+        (name, why), *others = fits.items()
+        return name, why + "".join(f"; it could be {other} too: {reason}" for other, reason in others)
+    needs = "; ".join(
+        f"{name} needs {_list(s.needs)}" + (f" with {'/'.join(s.keys)}" if s.keys else "")
+        for name, s in FORMATS.items()
+    )
+    return None, (
+        f"no format fits its columns {_list(columns)}: {needs}; name the format, or map the columns, such as"
+        " `columns: {prompt: question, completion: answer}`"
+    )
+
+
+def convert(row: Any, format: str, file: str, line: int) -> Row | Fault:
+    """One record, its columns already under the format's names, as a canonical row or the reason why not."""
+    try:
+        if not isinstance(row, dict):
+            raise Refused(_refusal(row))
+        shape = FORMATS[format]
+        if shape.turns is None:
+            return Row(file, line, None, encodable("text", filled("text", row.get("text"))), None)
+        turns = shape.turns(row)
+        if row.get("system"):
+            turns.insert(
+                0, Turn("system", "system", {"role": "system", "content": text("system", row["system"])})
+            )
+        kept = turns[
+            : max((i for i, t in enumerate(turns, 1) if t.message["role"] == "assistant"), default=0)
+        ]
+        if not kept:
+            raise Refused(f"{shape.needs[-1]}: expected an assistant turn to learn from, found none")
+        check(kept)
+        cut = len(turns) - len(kept)
+        repairs = (f"cut {cut} turn{'s' * (cut > 1)} after the last assistant turn",) if cut else ()
+        messages = encodable(shape.needs[0], [turn.message for turn in kept])
+        return Row(file, line, messages, None, encodable("tools", tools_of(row.get("tools"))), repairs)
+    except Refused as refused:
+        return Fault(file, line, str(refused))
+    except RecursionError:
+        return Fault(file, line, "expected a row of text and lists, found one nested too deeply to read")
+
+
+def _refusal(record: Any) -> str:
+    return (
+        record.reason if isinstance(record, Broken) else f"expected a row of named columns, found {a(record)}"
+    )
+
+
+class Shape(NamedTuple):
+    """What a format's rows look like."""
+
+    needs: tuple[str, ...]  # columns
+    may: tuple[str, ...]  # further columns
+    keys: tuple[str, ...]  # of each turn, where the first column is a list of turns
+    turns: Callable[[dict[str, Any]], list[Turn]] | None  # None where a row is plain text
+
+
+FORMATS = {  # the most structured first: the order in which `detect` prefers them
+    "messages": Shape(("messages",), ("system", "tools"), ("role", "content"), messages),
+    "sharegpt": Shape(("conversations",), ("system", "tools"), ("from", "value"), sharegpt),
+    "alpaca": Shape(("instruction", "output"), ("input", "history", "system", "tools"), (), alpaca),
+    "prompt_completion": Shape(("prompt", "completion"), ("system", "tools"), (), prompt_completion),
+    "text": Shape(("text",), (), (), None),
+}
+
+
+def _keyed(rows: list[dict[str, Any]], shape: Shape) -> bool:
+    """Whether some row's list of turns has the format's keys; a `content` may be missing, a role may not."""
+    for row in rows:
+        try:
+            turns = from_json(shape.needs[0], row.get(shape.needs[0]))
+        except Refused:
+            continue
+        if isinstance(turns, list) and any(
+            isinstance(turn, dict) and shape.keys[0] in turn for turn in turns
+        ):
+            return True
+    return False
+
+
+def _converted(source: Source, found: Found) -> Iterator[Row | Fault]:
+    for line, value in _records(source, found.file):
+        row = _renamed(value, source.columns) if isinstance(value, dict) else value
+        yield convert(row, found.format, found.file, line)
+
+
+def _records(source: Source, file: str) -> Iterator[Record]:
+    return read_hub(source) if is_hub_id(file) else read_file(Path(file))
+
+
+def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """The row under the format's names: a mapped column leaves its old name and takes the new one's place."""
+    if not columns:
+        return row
+    kept = {name: value for name, value in row.items() if name not in columns.values()}
+    return kept | {name: row.get(column) for name, column in columns.items()}
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "no columns"

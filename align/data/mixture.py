@@ -1,0 +1,256 @@
+"""Sources become one mixture: filtered, split into train and eval by prompt, and put in a seeded order.
+
+Tokens come from the stores; everything here works on their index alone, so it is quick, and the same on every
+process. Nothing goes missing in silence: each row that was dropped, truncated or repaired is an entry of the
+ledger.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from align.data.examples import Examples, Ledger, Part, joined, labels_within
+from align.data.render import LossOn
+from align.data.store import Progress, stored
+from align.recipe.errors import UserError
+from align.recipe.schema import Data, Source
+
+NAMED = 10  # rows that an error names one by one
+
+
+class Prepared(NamedTuple):
+    """What a run trains and evaluates on, and what became of every row."""
+
+    train: Examples
+    eval: Examples
+    ledger: Ledger
+    summary: list[str]  # lines for the screen
+
+
+def prepare(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    loss_on: LossOn,
+    seed: int,
+    cache: Path,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Read, tokenise (or find in `cache`), filter and split. Let one process call it first; the others then
+    find all.
+
+    Raises UserError, with every problem at once, for sources that cannot be read, rows that cannot be taken
+    or are too long where the recipe asks for an error, and a side that is left without rows.
+    """
+    train = _parts(data.train, tokenizer, loss_on, cache, progress)
+    held = _parts(data.eval.sources, tokenizer, loss_on, cache, progress)
+    ledger = Ledger()
+    problems = _invalid(data, train + held, ledger)
+    (train, held), long = _fitted(data, [train, held], ledger)
+    if problems or long:
+        raise UserError(*problems, *long)
+    copies = [_copies(train), _copies(held)]
+    if data.duplicates == "drop":
+        train, held = (
+            [
+                ledger.drop(part, mask, "duplicate", "an exact duplicate of an earlier row")
+                for part, mask in zip(*both, strict=True)
+            ]
+            for both in ((train, copies[0]), (held, copies[1]))
+        )
+    read = sum(part.store.rows for part in (*train, *held))
+    _some(train, "train", read, ledger)
+    if data.eval.fraction:
+        train, held = _split(train, data.eval.fraction, data.eval.max_rows, seed)
+    held = _at_most(held, data.eval.max_rows, seed, ledger)
+    if data.eval.sources:
+        _some(held, "eval", read, ledger)
+        prompts = joined([part.store.prompt[part.rows] for part in held])
+        train = [
+            ledger.drop(
+                part,
+                np.isin(part.store.prompt[part.rows], prompts),
+                "in eval",
+                "its prompt is in the eval set",
+            )
+            for part in train
+        ]
+        _some(train, "train", read, ledger)
+    sides = Examples(train, data.max_length), Examples(held, data.max_length)
+    duplicates = sum(int(mask.sum()) for masks in copies for mask in masks)
+    return Prepared(*sides, ledger, _summary(*sides, ledger, read, duplicates))
+
+
+@contextmanager
+def counting(console: Console) -> Iterator[Progress]:
+    """A `progress` that shows, after 2 s, how many rows are tokenised; off a terminal, a line each 10 s."""
+    started = told = time.monotonic()
+    status = console.status("")
+
+    def tell(source: str, rows: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        line = f"tokenising {source}: {rows:,} rows"
+        if console.is_terminal and now - started > 2:
+            status.update(line)
+            status.start()
+        elif not console.is_terminal and now - told > 10:
+            told = now
+            console.print(line, markup=False, highlight=False)
+
+    try:
+        yield tell
+    finally:
+        status.stop()
+
+
+def _parts(
+    sources: list[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    loss_on: LossOn,
+    cache: Path,
+    progress: Progress | None,
+) -> list[Part]:
+    parts, problems = [], []
+    for source in sources:
+        try:
+            store = stored(source, tokenizer, loss_on, cache, progress)
+            parts.append(Part(source, store, np.arange(len(store.line))))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return parts
+
+
+def _invalid(data: Data, parts: list[Part], ledger: Ledger) -> list[str]:
+    """Enters faults and repairs in the ledger; the problems to raise, if faults are errors."""
+    faults = [fault for part in parts for fault in part.store.faults]
+    for part in parts:
+        for repair in part.store.repairs:
+            ledger.add(*repair[:2], "repaired", repair.reason)
+    for fault in faults:
+        ledger.add(*fault[:2], "dropped", fault.reason)
+    ledger.dropped["invalid"] += len(faults)
+    if not faults or data.invalid == "drop":
+        return []
+    lines = [f"{fault.file}:{fault.line}: {fault.reason}" for fault in faults[:NAMED]]
+    rest = f"… and {len(faults) - NAMED:,} more; " if len(faults) > NAMED else ""
+    return [
+        *lines,
+        f"{rest}{_rows(len(faults))} cannot be taken: mend them, or leave them out with data.invalid=drop",
+    ]
+
+
+def _fitted(data: Data, sides: list[list[Part]], ledger: Ledger) -> tuple[list[list[Part]], list[str]]:
+    """The parts without overlong rows, or with those that keep a label when cut; and the problems."""
+    limit, fitted, long = data.max_length, [], []
+    for parts in sides:
+        fitted.append([])
+        for part in parts:
+            lengths = part.store.lengths[part.rows]
+            over = lengths > limit
+            long += [
+                (int(n), *part.store.place(row))
+                for n, row in zip(lengths[over], part.rows[over], strict=True)
+            ]
+            if data.overlong == "truncate":
+                bare = over & (labels_within(part, limit) == 0)
+                for n, row in zip(lengths[over & ~bare], part.rows[over & ~bare], strict=True):
+                    ledger.add(*part.store.place(row), "truncated", f"{n} tokens cut to {limit}")
+                fitted[-1].append(
+                    ledger.drop(part, bare, "overlong", f"no trained token in its first {limit} tokens")
+                )
+            else:
+                fitted[-1].append(ledger.drop(part, over, "overlong", f"more than {limit} tokens"))
+    if not long or data.overlong != "error":
+        return fitted, []
+    first = ", ".join(f"{file}:{line} ({n:,})" for n, file, line in long[:NAMED])
+    return fitted, [
+        f"{_rows(len(long))} longer than data.max_length = {limit:,} tokens, the longest {max(long)[0]:,}: "
+        f"{first}{', …' * (len(long) > NAMED)}; raise data.max_length, or set data.overlong=drop or =truncate"
+    ]
+
+
+def _copies(parts: list[Part]) -> list[np.ndarray]:
+    """For each part (k,) bool, True where an earlier row, of any part, is exactly the same."""
+    content = joined([part.store.content[part.rows] for part in parts])
+    copy = np.ones(len(content), bool)
+    copy[np.unique(content, return_index=True)[1]] = False
+    return np.split(copy, np.cumsum([len(part.rows) for part in parts])[:-1]) if parts else []
+
+
+def _split(parts: list[Part], fraction: float, most: int | None, seed: int) -> tuple[list[Part], list[Part]]:
+    """Train and eval with no prompt in both: whole prompts, by a seeded hash of each, until the share is
+    reached.
+
+    A prompt's place in that order depends on the seed and itself alone, so more data moves few rows across.
+    """
+    prompts, counts = np.unique(joined([part.store.prompt[part.rows] for part in parts]), return_counts=True)
+    if len(prompts) < 2:
+        raise UserError("data.eval.fraction: all rows share one prompt, so none can be held out; set it to 0")
+    total = int(counts.sum())
+    wanted = min(round(fraction * total), total - 1, most or total)
+    order = sorted(range(len(prompts)), key=lambda i: _hash(seed, int(prompts[i])))
+    taken, held = [], 0
+    for i in order:
+        if held + counts[i] <= wanted:
+            taken.append(i)
+            held += counts[i]
+    taken = taken or [min(order, key=lambda i: counts[i])]  # one row is still too many: the rarest prompt
+    masks = [np.isin(part.store.prompt[part.rows], prompts[taken]) for part in parts]
+    return (
+        [part.less(mask) for part, mask in zip(parts, masks, strict=True)],
+        [part.less(~mask) for part, mask in zip(parts, masks, strict=True)],
+    )
+
+
+def _at_most(parts: list[Part], most: int | None, seed: int, ledger: Ledger) -> list[Part]:
+    """A seeded choice of `most` rows."""
+    sizes = [len(part.rows) for part in parts]
+    if most is None or sum(sizes) <= most:
+        return parts
+    drop = np.ones(sum(sizes), bool)
+    drop[np.random.default_rng([seed, 3]).permutation(len(drop))[:most]] = False
+    reason = f"held out, beyond data.eval.max_rows = {most}"
+    masks = np.split(drop, np.cumsum(sizes)[:-1])
+    return [
+        ledger.drop(part, mask, "beyond max_rows", reason) for part, mask in zip(parts, masks, strict=True)
+    ]
+
+
+def _some(parts: list[Part], side: str, read: int, ledger: Ledger) -> None:
+    if not any(len(part.rows) for part in parts):
+        why = ", ".join(f"{count:,} {kind}" for kind, count in ledger.dropped.items() if count)
+        raise UserError(f"data.{side}: no row is left of {read:,} read; dropped: {why or 'none'}")
+
+
+def _summary(train: Examples, held: Examples, ledger: Ledger, read: int, duplicates: int) -> list[str]:
+    seen = {id(part.store): part.store for part in (*train.parts, *held.parts)}.values()
+    dropped = ", ".join(f"{count:,} {kind}" for kind, count in ledger.dropped.items() if count)
+    truncated, repaired = ledger.count("truncated"), ledger.count("repaired")
+    lines = [line for store in seen for line in store.found]
+    lines.append(
+        f"{read:,} rows read, {ledger.dropped.total():,} dropped{f' ({dropped})' if dropped else ''}, "
+        f"{truncated:,} truncated, {repaired:,} repaired, {duplicates:,} exact duplicates"
+    )
+    for side, examples in (("train", train), ("eval", held)):
+        tokens, labels = int(examples.lengths.sum()), int(examples.labels.sum())
+        lines.append(f"{side}: {_rows(len(examples))}, {tokens:,} tokens, {labels:,} of them trained")
+    return lines
+
+
+def _hash(seed: int, prompt: int) -> bytes:
+    return blake2b(seed.to_bytes(8, "little") + prompt.to_bytes(8, "little"), digest_size=8).digest()
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"

@@ -1,0 +1,152 @@
+"""Rows become token trees: the text as the chat template writes it, tokenised once, with the tokens to learn
+marked.
+"""
+
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from align.data.chat import Chat, Span, Unwritable, chat_of
+from align.data.formats import Fault, Row
+from align.data.trees import Tree
+from align.recipe.errors import UserError
+
+LossOn = Literal["assistant", "last", "all"]
+
+
+def render_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> list[Tree | Fault]:
+    """Each row as a tree of one segment, or why it cannot be one.
+
+    `assistant` trains every assistant turn from its first token to its end-of-turn token, `last` only the
+    last one, `all` every token but a row's first. Turns with `train: False` are never trained. A text row
+    ends with the end-of-text token and is trained whole. Masks come from places in the text, so pad == eos
+    changes nothing.
+
+    Raises UserError for a tokenizer without offsets (a slow one).
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{tokenizer.name_or_path}: no fast tokenizer, which tells where in the text each token stands"
+        )
+    rendered: list[Tree | Fault | None] = [
+        _text(row, tokenizer) if row.messages is None else None for row in rows
+    ]
+    chats: list[tuple[int, str, list[Span]]] = []
+    chat = chat_of(tokenizer) if None in rendered else None
+    for i, row in enumerate(rows):
+        if row.messages is not None:
+            try:
+                chats.append((i, *_written(row, chat, loss_on)))
+            except Unwritable as error:
+                rendered[i] = Fault(row.file, row.line, str(error))
+    if chats:
+        encoded = tokenizer(
+            [text for _, text, _ in chats],
+            add_special_tokens=False,  # the template has written them
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        for (i, _, spans), ids, offsets in zip(
+            chats, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            rendered[i] = _tree(rows[i], ids, _covered(np.array(offsets).reshape(-1, 2), spans))
+    return rendered
+
+
+def render(row: Row, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Tree | Fault:
+    """One row; `render_rows` says how."""
+    return render_rows([row], tokenizer, loss_on)[0]
+
+
+def show(tree: Tree, tokenizer: PreTrainedTokenizerBase, colour: bool) -> Text:
+    """The tree's text with its trained tokens green, or, without colour, between ⟦ and ⟧."""
+    shown = Text()
+    for ids, trained in zip(tree.segments, tree.trained, strict=True):
+        edges = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(ids)]
+        written = ""
+        for first, last in pairwise(edges):
+            # Decoded from the start, for many decoders write the first token of a text without its space.
+            text = tokenizer.decode(ids[:last], clean_up_tokenization_spaces=False)
+            run, written = text[len(written) :], text
+            marked = f"⟦{run}⟧" if trained[first] and not colour else run
+            shown.append(marked, style="green" if trained[first] and colour else None)
+        shown.append("\n")
+    shown.rstrip()
+    return shown
+
+
+def prompt_key(row: Row) -> bytes:
+    """8 bytes that rows with the same prompt share: all before the first assistant turn, or the whole text.
+
+    Whitespace does not count. Where nothing stands before the first assistant turn, the whole conversation
+    counts.
+    """
+    if row.messages is None:
+        return _hash(" ".join(row.text.split()))
+    first = next((i for i, message in enumerate(row.messages) if message["role"] == "assistant"), None)
+    prompt = [[message["role"], *message["content"].split()] for message in row.messages[: first or None]]
+    return _hash(json.dumps([prompt, row.tools]))
+
+
+def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Tree | Fault:
+    ids = tokenizer(row.text, verbose=False)["input_ids"]
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids = [*ids, tokenizer.eos_token_id]
+    return _tree(row, ids, np.ones(len(ids), bool))
+
+
+def _written(row: Row, chat: Chat, loss_on: LossOn) -> tuple[str, list[Span]]:
+    """The conversation's text and the spans of it to be trained. Raises Unwritable."""
+    said = [message for message in row.messages if message["role"] == "assistant"]
+    context = {i for i, message in enumerate(said) if message.get("train") is False}
+    taught = set(range(len(said))) - context
+    if loss_on == "last":
+        taught = {i for i in taught if i == len(said) - 1}
+    if not taught:
+        which = (
+            "the last assistant turn is" if loss_on == "last" and said else "there is no assistant turn but"
+        )
+        raise Unwritable(f"no trained token: {which} context only")
+    for i in sorted(taught):
+        if not (said[i]["content"].strip() or said[i].get("tool_calls")):
+            raise Unwritable(f"no trained token in assistant turn {i + 1}: it is empty")
+    if loss_on != "all":
+        return chat.turns(row.messages, row.tools, taught)
+    text, spans = chat.turns(row.messages, row.tools, context)
+    edges = [0, *(edge for span in spans for edge in span), len(text)]
+    return text, [(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True) if begin < end]
+
+
+def _covered(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
+    """(n, 2) places of tokens in the text -> (n,) bool, True from the first to the last token that a span
+    touches.
+
+    Tokens of one multi-byte character share its place, and some tokenizers give blanks an empty one: so whole
+    runs.
+    """
+    covered = np.zeros(len(offsets), bool)
+    begins, ends = offsets.T
+    for begin, end in spans:
+        covered[np.searchsorted(ends, begin, side="right") : np.searchsorted(begins, end, side="left")] = True
+    return covered
+
+
+def _tree(row: Row, ids: Any, trained: np.ndarray) -> Tree | Fault:
+    trained[:1] = False  # nothing stands before it to predict it from
+    if not trained.any():
+        return Fault(
+            row.file, row.line, "no trained token: too short, as nothing predicts a row's first token"
+        )
+    return Tree((np.array(ids, np.int32),), (trained,))
+
+
+def _hash(text: str) -> bytes:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -1,0 +1,223 @@
+"""Token stores: the trees of one source on disk, memory-mapped, so that sets larger than memory work.
+
+A store is a folder `tokens/<key>/` in the cache. The key covers everything that the tokens depend on and
+nothing else, so that another seed, split or length limit finds the same store. It is written beside its place
+and renamed, and its manifest's hashes are checked whenever it is opened: a damaged one is built anew.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from array import array
+from collections.abc import Callable, Iterator
+from hashlib import blake2b, file_digest, sha256
+from itertools import islice, pairwise
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from align.data.chat import chat_of
+from align.data.files import data_files, is_hub_id
+from align.data.formats import Fault, Row, find, read_rows
+from align.data.render import LossOn, prompt_key, render_rows
+from align.data.trees import Tree
+from align.recipe.schema import Source
+
+VERSION = 1  # of the store's files and of what the code above makes of a row: raise it when either changes
+BATCH = 512  # rows that are rendered and tokenised at once
+COLUMNS = {
+    "segments": "q",
+    "examples": "q",
+    "labels": "q",
+    "file_id": "q",
+    "line": "q",
+    "prompt": "Q",
+    "content": "Q",
+}
+FILES = ("tokens.bin", "trained.bin", "index.npz", "about.json")
+
+Progress = Callable[[str, int], None]  # (source, rows so far)
+
+
+class Store(NamedTuple):
+    """The trees of one source and where they come from: T tokens, S segments, n examples."""
+
+    tokens: np.ndarray  # (T,) int32, memory-mapped
+    trained: np.ndarray  # (T,) bool, memory-mapped
+    segments: np.ndarray  # (S + 1,) int64, where each segment starts among the tokens
+    examples: (
+        np.ndarray
+    )  # (n + 1,) int64, where each example starts among the segments; its first is the stem
+    labels: np.ndarray  # (n,) int64, trained tokens
+    file_id: np.ndarray  # (n,) int64, index into `files`
+    line: np.ndarray  # (n,) int64
+    prompt: np.ndarray  # (n,) uint64, hash of the prompt
+    content: np.ndarray  # (n,) uint64, hash of the tokens and what is trained of them
+    files: list[str]
+    found: list[str]  # the format of each file and how it was told
+    faults: list[Fault]
+    repairs: list[Fault]  # what was changed in which row
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64, tokens of each example, all its segments together."""
+        return np.diff(self.segments[self.examples])
+
+    @property
+    def rows(self) -> int:
+        """Rows that were read, those at fault included."""
+        return len(self.line) + len(self.faults)
+
+    def tree(self, i: int) -> Tree:
+        """Example `i`."""
+        bounds = self.segments[self.examples[i] : self.examples[i + 1] + 1]
+        cuts = list(pairwise(bounds))
+        return Tree(
+            tuple(np.array(self.tokens[a:b]) for a, b in cuts),
+            tuple(np.array(self.trained[a:b]) for a, b in cuts),
+        )
+
+    def place(self, i: int) -> tuple[str, int]:
+        """File and line of example `i`."""
+        return self.files[self.file_id[i]], int(self.line[i])
+
+
+def stored(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    loss_on: LossOn,
+    cache: Path,
+    progress: Progress | None = None,
+) -> Store:
+    """The source's store from the cache, built if it is not there or damaged. Raises UserError as `read_rows`
+    does.
+    """
+    folder = cache / "tokens" / _key(source, tokenizer, loss_on)
+    if _whole(folder):
+        return _open(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        _build(beside, source, tokenizer, loss_on, progress)
+        if folder.exists():
+            shutil.rmtree(folder)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return _open(folder)
+
+
+def _build(
+    folder: Path,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    loss_on: LossOn,
+    progress: Progress | None,
+) -> None:
+    columns = {name: array(kind) for name, kind in COLUMNS.items()}
+    columns["segments"].append(0)
+    columns["examples"].append(0)
+    files: dict[str, int] = {}
+    faults, repairs, rows = [], [], 0
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as marks:
+        for batch in _batches(read_rows(source)):
+            trees = iter(render_rows([row for row in batch if isinstance(row, Row)], tokenizer, loss_on))
+            for row in batch:
+                tree = row if isinstance(row, Fault) else next(trees)
+                if isinstance(tree, Fault):
+                    faults.append(tree)
+                    continue
+                repairs += [Fault(row.file, row.line, repair) for repair in row.repairs]
+                content = blake2b(digest_size=8)
+                for ids, trained in zip(*tree, strict=True):
+                    tokens.write(ids.astype(np.int32).tobytes())
+                    marks.write(trained.tobytes())
+                    columns["segments"].append(columns["segments"][-1] + len(ids))
+                    content.update(len(ids).to_bytes(8, "little") + ids.tobytes() + trained.tobytes())
+                columns["examples"].append(columns["examples"][-1] + len(tree.segments))
+                columns["labels"].append(tree.label_count)
+                columns["file_id"].append(files.setdefault(row.file, len(files)))
+                columns["line"].append(row.line)
+                columns["prompt"].append(int.from_bytes(prompt_key(row), "little"))
+                columns["content"].append(int.from_bytes(content.digest(), "little"))
+            rows += len(batch)
+            if progress:
+                progress(source.path, rows)
+    np.savez(folder / "index.npz", **{name: np.array(column) for name, column in columns.items()})
+    about = {
+        "files": list(files),
+        "found": list(map(str, find(source))),
+        "faults": faults,
+        "repairs": repairs,
+    }
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+    manifest = {name: _digest(folder / name) for name in FILES}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def _open(folder: Path) -> Store:
+    with np.load(folder / "index.npz", allow_pickle=False) as index:
+        columns = {name: index[name] for name in COLUMNS}
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    return Store(
+        tokens=_mapped(folder / "tokens.bin", np.int32),
+        trained=_mapped(folder / "trained.bin", np.bool_),
+        **columns,
+        files=about["files"],
+        found=about["found"],
+        faults=[Fault(*fault) for fault in about["faults"]],
+        repairs=[Fault(*repair) for repair in about["repairs"]],
+    )
+
+
+def _whole(folder: Path) -> bool:
+    """Whether the store is there and every file's hash is the manifest's."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return manifest == {name: _digest(folder / name) for name in FILES}
+    except (OSError, ValueError):
+        return False
+
+
+def _key(source: Source, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> str:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    chat = chat_of(tokenizer)
+    about = {
+        "version": VERSION,
+        "content": _content(source),
+        "source": source.model_dump(include={"format", "columns", "limit"}),
+        # Truncation and padding are settings of a call, not of the tokenizer.
+        "tokenizer": {name: part for name, part in backend.items() if name not in ("truncation", "padding")},
+        "chat": [chat.template, chat.special],
+        "eos": tokenizer.eos_token_id,
+        "loss_on": loss_on,
+    }
+    return sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _content(source: Source) -> Any:
+    """Names and hashes of the source's files; of a hub data set, which has none here, a hash of its rows."""
+    if not is_hub_id(source.path):
+        return [[str(path), _digest(path)] for path in data_files(source.path)]
+    rows = sha256()
+    for row in read_rows(source):
+        rows.update(json.dumps(row).encode())
+    return [[source.path, source.name, source.split, rows.hexdigest()]]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def _mapped(path: Path, dtype: Any) -> np.ndarray:
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+def _batches(rows: Iterator[Row | Fault]) -> Iterator[list[Row | Fault]]:
+    while batch := list(islice(rows, BATCH)):
+        yield batch

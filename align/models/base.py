@@ -1,0 +1,226 @@
+"""Loading a base checkpoint: where it comes from, its dtype, its fingerprint, and the adapter merged into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import is_bnb_available
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from align.data.templates import chat_tokenizer
+from align.models.demo import NAMES, demo_model
+from align.recipe.errors import UserError
+from align.recipe.schema import Model
+
+META = "align.json"  # beside a saved adapter: stage, role, fingerprint of the trunk it was trained on
+WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+class Base(NamedTuple):
+    """A loaded base."""
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    fingerprint: str  # of the weights, an adapter merged on load included
+    name: str  # as the recipe names it
+    source: str  # what peft and transformers can load it from: a folder or a hub id
+
+
+def base_folder(section: Model) -> Path:
+    """The local folder of the base's files; a hub id is fetched (the only place where models use the network)."""
+    name = section.base
+    if name.startswith("demo/"):
+        return demo_model(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            hint = (
+                "give it to model.adapter, and its base here"
+                if (folder / "adapter_config.json").is_file()
+                else ""
+            )
+            raise UserError(
+                f"model.base: {name} has no config.json, so it is no checkpoint; {hint or 'check the path'}"
+            )
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        known = f"a local folder in Hugging Face format, a hub id (owner/name) or {NAMES[0]}"
+        raise UserError(f"model.base: there is no model {name!r}; expected {known}")
+    try:
+        return Path(snapshot_download(name, revision=section.revision, allow_patterns=[*WEIGHTS, "*.py"]))
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model.base: {name!r} is neither a local folder nor could it be fetched from the hub ({reason}); "
+            f"check the name and the network, or use {NAMES[0]}"
+        ) from None
+
+
+def load_tokenizer(section: Model) -> Tokenizer:
+    """The base's tokenizer (an SFT adapter brings its own, with its chat template), ready to render chats."""
+    folder = Path(section.adapter) if section.adapter else base_folder(section)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.base: no tokenizer can be loaded from {folder} ({_first_line(error)})"
+        ) from None
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"model.base: {section.base} has no fast tokenizer (tokenizer.json), which align needs"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.base: the tokenizer of {section.base} names no eos token; set it in its config"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return chat_tokenizer(tokenizer, section.chat_template)
+
+
+def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int = 0) -> Base:
+    """Load the model onto `device`. A frozen trunk is held in the dtype it computes in, a trained one in float32."""
+    folder = base_folder(section)
+    dtype = compute_dtype(section.dtype, device) if frozen else torch.float32
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.base: {section.base} has no usable config.json ({_first_line(error)})"
+        ) from None
+    _no_dropout(config)
+    if section.init == "random":
+        model, fingerprint = _new_model(section, config, seed)
+    else:
+        model, fingerprint = _load_model(section, folder, config, device), weights_fingerprint(folder)
+    if section.adapter:
+        model, fingerprint = merge_adapter(model, Path(section.adapter), fingerprint)
+    if not section.quantize:
+        model = model.to(device=device, dtype=dtype)
+    if model.generation_config is not None:
+        model.generation_config.max_length = None
+    local = folder if section.base.startswith("demo/") or Path(section.base).expanduser().is_dir() else None
+    source = str(local.resolve()) if local else section.base
+    return Base(model, load_tokenizer(section), fingerprint, section.base, source)
+
+
+def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device has the instructions for it, else float32."""
+    if choice != "auto":
+        return getattr(torch, choice)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else torch.float32
+    return torch.float32
+
+
+def _no_dropout(config: object) -> None:
+    """Dropout belongs to the recipe's LoRA; the base's own would make log-probabilities random."""
+    for part in {id(c): c for c in (config, getattr(config, "text_config", config))}.values():
+        for key, value in part.to_dict().items():
+            if isinstance(value, float) and (key.endswith(("dropout", "_pdrop")) or "dropout_" in key):
+                setattr(part, key, 0.0)
+
+
+def _load_model(section: Model, folder: Path, config: object, device: torch.device) -> PreTrainedModel:
+    options: dict[str, object] = {}
+    if section.quantize:
+        if not is_bnb_available():
+            raise UserError("model.quantize: bitsandbytes is not installed; run: pip install bitsandbytes")
+        compute = compute_dtype(section.dtype, device)
+        four = section.quantize == "4bit"
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=four,
+            load_in_8bit=not four,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=compute,
+        )
+        options["device_map"] = {"": device}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto" if not section.quantize else compute_dtype(section.dtype, device),
+            use_safetensors=True,
+            trust_remote_code=section.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"model.base: {section.base} cannot be loaded ({_first_line(error)})") from None
+
+
+def _new_model(section: Model, config: object, seed: int) -> tuple[PreTrainedModel, str]:
+    unknown = [key for key in section.config if not hasattr(config, key)]
+    if unknown:
+        raise UserError(f"model.config: {section.base} has no setting {', '.join(map(repr, unknown))}")
+    for key, value in section.config.items():
+        setattr(config, key, value)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+        except (ValueError, TypeError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+            raise UserError(
+                f"model.config: no model can be made from these settings ({_first_line(error)})"
+            ) from None
+    described = json.dumps([config.to_diff_dict(), seed], sort_keys=True, default=str)
+    return model.float(), hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def merge_adapter(model: PreTrainedModel, folder: Path, fingerprint: str) -> tuple[PreTrainedModel, str]:
+    """base + merged adapter, in float32. On a quantised trunk, which cannot take it, the adapter stays, frozen."""
+    weights, meta = folder / "adapter_model.safetensors", folder / META
+    for path in (weights, meta, folder / "adapter_config.json"):
+        if not path.is_file():
+            raise UserError(
+                f"model.adapter: {folder} has no {path.name}; give the `final/` folder of a finished SFT run"
+            )
+    trained_on = json.loads(meta.read_text("utf-8")).get("fingerprint")
+    if trained_on != fingerprint:
+        raise UserError(
+            f"model.adapter: {folder} was trained on a trunk with fingerprint {trained_on}, but model.base has "
+            f"{fingerprint}; use the base that its recipe.yaml names"
+        )
+    quantized = getattr(model, "is_quantized", False)
+    if not quantized:
+        model = model.float()
+    adapted = PeftModel.from_pretrained(model, folder, adapter_name="sft")
+    digest = hashlib.sha256(fingerprint.encode() + weights.read_bytes()).hexdigest()[:16]
+    return (adapted.get_base_model() if quantized else adapted.merge_and_unload()), digest
+
+
+def weights_fingerprint(folder: Path, sample: int = 4096) -> str:
+    """16 hex digits that tell one checkpoint's weights from another's, whatever dtype they are loaded in.
+
+    Over every tensor's name and shape and up to `sample` of its bytes, evenly spread, straight from the files: a
+    retrained checkpoint differs everywhere, and 100 GB are read no slower than their headers.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                digest.update(f"{name} {part.get_dtype()} {shape}".encode())
+                rows = range(0, shape[0], max(1, shape[0] // 16)) if shape else ()
+                for row in rows:
+                    values = part[row : row + 1].flatten()
+                    step = max(1, values.numel() // (sample // 16))
+                    digest.update(values[::step].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

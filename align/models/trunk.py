@@ -1,0 +1,193 @@
+"""The trunk: one base model that every role of a run stands on.
+
+A role is a LoRA adapter on the trunk (with a head where it scores); the reference is the trunk with adapters off. With
+`lora: null` the trunk itself is trained.
+
+Shapes: R rows, L tokens in a row, d hidden size, n labels of the batch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from align.data.trees import Forest, Tree, plant
+from align.models.attention import NAME as FOREST
+from align.models.attention import ForestMask
+from align.models.base import META, Base, compute_dtype
+from align.models.lora import lora_config
+from align.objectives.logprobs import linear_logprobs
+from align.recipe.schema import Lora, Model
+
+
+class Trunk(nn.Module):
+    """Base model and adapter behind one forward pass that gives log-probabilities of a forest's labels."""
+
+    def __init__(self, base: Base, model: Model, lora: Lora | None, seed: int = 0) -> None:
+        super().__init__()
+        self.fingerprint, self.base_name, self.tokenizer = base.fingerprint, base.name, base.tokenizer
+        causal = base.model
+        self.head = causal.get_output_embeddings()
+        config = causal.config.get_text_config()
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.scale = getattr(config, "logit_scale", None) or 1 / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        self.adapted = lora is not None
+        causal.requires_grad_(not self.adapted)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.causal = (
+                get_peft_model(causal, lora_config(lora, causal, quantized=bool(model.quantize)))
+                if lora is not None
+                else causal
+            )
+        if self.adapted:
+            self.causal.active_peft_config.base_model_name_or_path = base.source
+        device = next(causal.parameters()).device
+        self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, device)
+        if model.gradient_checkpointing:
+            causal.gradient_checkpointing_enable({"use_reentrant": False})
+            causal.enable_input_require_grads()
+        self.layout = model.layout if model.layout != "auto" else self._exact_layout()
+        self._set_attention(FOREST if self.packed else "sdpa")
+        if model.compile:
+            for layer in self._layers():
+                layer.compile(dynamic=True)
+
+    @property
+    def packed(self) -> bool:
+        """Whether batches are to be planted as trees (else padded)."""
+        return self.layout == "tree"
+
+    @property
+    def plain(self) -> nn.Module:
+        """The transformers model underneath, with the adapter's layers in it."""
+        return self.causal.get_base_model() if self.adapted else self.causal
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What matrix products are computed in."""
+        return self.autocast_dtype or self.head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def forward(self, forest: Forest) -> Tensor:
+        """Log-probability of every label, (n,) float32."""
+        with self._autocast():
+            hidden = self.hidden(forest).flatten(0, 1)[forest.where]  # (n, d)
+            return linear_logprobs(
+                hidden.to(self.head.weight.dtype),
+                self.head.weight,
+                forest.labels,
+                self.head.bias,
+                scale=self.scale,
+                softcap=self.softcap,
+            )
+
+    def hidden(self, forest: Forest) -> Tensor:
+        """Final hidden states, (R, L, d)."""
+        if forest.packed:
+            inputs = {"forest": ForestMask(forest)}
+        else:
+            inputs = {"attention_mask": forest.tree >= 0}
+        decoder = getattr(self.plain, self.plain.base_model_prefix)
+        return decoder(
+            input_ids=forest.tokens, position_ids=forest.positions, use_cache=False, **inputs
+        ).last_hidden_state
+
+    @contextmanager
+    def adapters_off(self):
+        """The bare trunk: the reference."""
+        assert self.adapted, "without a LoRA the trunk itself is trained, and the reference is a copy"
+        with self.causal.disable_adapter():
+            yield self
+
+    @contextmanager
+    def generating(self):
+        """transformers' own attention and mode for `generate`, then back."""
+        training = self.training
+        self._set_attention("sdpa")
+        self.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                yield self.plain
+        finally:
+            self.train(training)
+            self._set_attention(FOREST if self.packed else "sdpa")
+
+    def save(self, folder: Path, weights: dict[str, Tensor], stage: str) -> None:
+        """Write a result that plain peft and transformers load: whole, or not at all.
+
+        `weights`: what was trained, whole, under this module's names.
+        """
+        beside = folder.with_name(f".writing-{folder.name}")
+        shutil.rmtree(beside, ignore_errors=True)
+        named = {name.removeprefix("causal."): tensor.contiguous() for name, tensor in weights.items()}
+        more = {"save_embedding_layers": False} if self.adapted else {}
+        self.causal.save_pretrained(beside, state_dict=named, **more)
+        (beside / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        self.tokenizer.save_pretrained(beside)
+        role = "adapter" if self.adapted else "model"
+        meta = {"stage": stage, "role": role, "base": self.base_name, "fingerprint": self.fingerprint}
+        (beside / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+
+    def _autocast(self):
+        if self.autocast_dtype in (None, torch.float32):
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def _set_attention(self, name: str) -> None:
+        self.plain.set_attn_implementation(name)
+
+    def _layers(self) -> list[nn.Module]:
+        decoder = getattr(self.plain, self.plain.base_model_prefix)
+        return max((m for m in decoder.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+    def _exact_layout(self) -> str:
+        """`tree` if this model computes packed trees exactly as it computes them one by one, else `padded`.
+
+        Tried, not looked up: recurrent layers leak from tree to tree, some position schemes ignore positions, and a
+        model of tomorrow is on no list.
+        """
+        vocabulary = self.head.weight.shape[0]
+        draw = np.random.default_rng(0)
+
+        def segment(length: int) -> np.ndarray:
+            return draw.integers(3, max(vocabulary, 4), length).astype(np.int32)
+
+        def tree(*segments: np.ndarray) -> Tree:
+            return Tree(segments, tuple(np.ones(len(s), bool) for s in segments))
+
+        first, other, second = tree(segment(9)), tree(segment(9)), tree(segment(5), segment(4), segment(3))
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                self._set_attention("sdpa")
+                alone = self(plant([first, second], packed=False).to(self.device))
+                self._set_attention(FOREST)
+                packed = self(plant([first, second]).to(self.device))
+                disturbed = self(plant([other, second]).to(self.device))
+        except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError):
+            return "padded"
+        finally:
+            self.train(training)
+        tail = second.label_count
+        leaks = (packed[-tail:] - disturbed[-tail:]).abs().max() > 1e-5
+        # In 16 bits a deep model's log-probabilities scatter by some 0.1; a wrong position or mask moves them by more.
+        exact = self.head.weight.dtype == torch.float32 and self.autocast_dtype in (None, torch.float32)
+        differs = (packed - alone).abs().median() > (1e-3 if exact else 0.3)
+        return "padded" if leaks or differs else "tree"

@@ -1,0 +1,75 @@
+"""Supervised fine-tuning: raise the likelihood of the assistant's turns (or of plain text), token by token.
+
+    accelerate launch -m align.sft recipes/chat.yaml
+
+For a conversation x and its assistant tokens A, the loss is the mean over all A of the step's examples of
+
+    -log p(x_t | x_<t),  t in A
+
+with a LoRA on a frozen trunk (arXiv 2106.09685), or all weights with `lora: null`. Left out on purpose: loss on the
+user's turns (choose `sft.loss_on: all`), noise on embeddings, and any weighting of examples by their length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from align.data.trees import Forest
+from align.models.base import load_base, load_tokenizer
+from align.models.trunk import Trunk
+from align.recipe.schema import BaseRecipe, Section
+from align.training.loop import Metrics, fit
+from align.training.run import Run
+from align.training.session import Session, run_stage
+
+
+class Sft(Section):
+    """What of each example is learned."""
+
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    """Every assistant turn, only the last one, or every token. Plain text is always learned whole."""
+
+
+class Recipe(BaseRecipe):
+    """Supervised fine-tuning on conversations or text."""
+
+    stage: Literal["sft"]
+    """This stage."""
+    sft: Sft = Field(default_factory=Sft)
+
+
+def loss(trunk: nn.Module, batch: Forest) -> tuple[Tensor, Metrics]:
+    """Sum of negative log-likelihoods in nats over the batch's labels, and their mean as a metric."""
+    nll = -trunk(batch).sum()
+    return nll, {"loss": (nll, len(batch.labels))}
+
+
+def train(session: Session) -> None:
+    """The stage, from recipe to `final/`."""
+    recipe = session.recipe
+    run = Run(recipe)
+    run.check(session.fresh)
+    tokenizer = load_tokenizer(recipe.model)
+    data = session.prepare(tokenizer, recipe.sft.loss_on)
+    if session.show:
+        return session.show_examples(data, tokenizer)
+    if run.finished and not session.fresh:
+        return session.say(f"{run.final} is already there: nothing to do (--fresh starts over)")
+    base = load_base(
+        recipe.model, session.accelerator.device, frozen=recipe.lora is not None, seed=recipe.seed
+    )
+    trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
+    return fit(session, run, trunk, data, loss)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    run_stage(Recipe, "align.sft", train, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""Numbers, defined once: what a run measures, with the formula of each.
+
+Metrics are kept as sums and counts and divided once, so they do not depend on batch size or on the number of
+processes. An unknown number is `None` and printed as `–`, never guessed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import resource
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+
+def perplexity(sum_nll: float, tokens: float) -> float:
+    """exp(sum of negative log-likelihoods in nats / labelled tokens); nan without tokens."""
+    if tokens == 0:
+        return math.nan
+    try:
+        return math.exp(sum_nll / tokens)
+    except OverflowError:
+        return math.inf
+
+
+class Sums:
+    """Metrics as sums and counts, divided once: neither the order nor the size of batches matters."""
+
+    def __init__(self) -> None:
+        self._terms: dict[str, list[tuple[float | Tensor, float | Tensor]]] = {}
+
+    def add(self, name: str, total: float | Tensor, count: float | Tensor = 1) -> None:
+        """Add a sum over `count` items. 0-d tensors stay on their device until read: no wait here."""
+        self._terms.setdefault(name, []).append((_detached(total), _detached(count)))
+
+    def sums(self) -> dict[str, tuple[float, float]]:
+        """Name -> (sum, count), each rounded once (`math.fsum`), so in any order the same to the last bit."""
+        return {
+            name: (
+                math.fsum(float(total) for total, _ in terms),
+                math.fsum(float(count) for _, count in terms),
+            )
+            for name, terms in self._terms.items()
+        }
+
+    def means(self) -> dict[str, float]:
+        """Name -> sum / count; nan where nothing was counted."""
+        return {name: total / count if count else math.nan for name, (total, count) in self.sums().items()}
+
+    def merged(self, accelerator: Accelerator) -> Sums:
+        """The sums over all processes: one all-reduce of a float64 vector. Every process must call it.
+
+        A process that saw no batch knows no names, so the names are agreed first.
+        """
+        own = self.sums()
+        names = sorted(set(gather_object(list(own))))
+        flat = [number for name in names for number in own.get(name, (0.0, 0.0))]
+        vector = torch.tensor(flat, dtype=torch.float64, device=accelerator.device)
+        whole = accelerator.reduce(vector, "sum").tolist()
+        merged = Sums()
+        for name, total, count in zip(names, whole[::2], whole[1::2], strict=True):
+            merged.add(name, total, count)
+        return merged
+
+
+def _detached(number: float | Tensor) -> float | Tensor:
+    return number.detach() if isinstance(number, Tensor) else number
+
+
+@dataclass
+class Throughput:
+    """Work over wall-clock time. Each distinct token counts once: no padding, no repeats of a sampler."""
+
+    devices: int = 1
+    tokens: int = 0
+    examples: int = 0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, examples: int, seconds: float) -> None:
+        """Add one step; tokens and examples are over all devices."""
+        self.tokens += tokens
+        self.examples += examples
+        self.seconds += seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """TGS: tokens per second per device; nan before any time has passed."""
+        return self.tokens / (self.seconds * self.devices) if self.seconds else math.nan
+
+    @property
+    def examples_per_second(self) -> float:
+        """Examples per second per device; nan before any time has passed."""
+        return self.examples / (self.seconds * self.devices) if self.seconds else math.nan
+
+
+def matmul_params(model: nn.Module) -> int:
+    """N: weights that a token is multiplied with, of the trunk alone.
+
+    Looked-up embeddings are not counted (a tied output head is, once), nor vectors, nor LoRA adapters.
+    """
+    total = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or ".lora_" in f".{name}":
+            continue
+        if isinstance(module, nn.Linear):  # by shape, because a 4-bit weight packs two numbers into one
+            total += module.in_features * module.out_features
+        else:
+            total += sum(p.numel() for p in module.parameters(recurse=False) if p.ndim >= 2)
+    return total
+
+
+def causal_attended(lengths: Iterable[int]) -> float:
+    """Mean positions that a token attends to, itself included, over causal sequences of these lengths."""
+    lengths = list(lengths)
+    return sum(n * (n + 1) / 2 for n in lengths) / sum(lengths)
+
+
+def flops_per_token(
+    config: Any, n_params: int, attended: float, *, lora: bool, gradient_checkpointing: bool = False
+) -> float:
+    """Floating-point operations to train on one token.
+
+    Matrix products, after Kaplan et al. (2020, arXiv 2001.08361): 2N forward, 2N backward for activations and
+    2N backward for weights, which LoRA leaves out: 6N full, 4N LoRA (its own small products not counted).
+    Attention, after Chowdhery et al. (2022, arXiv 2204.02311, appendix B), but over the positions attended
+    to: a layer's two products cost 4 · heads · head_dim · attended forward and twice that backward (both of
+    their operands are activations, so LoRA saves nothing): 12 · layers · heads · head_dim · attended.
+
+    Args:
+        config: transformers' config of the decoder (`num_hidden_layers`, `num_attention_heads`, …).
+        n_params: N, from `matmul_params`.
+        attended: mean positions attended to per token, for example from `causal_attended`.
+        lora: whether the trunk's weights are frozen.
+        gradient_checkpointing: count the second forward pass too, the hardware's work, for HFU. MFU counts
+            the model's work and leaves it off.
+    """
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    forward = 2 * n_params + 4 * config.num_hidden_layers * heads * head_dim * attended
+    backward_for_activations = 2 * n_params + 8 * config.num_hidden_layers * heads * head_dim * attended
+    backward_for_weights = 0 if lora else 2 * n_params
+    return forward * (2 if gradient_checkpointing else 1) + backward_for_activations + backward_for_weights
+
+
+# Dense peaks in TFLOP/s, (bfloat16, float16, float32 without TF32), from the vendors' datasheets and white
+# papers: halved where these count 2:4 sparsity, with float32 accumulation where they give both.
+# Whole names only: a MIG slice, a laptop part, a "D" or a "Ti" is another device.
+_PEAKS: dict[str, tuple[float | None, float | None, float | None]] = {
+    r"Tesla V100-SXM2-\d+GB": (None, 125, 15.7),
+    r"Tesla V100-PCIE-\d+GB": (None, 112, 14),
+    r"Tesla T4": (None, 65, 8.1),
+    r"NVIDIA A10": (125, 125, 31.2),
+    r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe": (312, 312, 19.5),
+    r"NVIDIA L4": (121, 121, 30.3),
+    r"NVIDIA L40S": (362.05, 362.05, 91.6),
+    r"NVIDIA H100 80GB HBM3": (989.4, 989.4, 66.9),
+    r"NVIDIA H100 PCIe": (756, 756, 51),
+    r"NVIDIA H100 NVL": (835.5, 835.5, 60),
+    r"NVIDIA H200": (989.4, 989.4, 66.9),
+    r"NVIDIA B200": (2250, 2250, 75),
+    r"NVIDIA GeForce RTX 3090": (71, 71, 35.6),
+    r"NVIDIA GeForce RTX 4090": (165.2, 165.2, 82.6),
+    r"NVIDIA GeForce RTX 5090": (209.5, 209.5, 104.8),
+    r"AMD Instinct MI300X": (1307.4, 1307.4, 163.4),
+}
+
+
+def peak_flops(device: str, dtype: torch.dtype) -> float | None:
+    """Dense FLOP/s of a device, named as by `torch.cuda.get_device_name`; None if unknown.
+
+    float32 is None where PyTorch may compute it in TF32: its peak is then another one.
+    """
+    column = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}.get(dtype)
+    if column is None or (dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"):
+        return None
+    for pattern, peaks in _PEAKS.items():
+        if re.fullmatch(pattern, device):
+            peak = peaks[column]
+            return None if peak is None else peak * 1e12
+    return None
+
+
+def mfu(tokens_per_second: float, flops: float, peak: float | None) -> float | None:
+    """Model FLOPs utilisation (arXiv 2204.02311): TGS x FLOPs per token / dense peak; None if unknown."""
+    return None if peak is None else tokens_per_second * flops / peak
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: allocated on a CUDA device, else the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
+
+
+SPREAD_STEPS, SPIKE_WINDOW, SPIKE_SIGMAS = 100, 128, 6
+
+
+class Stability(NamedTuple):
+    """How steadily the training loss fell."""
+
+    spread: float | None  # standard deviation of the losses of the first 100 steps; None with fewer than two
+    spikes: (
+        list[int] | None
+    )  # steps with a loss above mean + 6 sigma of the 128 before; None if never so many
+
+
+def loss_stability(steps: Sequence[int], losses: Sequence[float]) -> Stability:
+    """Stability of the logged losses, in step order: a function of metrics.jsonl, in no checkpoint."""
+    steps_n, losses_n = np.asarray(steps), np.asarray(losses, dtype=np.float64)
+    first = losses_n[steps_n <= SPREAD_STEPS]
+    spread = float(first.std()) if len(first) > 1 else None
+    if len(losses_n) <= SPIKE_WINDOW:
+        return Stability(spread, None)
+    before = np.lib.stride_tricks.sliding_window_view(losses_n, SPIKE_WINDOW)[:-1]  # (n - 128, 128)
+    limit = before.mean(axis=1) + SPIKE_SIGMAS * before.std(axis=1)
+    return Stability(spread, steps_n[SPIKE_WINDOW:][losses_n[SPIKE_WINDOW:] > limit].tolist())
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on, for environment.json: no host name, user name or path."""
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": {
+            name: _version(name)
+            for name in ("align", "torch", "transformers", "peft", "accelerate", "trl", "datasets")
+        },
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        or [f"CPU ({torch.backends.cpu.get_cpu_capability()})"],
+        "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False)
+        if cuda
+        else torch.cpu._is_avx512_bf16_supported(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,192 @@
+"""Numbers in words, and plots with their words as inline SVG that follows the page: its colours are CSS
+variables, so one drawing serves light and dark.
+
+The page must define `--ink`, `--grid` and `--c0` … `--c5`. Titles and legends are the page's, in HTML: the
+drawing holds only curves and axis numbers, so no text from a run passes through matplotlib.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from io import StringIO
+from itertools import pairwise
+from typing import NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+MOST_POINTS = 2000
+COLOURS = 6
+
+# Colours that matplotlib draws with, each replaced by a variable in the finished SVG.
+_INK, _GRID = "#010101", "#010102"
+_SERIES = [f"#0102{i:02x}" for i in range(COLOURS)]
+_VARIABLES = {_INK: "var(--ink)", _GRID: "var(--grid)"} | {c: f"var(--c{i})" for i, c in enumerate(_SERIES)}
+
+
+class Curve(NamedTuple):
+    """A metric over steps."""
+
+    label: str
+    steps: np.ndarray  # (points,) int64, ascending
+    values: np.ndarray  # (points,) float64
+    dots: bool = False  # few points, each worth a mark: evaluations
+
+    @property
+    def finite(self) -> Curve:
+        """Only the points that can be drawn."""
+        kept = np.isfinite(self.values)
+        return self._replace(steps=self.steps[kept], values=self.values[kept])
+
+
+class Panel(NamedTuple):
+    """A plot under its heading, and in words what it shows."""
+
+    title: str
+    svg: Markup | None  # None when no point can be drawn
+    captions: list[str]  # one per curve, in the order of colours
+
+
+def curves_panel(title: str, curves: Sequence[Curve]) -> Panel:
+    """Curves over steps in one pair of axes."""
+    captions = [f"{curve.label}: {_course(curve)}" for curve in curves]
+    if not any(len(curve.finite.steps) for curve in curves):
+        return Panel(title, None, captions)
+    figure, axes = _axes()
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    for i, (_, steps, values, dots) in enumerate(curve.finite for curve in curves):
+        colour = _SERIES[i % COLOURS]
+        # Thin is every point, thick its running mean; a curve that does not zigzag has none.
+        noisy = not dots and len(steps) >= 100 and np.abs(np.diff(values)).sum() > 4 * np.ptp(values)
+        mark = "o" if dots or len(steps) == 1 else None
+        look = {"lw": 0.8, "alpha": 0.45} if noisy else {"lw": 1.5, "marker": mark, "markersize": 3}
+        axes.plot(*thinned(steps, values), color=colour, **look)
+        if noisy:
+            axes.plot(*thinned(steps, running_mean(values, len(values) // 50)), color=colour, lw=1.8)
+    return Panel(title, _svg(figure, f"{title} by step. {'. '.join(captions)}"), captions)
+
+
+def histogram_panel(title: str, edges: Sequence[float], counts: Sequence[int]) -> Panel:
+    """A histogram of (bins,) counts over (bins + 1,) edges."""
+    figure, axes = _axes()
+    axes.stairs(counts, edges, fill=True, color=_SERIES[0], alpha=0.8)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    top = int(np.argmax(counts))
+    caption = f"{amount(sum(counts))} examples of {value(edges[0])} to {value(edges[-1])} tokens; "
+    caption += f"most, {amount(counts[top])}, have {value(edges[top])} to {value(edges[top + 1])}"
+    return Panel(title, _svg(figure, f"{title}. {caption}"), [caption])
+
+
+def value(x: float) -> str:
+    """A measured number: four digits, or all of an integer's."""
+    if not math.isfinite(x):
+        return "not a number" if math.isnan(x) else "infinite" if x > 0 else "minus infinite"
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+
+
+def amount(n: float) -> str:
+    """How many: exact below ten thousand, then three digits with k, M, G or T."""
+    if n < 10_000:
+        return f"{n:,.0f}"
+    n = float(f"{n:.3g}")
+    power = min((len(f"{n:.0f}") - 1) // 3, 4)
+    return f"{n / 1000**power:.3g} {'kMGT'[power - 1]}"
+
+
+def duration(seconds: float) -> str:
+    """3 min 20 s: the two largest units."""
+    units = (("d", 86_400), ("h", 3600), ("min", 60))
+    whole = round(seconds)
+    for (unit, length), (below, part) in zip(units, (*units[1:], ("s", 1)), strict=True):
+        if whole >= length:
+            return f"{whole // length} {unit} {whole % length // part} {below}"
+    return f"{seconds:.3g} s"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in binary units."""
+    unit = 0 if n_bytes < 1 else min(int(math.log2(n_bytes)) // 10, 4)
+    return f"{n_bytes / 1024**unit:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+
+
+def change(before: float, after: float) -> str:
+    """By how much, in per cent of before; empty where that says nothing."""
+    if not (math.isfinite(before) and math.isfinite(after) and before):
+        return ""
+    return f"{100 * (after - before) / abs(before):+.1f} %".replace("-", "−")
+
+
+def _course(curve: Curve) -> str:
+    """First, last, lowest and highest."""
+    _, steps, values, _ = curve.finite
+    said = []
+    if len(steps):
+        said = [f"{value(values[0])} at step {steps[0]}"]
+    if len(steps) > 1:
+        low, high = values.argmin(), values.argmax()
+        said[0] += f" → {value(values[-1])} at step {steps[-1]}"
+        said.append(
+            f"lowest {value(values[low])} at {steps[low]}, highest {value(values[high])} at {steps[high]}"
+        )
+    if lost := len(curve.steps) - len(steps):
+        said.append(f"{lost} not finite, not drawn")
+    return "; ".join(said)
+
+
+def thinned(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most `most` points: the lowest and highest of each of most/2 stretches, so no spike is lost."""
+    if len(values) <= most:
+        return steps, values
+    cuts = np.linspace(0, len(values), most // 2 + 1).astype(int)
+    ends = (np.argmin, np.argmax)
+    kept = np.unique([start + end(values[start:stop]) for start, stop in pairwise(cuts) for end in ends])
+    return steps[kept], values[kept]
+
+
+def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
+    """Mean of each value with up to `reach` neighbours on either side: (points,) -> (points,)."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    centre = np.arange(len(values))
+    low, high = np.maximum(centre - reach, 0), np.minimum(centre + reach + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(
+        figsize=(4.6, 2.5), layout="constrained"
+    )  # points of text stay readable at a phone's width
+    axes = figure.add_subplot()
+    axes.grid(color=_GRID, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_GRID)
+    axes.tick_params(color=_GRID, labelcolor=_INK, labelsize=10, length=0)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_offset_text().set(color=_INK, size=10)
+    return figure, axes
+
+
+def _svg(figure: Figure, description: str) -> Markup:
+    """The figure as an inline SVG element without metadata, ids that nothing refers to, or any address."""
+    page = StringIO()
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    # The salt keeps ids apart between plots, and the same from one writing to the next.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
+        figure.savefig(page, format="svg", transparent=True, metadata=no_metadata)
+    svg = re.search(r"<svg[^>]*>(.*)</svg>", page.getvalue(), re.DOTALL)[1]
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would reach the whole page
+    svg = re.sub(r"font-family: [^;]*;", "", svg)
+    referred = set(re.findall(r"#(\w+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in referred else "", svg)
+    svg = re.sub(r"#0[0-9a-f]{5}\b", lambda found: _VARIABLES.get(found[0], found[0]), svg)
+    width, height = figure.get_size_inches() * 72
+    box = f'viewBox="0 0 {width:g} {height:g}"'
+    return Markup(f'<svg role="img" aria-label="{escape(description)}" {box}>{svg}</svg>')

@@ -1,0 +1,135 @@
+"""A run's folder: whose it is, what is in it, and never writing over another run's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.data.examples import Examples
+from align.data.mixture import Prepared
+from align.recipe.errors import UserError
+from align.recipe.load import dump_recipe, load_recipe
+from align.recipe.schema import BaseRecipe
+from align.training.checkpoint import newest_checkpoint, write_atomic
+from align.training.meters import environment
+
+OWN = (
+    "recipe.yaml", "environment.json", "metrics.jsonl", "ledger.jsonl", "data.json", "samples.jsonl",
+    "summary.json", "report.html", "tensorboard", "checkpoints", "final",
+)  # fmt: skip
+# What may change between one start and the next: none of it touches the numbers.
+FREE = {"run": ..., "log": ..., "train": {"save_every", "keep"}}
+
+
+class Run:
+    """The folder of one run. The first process alone writes to it."""
+
+    def __init__(self, recipe: BaseRecipe) -> None:
+        self.recipe, self.folder = recipe, recipe.folder
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are kept."""
+        return self.folder / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """Where the result is put, whole or not at all."""
+        return self.folder / "final"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return self.final.is_dir()
+
+    def check(self, fresh: bool) -> None:
+        """Raise UserError if the folder holds something that this run must not touch. Writes nothing."""
+        folder = self.folder
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"run: {folder} is a file; name another folder")
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return
+        saved = folder / "recipe.yaml"
+        if not saved.is_file():
+            raise UserError(f"run: {folder} holds files but no run (no recipe.yaml); name another folder")
+        if fresh:
+            return
+        try:
+            other = load_recipe(saved, [], type(self.recipe))
+        except UserError as error:
+            raise UserError(
+                f"run: {folder} holds another run ({error.problems[0]}); name another folder, or start over with --fresh"
+            ) from None
+        changed = _differences(other.model_dump(exclude=FREE), self.recipe.model_dump(exclude=FREE))
+        if changed:
+            raise UserError(
+                f"run: {folder} holds another run, which differs in {'; '.join(changed)}; "
+                "name another folder (run=…), or start over with --fresh, which deletes it"
+            )
+
+    def resume_point(self, fresh: bool) -> tuple[Path | None, list[str]]:
+        """The checkpoint to go on from, and what to say of those passed over."""
+        return (None, []) if fresh else newest_checkpoint(self.checkpoints)
+
+    def open(self, data: Prepared, fresh: bool, step: int) -> None:
+        """Make the folder ready to go on after `step`: what is later in it is cut off; with `fresh`, everything is."""
+        if fresh:
+            for name in OWN:
+                path = self.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        write_atomic(self.folder / "recipe.yaml", dump_recipe(self.recipe))
+        write_atomic(self.folder / "environment.json", json.dumps(environment(), indent=1))
+        data.ledger.write(self.folder / "ledger.jsonl")
+        about = {"train": _described(data.train), "eval": _described(data.eval), "summary": data.summary}
+        write_atomic(self.folder / "data.json", json.dumps(about, indent=1, ensure_ascii=False))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            kept = [line for line in self._records(name) if line["step"] <= step and step > 0]
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+            write_atomic(self.folder / name, text)
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Add a line to a JSONL file."""
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def summarise(self, numbers: dict[str, Any]) -> None:
+        """Write the run's cost."""
+        write_atomic(self.folder / "summary.json", json.dumps(numbers, indent=1))
+
+    def last(self, split: str) -> dict[str, Any] | None:
+        """The newest line of metrics.jsonl of a split."""
+        lines = [record for record in self._records("metrics.jsonl") if record["split"] == split]
+        return lines[-1] if lines else None
+
+    def _records(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name
+        records = []
+        for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break  # the last line, torn by a kill
+        return records
+
+
+def _described(examples: Examples) -> dict[str, Any]:
+    counts, edges = (
+        np.histogram(examples.lengths, bins=min(40, max(1, len(examples)))) if len(examples) else ([], [])
+    )
+    return {
+        "examples": len(examples),
+        "tokens": int(examples.lengths.sum()),
+        "trained_tokens": int(examples.labels.sum()),
+        "lengths": {"edges": [float(e) for e in edges], "counts": [int(c) for c in counts]},
+    }
+
+
+def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = dict.fromkeys([*there, *here])
+        return [d for k in keys for d in _differences(there.get(k), here.get(k), f"{name}.{k}".lstrip("."))]
+    return [] if there == here else [f"{name}: {json.dumps(there)} there, {json.dumps(here)} here"]

@@ -1,0 +1,62 @@
+"""What a running stage shows: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+NAMES = {"learning_rate": "lr", "tokens_per_second": "tok/s", "grad_norm": "norm"}
+HIDDEN = (
+    "step",
+    "split",
+    "epoch",
+    "tokens",
+    "tokens_seen",
+    "step_seconds",
+    "elapsed_seconds",
+    "eval_seconds",
+)
+
+
+class Screen:
+    """Progress of one run; silent where the console is."""
+
+    def __init__(self, console: Console, steps: int, done: int) -> None:
+        self.console, self.steps = console, steps
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        hidden = console.quiet or not console.is_terminal
+        self.bars = Progress(*columns, console=console, disable=hidden, transient=True)
+        self.main = self.bars.add_task("training", total=steps, completed=done)
+
+    def __enter__(self) -> Screen:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.bars.stop()
+
+    def tell(self, record: dict[str, Any], quiet: bool) -> None:
+        """A record of metrics.jsonl as a line; with `quiet`, only the bar moves."""
+        if record["split"] == "train":
+            self.bars.update(self.main, completed=record["step"])
+        if not quiet:
+            numbers = " ".join(f"{NAMES.get(k, k)} {v:.4g}" for k, v in record.items() if k not in HIDDEN)
+            line = f"{record['split']:5} step {record['step']}/{self.steps} {numbers}"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def track(self, items: Sequence[T], doing: str) -> Iterator[T]:
+        """Go through items with a bar of their own; off a terminal, a line every 30 s."""
+        task = self.bars.add_task(doing, total=len(items))
+        told = time.monotonic()
+        for number, item in enumerate(items):
+            yield item
+            self.bars.advance(task)
+            if not self.console.is_terminal and time.monotonic() - told > 30:
+                told = time.monotonic()
+                self.console.print(f"{doing}: {number + 1} of {len(items)}", highlight=False)
+        self.bars.remove_task(task)

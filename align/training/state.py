@@ -1,0 +1,68 @@
+"""What a checkpoint holds of a training run, by name and whole, however the weights are sharded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from align.recipe.errors import UserError
+from align.training.checkpoint import Tensors, load_checkpoint
+
+Named = dict[str, nn.Parameter]
+
+
+def trained_parameters(model: nn.Module) -> Named:
+    """What trains, under the names it has without the wrappers of DDP, FSDP and torch.compile."""
+    return {
+        name.removeprefix("module.").replace("_orig_mod.", ""): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def capture(named: Named, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Weights and AdamW moments; with shards, every process must call it."""
+    return {
+        "model": {name: whole(p) for name, p in named.items()},
+        "optimizer": {
+            f"{name}/{key}": whole(value)
+            for name, p in named.items()
+            for key, value in optimizer.state.get(p, {}).items()
+        },
+    }
+
+
+def restore(path: Path, named: Named, optimizer: torch.optim.Optimizer, fingerprint: str) -> dict[str, Any]:
+    """Put a checkpoint's tensors back; its `state`. Raises UserError if it is of another trunk or other weights."""
+    tensors, state = load_checkpoint(path)
+    if state["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{path} was trained on a trunk with fingerprint {state['fingerprint']}, but model.base now has "
+            f"{fingerprint}; restore the base, or start over with --fresh"
+        )
+    if tensors["model"].keys() != named.keys():
+        raise UserError(f"{path} holds other weights than this recipe trains; start over with --fresh")
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(_like(tensors["model"][name], p))
+    for key, value in tensors["optimizer"].items():
+        name, _, moment = key.rpartition("/")
+        p = named[name]
+        # AdamW reads its step count on the CPU.
+        optimizer.state[p][moment] = value if value.ndim == 0 else _like(value, p)
+    return state
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(full: Tensor, p: Tensor) -> Tensor:
+    if isinstance(p, DTensor):
+        return distribute_tensor(full.to(p.device), p.device_mesh, p.placements)
+    return full.to(p.device)
