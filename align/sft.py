@@ -59,9 +59,7 @@ def train(session: Session) -> None:
         return session.show_examples(data, tokenizer)
     if run.finished and not session.fresh:
         return session.say(f"{run.final} is already there: nothing to do (--fresh starts over)")
-    base = load_base(
-        recipe.model, session.accelerator.device, frozen=recipe.lora is not None, seed=recipe.seed
-    )
+    base = load_base(recipe.model, session.accelerator.device, frozen=recipe.lora is not None, seed=recipe.seed)
     trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
     return fit(session, run, trunk, data, loss)
 

@@ -114,9 +114,7 @@ class Chat:
             chosen += [i] * take
         pieces = re.split(f"([{OPEN}{CLOSE}])", self._write(marked, tools))
         if "".join(pieces[1::2]) != (OPEN + CLOSE) * len(chosen) or "".join(pieces[::2]) != text:
-            raise Unwritable(
-                "the chat template changes or leaves out an assistant turn, so its place is not certain"
-            )
+            raise Unwritable("the chat template changes or leaves out an assistant turn, so its place is not certain")
         spans: list[Span] = []
         at = end = 0
         for i, before, words in zip(chosen, pieces[0::4], pieces[2::4], strict=False):
@@ -176,9 +174,7 @@ class Chat:
             if message["role"] in ("system", "user") and message["content"].strip() not in text:
                 raise Unwritable(f"the chat template leaves out turn {i + 1} ({message['role']})")
 
-    def _generated(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None
-    ) -> tuple[str, list[Span]]:
+    def _generated(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> tuple[str, list[Span]]:
         try:
             texts, spans = render_jinja_template(
                 [messages],
@@ -191,9 +187,7 @@ class Chat:
             raise Unwritable(f"the chat template refuses it: {error}") from None
         return texts[0], [span for span in spans[0] if texts[0][slice(*span)].strip()]
 
-    def _write(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None = None, prompt: bool = False
-    ) -> str:
+    def _write(self, messages: list[Message], tools: list[dict[str, Any]] | None = None, prompt: bool = False) -> str:
         try:
             return write(self.template, self.special, messages, tools, prompt)
         except REFUSALS as error:

@@ -97,9 +97,7 @@ class Examples:
             count = max(1, round(part.source.weight * n))
             first, last = epoch * count, (epoch + 1) * count
             shuffles = range(first // n, -(-last // n))
-            stream = np.concatenate(
-                [np.random.default_rng([seed, 1, number, k]).permutation(n) for k in shuffles]
-            )
+            stream = np.concatenate([np.random.default_rng([seed, 1, number, k]).permutation(n) for k in shuffles])
             dealt.append(start + stream[first - shuffles.start * n : last - shuffles.start * n])
         return np.random.default_rng([seed, 2, epoch]).permutation(joined(dealt))
 

@@ -103,9 +103,7 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Record]:
             if not header:
                 header = [name.strip() for name in cells]
                 if len(set(header)) < len(header):
-                    raise UserError(
-                        f"{path}:{start}: a column stands twice in the header: {', '.join(header)}"
-                    )
+                    raise UserError(f"{path}:{start}: a column stands twice in the header: {', '.join(header)}")
             elif len(cells) == len(header):
                 yield start, dict(zip(header, cells, strict=True))
             elif cells:  # an empty line has none

@@ -169,12 +169,8 @@ def convert(row: Any, format: str, file: str, line: int) -> Row | Fault:
             return Row(file, line, None, encodable("text", filled("text", row.get("text"))), None)
         turns = shape.turns(row)
         if row.get("system"):
-            turns.insert(
-                0, Turn("system", "system", {"role": "system", "content": text("system", row["system"])})
-            )
-        kept = turns[
-            : max((i for i, t in enumerate(turns, 1) if t.message["role"] == "assistant"), default=0)
-        ]
+            turns.insert(0, Turn("system", "system", {"role": "system", "content": text("system", row["system"])}))
+        kept = turns[: max((i for i, t in enumerate(turns, 1) if t.message["role"] == "assistant"), default=0)]
         if not kept:
             raise Refused(f"{shape.needs[-1]}: expected an assistant turn to learn from, found none")
         check(kept)
@@ -189,9 +185,7 @@ def convert(row: Any, format: str, file: str, line: int) -> Row | Fault:
 
 
 def _refusal(record: Any) -> str:
-    return (
-        record.reason if isinstance(record, Broken) else f"expected a row of named columns, found {a(record)}"
-    )
+    return record.reason if isinstance(record, Broken) else f"expected a row of named columns, found {a(record)}"
 
 
 class Shape(NamedTuple):
@@ -219,9 +213,7 @@ def _keyed(rows: list[dict[str, Any]], shape: Shape) -> bool:
             turns = from_json(shape.needs[0], row.get(shape.needs[0]))
         except Refused:
             continue
-        if isinstance(turns, list) and any(
-            isinstance(turn, dict) and shape.keys[0] in turn for turn in turns
-        ):
+        if isinstance(turns, list) and any(isinstance(turn, dict) and shape.keys[0] in turn for turn in turns):
             return True
     return False
 

@@ -43,9 +43,7 @@ def json_lines(stream: BinaryIO, file: str) -> Iterator[Record]:
         if not line.strip():
             continue
         if line.strip() == "{":
-            raise UserError(
-                f"{file}:{number}: a row spans several lines; expected an array of rows or one row a line"
-            )
+            raise UserError(f"{file}:{number}: a row spans several lines; expected an array of rows or one row a line")
         try:
             yield number, json.loads(line)
         except json.JSONDecodeError as error:
@@ -110,9 +108,7 @@ class _Window:
 
     def expect(self, mark: str) -> None:
         if self.peek() != mark:
-            self.fail(
-                f"expected '{mark}', found {repr(self.peek()) if self.peek() else 'the end of the file'}"
-            )
+            self.fail(f"expected '{mark}', found {repr(self.peek()) if self.peek() else 'the end of the file'}")
         self.advance(self.at + 1)
 
     def value(self) -> Any:

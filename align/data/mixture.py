@@ -158,17 +158,12 @@ def _fitted(data: Data, sides: list[list[Part]], ledger: Ledger) -> tuple[list[l
         for part in parts:
             lengths = part.store.lengths[part.rows]
             over = lengths > limit
-            long += [
-                (int(n), *part.store.place(row))
-                for n, row in zip(lengths[over], part.rows[over], strict=True)
-            ]
+            long += [(int(n), *part.store.place(row)) for n, row in zip(lengths[over], part.rows[over], strict=True)]
             if data.overlong == "truncate":
                 bare = over & (labels_within(part, limit) == 0)
                 for n, row in zip(lengths[over & ~bare], part.rows[over & ~bare], strict=True):
                     ledger.add(*part.store.place(row), "truncated", f"{n} tokens cut to {limit}")
-                fitted[-1].append(
-                    ledger.drop(part, bare, "overlong", f"no trained token in its first {limit} tokens")
-                )
+                fitted[-1].append(ledger.drop(part, bare, "overlong", f"no trained token in its first {limit} tokens"))
             else:
                 fitted[-1].append(ledger.drop(part, over, "overlong", f"more than {limit} tokens"))
     if not long or data.overlong != "error":
@@ -222,9 +217,7 @@ def _at_most(parts: list[Part], most: int | None, seed: int, ledger: Ledger) -> 
     drop[np.random.default_rng([seed, 3]).permutation(len(drop))[:most]] = False
     reason = f"held out, beyond data.eval.max_rows = {most}"
     masks = np.split(drop, np.cumsum(sizes)[:-1])
-    return [
-        ledger.drop(part, mask, "beyond max_rows", reason) for part, mask in zip(parts, masks, strict=True)
-    ]
+    return [ledger.drop(part, mask, "beyond max_rows", reason) for part, mask in zip(parts, masks, strict=True)]
 
 
 def _some(parts: list[Part], side: str, read: int, ledger: Ledger) -> None:

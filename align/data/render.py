@@ -32,12 +32,8 @@ def render_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, loss_on: Lo
     Raises UserError for a tokenizer without offsets (a slow one).
     """
     if not tokenizer.is_fast:
-        raise UserError(
-            f"{tokenizer.name_or_path}: no fast tokenizer, which tells where in the text each token stands"
-        )
-    rendered: list[Tree | Fault | None] = [
-        _text(row, tokenizer) if row.messages is None else None for row in rows
-    ]
+        raise UserError(f"{tokenizer.name_or_path}: no fast tokenizer, which tells where in the text each token stands")
+    rendered: list[Tree | Fault | None] = [_text(row, tokenizer) if row.messages is None else None for row in rows]
     chats: list[tuple[int, str, list[Span]]] = []
     chat = chat_of(tokenizer) if None in rendered else None
     for i, row in enumerate(rows):
@@ -54,9 +50,7 @@ def render_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, loss_on: Lo
             return_attention_mask=False,
             verbose=False,
         )
-        for (i, _, spans), ids, offsets in zip(
-            chats, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
+        for (i, _, spans), ids, offsets in zip(chats, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             rendered[i] = _tree(rows[i], ids, _covered(np.array(offsets).reshape(-1, 2), spans))
     return rendered
 
@@ -111,9 +105,7 @@ def _written(row: Row, chat: Chat, loss_on: LossOn) -> tuple[str, list[Span]]:
     if loss_on == "last":
         taught = {i for i in taught if i == len(said) - 1}
     if not taught:
-        which = (
-            "the last assistant turn is" if loss_on == "last" and said else "there is no assistant turn but"
-        )
+        which = "the last assistant turn is" if loss_on == "last" and said else "there is no assistant turn but"
         raise Unwritable(f"no trained token: {which} context only")
     for i in sorted(taught):
         if not (said[i]["content"].strip() or said[i].get("tool_calls")):
@@ -142,9 +134,7 @@ def _covered(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
 def _tree(row: Row, ids: Any, trained: np.ndarray) -> Tree | Fault:
     trained[:1] = False  # nothing stands before it to predict it from
     if not trained.any():
-        return Fault(
-            row.file, row.line, "no trained token: too short, as nothing predicts a row's first token"
-        )
+        return Fault(row.file, row.line, "no trained token: too short, as nothing predicts a row's first token")
     return Tree((np.array(ids, np.int32),), (trained,))
 
 

@@ -49,9 +49,7 @@ class Store(NamedTuple):
     tokens: np.ndarray  # (T,) int32, memory-mapped
     trained: np.ndarray  # (T,) bool, memory-mapped
     segments: np.ndarray  # (S + 1,) int64, where each segment starts among the tokens
-    examples: (
-        np.ndarray
-    )  # (n + 1,) int64, where each example starts among the segments; its first is the stem
+    examples: np.ndarray  # (n + 1,) int64, where each example starts among the segments; its first is the stem
     labels: np.ndarray  # (n,) int64, trained tokens
     file_id: np.ndarray  # (n,) int64, index into `files`
     line: np.ndarray  # (n,) int64

@@ -46,19 +46,13 @@ def chat_tokenizer(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> Pr
     elif choice is not None:
         tokenizer.chat_template = _read(choice)
     exchange = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-    name = (
-        f"chat template {choice}"
-        if choice
-        else f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
-    )
+    name = f"chat template {choice}" if choice else f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
     try:
         write(tokenizer.get_chat_template(), special_tokens(tokenizer), exchange)
     except TemplateSyntaxError as error:
         raise UserError(f"{choice or name}:{error.lineno}: not a Jinja template: {error.message}") from None
     except REFUSALS as error:
-        raise UserError(
-            f"{name} cannot write a user and an assistant turn: {error}; set model.chat_template"
-        ) from None
+        raise UserError(f"{name} cannot write a user and an assistant turn: {error}; set model.chat_template") from None
     return tokenizer
 
 
@@ -94,9 +88,7 @@ def fit(
             thoughts = message.pop("reasoning_content").strip("\n")
             message["content"] = f"<think>\n{thoughts}\n{THINK_END}\n\n{message['content']}"
         if message.get("tool_calls") and "calls" not in native:
-            calls = [
-                f"<tool_call>\n{_json(call['function'])}\n</tool_call>" for call in message.pop("tool_calls")
-            ]
+            calls = [f"<tool_call>\n{_json(call['function'])}\n</tool_call>" for call in message.pop("tool_calls")]
             message["content"] = "\n".join([message["content"]] * bool(message["content"]) + calls)
         if message["role"] == "tool" and "results" not in native:
             words = f"<tool_response>\n{message['content']}\n</tool_response>"
@@ -124,25 +116,17 @@ def fit(
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The tokens that a template may name, such as `eos_token`."""
-    return {
-        name: str(token)
-        for name, token in tokenizer.special_tokens_map.items()
-        if not isinstance(token, list)
-    }
+    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
 
 
 def _use_builtin(tokenizer: PreTrainedTokenizerBase, choice: str, vocabulary: dict[str, int]) -> None:
     if choice == "chatml":
         missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in vocabulary]
         if missing:
-            raise UserError(
-                f"model.chat_template: chatml needs {' and '.join(missing)} in the vocabulary; use plain"
-            )
+            raise UserError(f"model.chat_template: chatml needs {' and '.join(missing)} in the vocabulary; use plain")
         tokenizer.eos_token = "<|im_end|>"
     elif tokenizer.eos_token is None:
-        raise UserError(
-            "model.chat_template: plain ends a turn with the end-of-text token, and the tokenizer has none"
-        )
+        raise UserError("model.chat_template: plain ends a turn with the end-of-text token, and the tokenizer has none")
     template = (Path(__file__).parent / f"{choice}.jinja").read_text(encoding="utf-8")
     # Chats are tokenised without special tokens; where texts start with one, the template has to write it.
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
@@ -154,9 +138,7 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(
-            f"model.chat_template: '{path}' is neither chatml, plain nor a Jinja file: {reason}"
-        ) from None
+        raise UserError(f"model.chat_template: '{path}' is neither chatml, plain nor a Jinja file: {reason}") from None
 
 
 def _json(value: Any) -> str:

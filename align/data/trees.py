@@ -141,9 +141,7 @@ def _plant_padded(trees: Sequence[Tree], multiple: int) -> Forest:
         labels.append(row[1:][marked])
         path.append(np.full(len(marked), r))
     positions = np.broadcast_to(np.arange(length), shape)
-    grids = [
-        torch.from_numpy(np.array(grid, np.int64)) for grid in (tokens, positions, tree_ids, np.zeros(shape))
-    ]
+    grids = [torch.from_numpy(np.array(grid, np.int64)) for grid in (tokens, positions, tree_ids, np.zeros(shape))]
     return Forest(*grids, _long(where), _long(labels), _long(path), len(rows), None)
 
 
@@ -191,7 +189,7 @@ class TreeMask:
         if window not in self._block_masks:
             from torch.nn.attention.flex_attention import create_block_mask
 
-            tree, branch, positions = (grid[0] for grid in self.forest[2:4] + (self.forest.positions,))
+            tree, branch, positions = self.forest.tree[0], self.forest.branch[0], self.forest.positions[0]
 
             def mask(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 own = (branch[key] == 0) | (branch[query] == branch[key])

@@ -75,9 +75,7 @@ def prompt_completion(row: dict[str, Any]) -> list[Turn]:
     sides = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         is_text = not isinstance(row.get(name), list)
-        sides.append(
-            [_said(role, name, row.get(name))] if is_text else _conversation(row, name, "role", "content")
-        )
+        sides.append([_said(role, name, row.get(name))] if is_text else _conversation(row, name, "role", "content"))
     for turn in sides[0]:
         if turn.message["role"] == "assistant":
             turn.message["train"] = False
@@ -99,9 +97,7 @@ def check(turns: list[Turn]) -> None:
             filled(content_at, message["content"])
         previous = "call" if message.get("tool_calls") else role
     if not any(turn.message.get("train", True) for turn in turns if turn.message["role"] == "assistant"):
-        raise Refused(
-            f"{turns[-1].content_at}: every assistant turn is marked as context: none to learn from"
-        )
+        raise Refused(f"{turns[-1].content_at}: every assistant turn is marked as context: none to learn from")
 
 
 def tools_of(tools: Any) -> list[dict[str, Any]] | None:
@@ -181,9 +177,7 @@ def _parts(at: str, parts: list[Any]) -> dict[str, Any]:
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(kind, str) or kind not in read:
-            raise Refused(
-                f"{at}[{i}].type: expected one of {', '.join(read)}, found {a(kind if kind else part)}"
-            )
+            raise Refused(f"{at}[{i}].type: expected one of {', '.join(read)}, found {a(kind if kind else part)}")
         key = "text" if kind == "text" and part.get("text") is not None else "value"
         where, value = f"{at}[{i}].{key}", part.get(key)
         read[kind] += _calls(where, from_json(where, value)) if kind == "tool_call" else [text(where, value)]
@@ -207,9 +201,7 @@ def _calls(at: str, calls: Any) -> list[dict[str, Any]]:
         if not isinstance(arguments, dict):
             raise Refused(f"{at}[{i}].arguments: expected an object, found {a(arguments)}")
         named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        read.append(
-            named | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        )
+        read.append(named | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     if not read:
         raise Refused(f"{at}: expected tool calls with `name` and `arguments`, found an empty list")
     return read

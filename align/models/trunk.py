@@ -37,9 +37,7 @@ class Trunk(nn.Module):
         self.head = causal.get_output_embeddings()
         config = causal.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        self.scale = getattr(config, "logit_scale", None) or 1 / (
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         self.adapted = lora is not None
         causal.requires_grad_(not self.adapted)
         with torch.random.fork_rng():

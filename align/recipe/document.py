@@ -121,9 +121,7 @@ class _Reader:
             if not isinstance(key_node, yaml.ScalarNode) or not printable(key):
                 self._fault(line, f"a key in {dotted(keys)} is not text")
             elif key in values:
-                self._fault(
-                    line, f"duplicate key {key!r} in {dotted(keys)}; it already stands on line {first[key]}"
-                )
+                self._fault(line, f"duplicate key {key!r} in {dotted(keys)}; it already stands on line {first[key]}")
             else:
                 values[key], first[key] = self._value(value_node, (*keys, key), line), line
         return values
@@ -193,9 +191,7 @@ class Document:
                 self.places[keys] = here
             inside = inside[key]
             if not isinstance(inside, dict | list):
-                raise UserError(
-                    f"{here.where}: {dotted(keys)} is {spoken(inside)}, so nothing stands below it"
-                )
+                raise UserError(f"{here.where}: {dotted(keys)} is {spoken(inside)}, so nothing stands below it")
         reader = _Reader(order=lambda line: here.order, where=lambda line: here.where)
         inside[key] = reader.read(written, keys)
         outside = {k: place for k, place in self.places.items() if k[: len(keys)] != keys}

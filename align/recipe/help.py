@@ -54,9 +54,7 @@ def recipe_help(recipe_type: type[BaseModel], program: str) -> str:
 
 
 def _filled(text: str, first: int = 0, rest: int = 0) -> str:
-    return textwrap.fill(
-        " ".join(text.split()), WIDTH, initial_indent=" " * first, subsequent_indent=" " * rest
-    )
+    return textwrap.fill(" ".join(text.split()), WIDTH, initial_indent=" " * first, subsequent_indent=" " * rest)
 
 
 def json_schema(recipe_type: type[BaseModel]) -> str:
@@ -105,9 +103,7 @@ def words(kind: Any) -> str:
 
 def _arm(kind: Any) -> str:
     bare, constraints = split(kind)
-    said = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(
-        bare, "any value"
-    )
+    said = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(bare, "any value")
     if is_section(bare):
         said = "a section"
     elif get_origin(bare) is list:

@@ -90,9 +90,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str], recipe_type: type[Ba
 
 def dump_recipe(recipe: BaseRecipe) -> str:
     """The resolved recipe, defaults included, as YAML that loads back equal."""
-    return yaml.dump(
-        recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100, indent=2
-    )
+    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100, indent=2)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -122,9 +120,7 @@ def _problems(error: ValidationError, recipe_type: type[BaseRecipe], document: D
         if len(arms(kind)) > 1 and any(other != keys and other[: len(keys)] == keys for other in found):
             continue  # one arm of the union fits but for a value inside it: only that value is at fault
         place = document.place(keys[:-1] if fault["type"] == "missing" else keys)
-        problems.append(
-            Problem(place.order, f"{place.where}: {_say(fault, keys, kind, recipe_type, document)}")
-        )
+        problems.append(Problem(place.order, f"{place.where}: {_say(fault, keys, kind, recipe_type, document)}"))
     return problems
 
 

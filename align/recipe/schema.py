@@ -36,11 +36,12 @@ class Model(Section):
     config: dict[str, Any] = Field(default_factory=dict)
     """With `init: random`: entries that replace those of the base's config, such as `hidden_size`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the frozen trunk. `auto` is bfloat16 where the device computes it natively, else float32; what trains is float32."""
+    """Of the frozen trunk: `auto` is bfloat16 where the device computes it natively, else float32. What trains is
+    float32."""
     quantize: Literal["8bit", "4bit"] | None = None
     """Load the trunk quantised (needs bitsandbytes and a LoRA)."""
     layout: Literal["auto", "tree", "padded"] = "auto"
-    """How batches are laid out. `auto` tries the packed tree layout on the loaded model and keeps it if it is exact there."""
+    """How batches are laid out. `auto` tries the packed tree layout on the loaded model and keeps it if it is exact."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, much less memory."""
     compile: bool = False
@@ -115,7 +116,7 @@ class Data(Section):
     overlong: Literal["error", "drop", "truncate"] = "error"
     """What happens to a longer one. Drops and cuts are written to ledger.jsonl."""
     invalid: Literal["error", "drop"] = "error"
-    """What happens to a row that cannot be taken (no assistant turn, empty content, …). Drops are written to ledger.jsonl."""
+    """What happens to a row that cannot be taken (no assistant turn, empty content, …). Drops go to ledger.jsonl."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Exact duplicates are always counted; `drop` keeps the first of each."""
 

@@ -63,9 +63,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
-        self._thread = ThreadPoolExecutor(
-            1, "checkpoint"
-        )  # joined when the interpreter exits, so no save is cut off
+        self._thread = ThreadPoolExecutor(1, "checkpoint")  # joined when the interpreter exits, so no save is cut off
         self._last: Future[float] | None = None
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> float:
@@ -221,11 +219,7 @@ def _speaking(path: Path, size: int) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = (
-            error.strerror
-            if isinstance(error, OSError)
-            else re.sub(r".*error: | \(os error.*", "", str(error))
-        )
+        reason = error.strerror if isinstance(error, OSError) else re.sub(r".*error: | \(os error.*", "", str(error))
         near = next((folder for folder in path.parents if folder.is_dir()), Path("/"))
         free = shutil.disk_usage(near).free
         room = f"{size / 1e6:,.1f} MB to write, {free / 1e6:,.1f} MB free in {near}"

@@ -39,15 +39,13 @@ from align.training.meters import (
 )
 from align.training.plan import Plan, learning_rate
 from align.training.report import write_report
-from align.training.run import Run
+from align.training.run import Run, open_trackers
 from align.training.screen import Screen
 from align.training.session import Session, signals
 from align.training.state import capture, restore, trained_parameters, whole
 
 Metrics = dict[str, tuple[Tensor | float, Tensor | float]]  # name -> (sum, count)
-Loss = Callable[
-    [nn.Module, Forest], tuple[Tensor, Metrics]
-]  # (trunk, batch) -> (summed loss, metrics with "loss")
+Loss = Callable[[nn.Module, Forest], tuple[Tensor, Metrics]]  # (trunk, batch) -> (summed loss, metrics with "loss")
 
 
 def fit(session: Session, run: Run, trunk: Trunk, data: Prepared, loss: Loss) -> None:
@@ -82,6 +80,7 @@ class Loop:
             session.say(f"going on from {point} (step {self.step} of {self.plan.steps})")
         if session.first:
             run.open(self.data, session.fresh, self.step)
+            self.trackers = open_trackers(run)
         self.accelerator.wait_for_everyone()
         self._introduce()
         with signals() as asked, Screen(session.console, self.plan.steps, self.step) as screen:
@@ -159,8 +158,8 @@ class Loop:
         what = "gradient" if math.isfinite(loss) else "loss"
         where = ", ".join(self.data.train.where(int(i)) for i in chosen[:8])
         raise UserError(
-            f"step {step}: the {what} is not finite (loss {loss}, gradient norm {norm}); the state after step {self.step} "
-            f"is saved in {self.run.checkpoints}. Lower optim.learning_rate, compute in float32 (model.dtype=float32), "
+            f"step {step}: the {what} is not finite (loss {loss}, gradient norm {norm}); the state after step "
+            f"{self.step} is saved in {self.run.checkpoints}. Lower optim.learning_rate, compute in float32 (model.dtype=float32), "
             f"or look at the step's examples: {where}{', …' if len(chosen) > 8 else ''}"
         )
 
@@ -235,6 +234,8 @@ class Loop:
         """Wait for the disk, then write summary and report."""
         if self.session.first:
             durable = self.writer.wait()
+            for tracker in self.trackers:
+                tracker.finish()
             self.run.summarise(self._summary(durable))
             write_report(self.run.folder)
         self.accelerator.wait_for_everyone()
@@ -247,7 +248,8 @@ class Loop:
         total = sum(p.numel() for p in self.model.parameters())
         say(
             f"{trunk.base_name} on {self.accelerator.num_processes} x {trunk.device.type} ({torch.get_num_threads()} "
-            f"threads), {str(trunk.dtype).removeprefix('torch.')}, {trunk.layout} layout; {trained:,} of {total:,} parameters train"
+            f"threads), {str(trunk.dtype).removeprefix('torch.')}, {trunk.layout} layout; "
+            f"{trained:,} of {total:,} parameters train"
         )
         mean = float(self.data.train.lengths.mean()) * plan.per_step
         say(
@@ -263,7 +265,8 @@ class Loop:
             return
         self.run.append("metrics.jsonl", record)
         numbers = {f"{record['split']}/{k}": v for k, v in record.items() if k not in ("step", "split")}
-        self.accelerator.log(numbers, step=record["step"])
+        for tracker in self.trackers:
+            tracker.log(numbers, step=record["step"])
 
     def _summary(self, durable: float) -> dict:
         trunk, meter = self.trunk, self.throughput
@@ -280,9 +283,7 @@ class Loop:
             "train_seconds": self.elapsed,
             "tokens_per_second": meter.tokens_per_second if meter.seconds else None,
             "model_flops_per_token": flops,
-            "mfu": mfu(meter.tokens_per_second, flops, peak_flops(name, trunk.dtype))
-            if meter.seconds
-            else None,
+            "mfu": mfu(meter.tokens_per_second, flops, peak_flops(name, trunk.dtype)) if meter.seconds else None,
             "peak_memory_bytes": peak_memory(trunk.device),
             "save_blocking_seconds": getattr(self, "blocking_seconds", None),
             "save_durable_seconds": durable,

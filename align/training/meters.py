@@ -212,9 +212,7 @@ class Stability(NamedTuple):
     """How steadily the training loss fell."""
 
     spread: float | None  # standard deviation of the losses of the first 100 steps; None with fewer than two
-    spikes: (
-        list[int] | None
-    )  # steps with a loss above mean + 6 sigma of the 128 before; None if never so many
+    spikes: list[int] | None  # steps with a loss above mean + 6 sigma of the 128 before; None if never so many
 
 
 def loss_stability(steps: Sequence[int], losses: Sequence[float]) -> Stability:
@@ -237,8 +235,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": {
-            name: _version(name)
-            for name in ("align", "torch", "transformers", "peft", "accelerate", "trl", "datasets")
+            name: _version(name) for name in ("align", "torch", "transformers", "peft", "accelerate", "trl", "datasets")
         },
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         or [f"CPU ({torch.backends.cpu.get_cpu_capability()})"],

@@ -132,9 +132,7 @@ def _course(curve: Curve) -> str:
     if len(steps) > 1:
         low, high = values.argmin(), values.argmax()
         said[0] += f" → {value(values[-1])} at step {steps[-1]}"
-        said.append(
-            f"lowest {value(values[low])} at {steps[low]}, highest {value(values[high])} at {steps[high]}"
-        )
+        said.append(f"lowest {value(values[low])} at {steps[low]}, highest {value(values[high])} at {steps[high]}")
     if lost := len(curve.steps) - len(steps):
         said.append(f"{lost} not finite, not drawn")
     return "; ".join(said)
@@ -159,9 +157,7 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
 
 
 def _axes() -> tuple[Figure, Axes]:
-    figure = Figure(
-        figsize=(4.6, 2.5), layout="constrained"
-    )  # points of text stay readable at a phone's width
+    figure = Figure(figsize=(4.6, 2.5), layout="constrained")  # points of text stay readable at a phone's width
     axes = figure.add_subplot()
     axes.grid(color=_GRID, lw=0.6)
     axes.set_axisbelow(True)

@@ -170,9 +170,7 @@ def words(metrics: Metrics) -> list[str]:
         rule = f"above mean + {SPIKE_SIGMAS} sigma of the {SPIKE_WINDOW} logged before"
         said.append(f"Loss spikes ({rule}) at steps {steps}." if steps else f"No loss spikes ({rule}).")
     elif len(loss.steps):
-        said.append(
-            f"Spikes are looked for after {SPIKE_WINDOW} logged losses; this run has {len(loss.steps)}."
-        )
+        said.append(f"Spikes are looked for after {SPIKE_WINDOW} logged losses; this run has {len(loss.steps)}.")
     if metrics.unreadable:
         said.append(f"Lines of metrics.jsonl that could not be read, and are left out: {metrics.unreadable}.")
     return said

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.utils import LoggerType
 
 from align.data.examples import Examples
 from align.data.mixture import Prepared
@@ -48,6 +51,9 @@ class Run:
 
     def check(self, fresh: bool) -> None:
         """Raise UserError if the folder holds something that this run must not touch. Writes nothing."""
+        for name in self.recipe.log.trackers:
+            if find_spec(name) is None:
+                raise UserError(f"log.trackers: {name} is not installed; run: pip install {name}")
         folder = self.folder
         if folder.exists() and not folder.is_dir():
             raise UserError(f"run: {folder} is a file; name another folder")
@@ -62,7 +68,8 @@ class Run:
             other = load_recipe(saved, [], type(self.recipe))
         except UserError as error:
             raise UserError(
-                f"run: {folder} holds another run ({error.problems[0]}); name another folder, or start over with --fresh"
+                f"run: {folder} holds another run ({error.problems[0]}); name another folder, "
+                "or start over with --fresh"
             ) from None
         changed = _differences(other.model_dump(exclude=FREE), self.recipe.model_dump(exclude=FREE))
         if changed:
@@ -76,7 +83,7 @@ class Run:
         return (None, []) if fresh else newest_checkpoint(self.checkpoints)
 
     def open(self, data: Prepared, fresh: bool, step: int) -> None:
-        """Make the folder ready to go on after `step`: what is later in it is cut off; with `fresh`, everything is."""
+        """Make the folder ready to go on after `step`: what is later is cut off; with `fresh`, all is."""
         if fresh:
             for name in OWN:
                 path = self.folder / name
@@ -116,10 +123,24 @@ class Run:
         return records
 
 
+def open_trackers(run: Run) -> list[GeneralTracker]:
+    """The recipe's trackers, started. Raises UserError for one that cannot start."""
+    log, trackers = run.recipe.log, []
+    for name in log.trackers:
+        kind = LOGGER_TYPE_TO_CLASS[LoggerType(name).value]
+        # TensorBoard's folder carries its own name; the others file the run under a project.
+        options = {"logging_dir": run.folder} if kind.requires_logging_directory else {}
+        try:
+            tracker = kind(name if name == "tensorboard" else log.project, **options)
+            tracker.start()
+        except Exception as error:
+            raise UserError(f"log.trackers: {name} cannot start ({str(error).splitlines()[0]})") from None
+        trackers.append(tracker)
+    return trackers
+
+
 def _described(examples: Examples) -> dict[str, Any]:
-    counts, edges = (
-        np.histogram(examples.lengths, bins=min(40, max(1, len(examples)))) if len(examples) else ([], [])
-    )
+    counts, edges = np.histogram(examples.lengths, bins=min(40, max(1, len(examples)))) if len(examples) else ([], [])
     return {
         "examples": len(examples),
         "tokens": int(examples.lengths.sum()),

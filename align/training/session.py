@@ -61,9 +61,7 @@ class Session:
         """What `--show` prints: the first examples of the first epoch, their trained tokens marked."""
         for i in data.train.order(self.recipe.seed, 0)[:SHOWN]:
             tree = data.train.tree(int(i))
-            self.say(
-                f"\n{data.train.where(int(i))} ({tree.packed_length} tokens, {tree.label_count} trained)"
-            )
+            self.say(f"\n{data.train.where(int(i))} ({tree.packed_length} tokens, {tree.label_count} trained)")
             self.console.print(show(tree, tokenizer, colour=self.console.is_terminal), soft_wrap=True)
 
 
@@ -82,9 +80,7 @@ def run_stage(
         # Precision is the recipe's own; a launcher's mixed-precision setting would change the numbers behind it.
         accelerator = Accelerator(mixed_precision="no")
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise UserError(
-                "accelerate's DeepSpeed plugin is not supported: use DDP or FSDP2 (`accelerate config`)"
-            )
+            raise UserError("accelerate's DeepSpeed plugin is not supported: use DDP or FSDP2 (`accelerate config`)")
         _quiet_libraries()
         _use_all_cores()
         console = Console(quiet=not accelerator.is_main_process)

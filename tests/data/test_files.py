@@ -230,9 +230,7 @@ def test_a_bottomless_nest_is_a_fault_or_an_error(tmp_path, depth):
 
 def test_a_missing_file_names_its_neighbour(tmp_path):
     put(tmp_path, "train.jsonl", "x")
-    with pytest.raises(
-        UserError, match=r"trian\.jsonl: no such file or folder; did you mean '.*/train\.jsonl'\?"
-    ):
+    with pytest.raises(UserError, match=r"trian\.jsonl: no such file or folder; did you mean '.*/train\.jsonl'\?"):
         data_files(str(tmp_path / "trian.jsonl"))
 
 
@@ -278,8 +276,7 @@ def test_fuzz_mutated_files_give_rows_faults_or_user_errors(tmp_path_factory, da
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content)))
         content[at : at + data.draw(st.integers(0, 3))] = data.draw(
-            st.sampled_from([b'"', b"\n", b"\r", b"[", b"]", b"{", b",", b"\t", b"\\", b"\x00"])
-            | st.binary(max_size=3)
+            st.sampled_from([b'"', b"\n", b"\r", b"[", b"]", b"{", b",", b"\t", b"\\", b"\x00"]) | st.binary(max_size=3)
         )
     try:
         rows = list(read_rows(Source(path=str(put(folder, name, bytes(content))))))

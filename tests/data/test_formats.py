@@ -331,9 +331,7 @@ def test_detection_names_the_other_formats_that_fit():
     assert "it could be text too" in why
 
 
-@pytest.mark.parametrize(
-    "row", [{"question": "a", "answer": "b"}, {"conversations": HI}, {"messages": "no JSON"}, {}]
-)
+@pytest.mark.parametrize("row", [{"question": "a", "answer": "b"}, {"conversations": HI}, {"messages": "no JSON"}, {}])
 def test_detection_says_why_it_cannot_tell(row):
     format, why = detect([row])
     assert format is None
@@ -435,9 +433,7 @@ def assert_canonical(row: Row) -> None:
     roles = [message["role"] for message in row.messages]
     assert roles[-1] == "assistant"
     shown = "".join("c" if m.get("tool_calls") else m["role"][0] for m in row.messages)
-    while (
-        "ct" in shown
-    ):  # a call and its results, of which there are at most as many, count as part of the answer
+    while "ct" in shown:  # a call and its results, of which there are at most as many, count as part of the answer
         shown = shown.replace("ct", "c")
     shown = shown.removeprefix("s").replace("ca", "a").replace("cc", "c")
     assert set(shown[::2]) == {"u"}
@@ -455,16 +451,12 @@ def assert_canonical(row: Row) -> None:
 JUNK = st.one_of(
     st.none(),
     st.booleans(),
-    st.sampled_from(
-        ["", " ", "assistant", "system", "tool", "function_call", "[]", "{}", "{", "\ud800", b"x"]
-    ),
+    st.sampled_from(["", " ", "assistant", "system", "tool", "function_call", "[]", "{}", "{", "\ud800", b"x"]),
     st.integers(-1, 2),
     st.floats(),
     st.text(max_size=3),
     st.lists(st.none() | st.text(max_size=2), max_size=3),
-    st.dictionaries(
-        st.sampled_from(["role", "from", "type", "name", "function", "value"]), st.text(max_size=2)
-    ),
+    st.dictionaries(st.sampled_from(["role", "from", "type", "name", "function", "value"]), st.text(max_size=2)),
 )
 
 

@@ -79,9 +79,7 @@ def test_no_prompt_stands_on_both_sides(folder, tokenizer, fraction):
     made = _prepare(_data(eval={"fraction": fraction}), tokenizer, folder)
     assert not _prompts(made.train, tokenizer) & _prompts(made.eval, tokenizer)
     assert len(made.eval) == round(fraction * 80)
-    assert sorted(_places(made.train) + _places(made.eval)) == sorted(
-        f"chat.jsonl:{i + 1}" for i in range(80)
-    )
+    assert sorted(_places(made.train) + _places(made.eval)) == sorted(f"chat.jsonl:{i + 1}" for i in range(80))
 
 
 def test_the_split_depends_on_the_seed_alone(folder, tokenizer):
@@ -135,9 +133,7 @@ def test_order_is_a_pure_function_of_seed_and_epoch(folder, tokenizer):
     assert (np.diff(first >= 80) != 0).sum() > 6, "the sources are interleaved, not one after the other"
 
 
-@pytest.mark.parametrize(
-    ("weight", "per_epoch", "epochs"), [(2.0, 20, 1), (0.5, 5, 2), (1.5, 15, 2), (0.3, 3, 10)]
-)
+@pytest.mark.parametrize(("weight", "per_epoch", "epochs"), [(2.0, 20, 1), (0.5, 5, 2), (1.5, 15, 2), (0.3, 3, 10)])
 def test_weights_are_passes_over_a_source(folder, tokenizer, weight, per_epoch, epochs):
     train = [Source(path="chat.jsonl"), Source(path="other.jsonl", weight=weight)]
     examples = _prepare(Data(train=train), tokenizer, folder).train
@@ -204,9 +200,7 @@ def test_a_damaged_store_is_built_anew(folder, tokenizer, file, damage):
     path.unlink()
     if damage != "gone":
         half = len(whole) // 2
-        path.write_bytes(
-            whole[:half] + (bytes([whole[half] ^ 1]) + whole[half + 1 :] if damage == "flip" else b"")
-        )
+        path.write_bytes(whole[:half] + (bytes([whole[half] ^ 1]) + whole[half + 1 :] if damage == "flip" else b""))
     after = stored(source, tokenizer, "assistant", folder / "cache")
     np.testing.assert_array_equal(after.tokens, copy[0])
     np.testing.assert_array_equal(after.trained, copy[1])
@@ -226,9 +220,7 @@ def test_a_failed_build_leaves_nothing(folder, tokenizer):
 def test_a_store_holds_trees_with_branches():
     index = {name: np.zeros(0, np.int64) for name in COLUMNS}
     index |= {"segments": np.array([0, 2, 5, 6, 8]), "examples": np.array([0, 3, 4])}
-    store = Store(
-        np.arange(8, dtype=np.int32), np.arange(8) > 1, **index, files=[], found=[], faults=[], repairs=[]
-    )
+    store = Store(np.arange(8, dtype=np.int32), np.arange(8) > 1, **index, files=[], found=[], faults=[], repairs=[])
     assert store.lengths.tolist() == [6, 2]
     assert [segment.tolist() for segment in store.tree(0).segments] == [[0, 1], [2, 3, 4], [5]]
     assert [trained.tolist() for trained in store.tree(0).trained] == [[False] * 2, [True] * 3, [True]]
@@ -240,9 +232,7 @@ def test_overlong_is_an_error_that_says_how_many_and_how_long(folder, tokenizer)
     with pytest.raises(UserError) as error:
         _prepare(_data("other.jsonl", max_length=int(longest[6])), tokenizer, folder)
     (line,) = error.value.problems
-    assert line.startswith(
-        f"3 rows longer than data.max_length = {longest[6]} tokens, the longest {longest[9]}: "
-    )
+    assert line.startswith(f"3 rows longer than data.max_length = {longest[6]} tokens, the longest {longest[9]}: ")
     assert f"other.jsonl:8 ({longest[7]})" in line
     assert "data.overlong=drop" in line
 
@@ -258,9 +248,7 @@ def test_overlong_rows_can_be_truncated(folder, tokenizer):
     whole = _prepare(_data("other.jsonl"), tokenizer, folder).train
     _save(folder / "long.jsonl", [_chat("a long question " * 30, "yes")])
     limit = int(whole.lengths[6])
-    made = _prepare(
-        _data("other.jsonl", "long.jsonl", max_length=limit, overlong="truncate"), tokenizer, folder
-    )
+    made = _prepare(_data("other.jsonl", "long.jsonl", max_length=limit, overlong="truncate"), tokenizer, folder)
     assert len(made.train) == 10
     for i in range(10):
         cut, full = made.train.tree(i), whole.tree(i)

@@ -64,19 +64,14 @@ def test_spans_are_what_follows_the_generation_prompt(talk):
     assert text == written(talk, tokenizer)
     places = [i for i, turn in enumerate(talk) if turn["role"] == "assistant"]
     for i, (begin, end) in zip(places, spans, strict=True):
-        assert text[:begin] == tokenizer.apply_chat_template(
-            talk[:i], tokenize=False, add_generation_prompt=True
-        )
+        assert text[:begin] == tokenizer.apply_chat_template(talk[:i], tokenize=False, add_generation_prompt=True)
         assert text[:end] == tokenizer.apply_chat_template(talk[: i + 1], tokenize=False).rstrip()
 
 
 def test_tokens_are_those_of_the_template():
     tokenizer = VOICES["gemma"].tokenizer()
     talk = talk_of("hi", "春风 🌸", "more", "  padded  ")
-    assert (
-        tree_of(make_row(talk), tokenizer).segments[0].tolist()
-        == tokenizer.apply_chat_template(talk)["input_ids"]
-    )
+    assert tree_of(make_row(talk), tokenizer).segments[0].tolist() == tokenizer.apply_chat_template(talk)["input_ids"]
     assert tree_of(make_row(talk), tokenizer).segments[0].dtype == np.int32
 
 
@@ -99,9 +94,7 @@ def test_the_default_system_prompt_stays():
     tokenizer = tiny_tokenizer(SMOLLM)
     text = tokenizer.decode(tree_of(make_row(talk_of("hi", "ho")), tokenizer).segments[0])
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
-    assert "SmolLM" not in tokenizer.decode(
-        tree_of(make_row(talk_of("hi", "ho", system="S")), tokenizer).segments[0]
-    )
+    assert "SmolLM" not in tokenizer.decode(tree_of(make_row(talk_of("hi", "ho", system="S")), tokenizer).segments[0])
 
 
 def test_a_template_that_forgets_thoughts():
@@ -122,9 +115,7 @@ def test_a_template_that_ends_the_last_turn_otherwise():
 
 
 def test_marks_that_stop_before_the_end_of_turn_are_stretched():
-    short = MARKED.replace(
-        "+ '<|endoftext|>\n' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|endoftext|>\n' }}"
-    )
+    short = MARKED.replace("+ '<|endoftext|>\n' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|endoftext|>\n' }}")
     assert short != MARKED
     tokenizer = tiny_tokenizer(short, eos_token="<|endoftext|>")
     assert learnt(talk_of("q", "a", "r", "b"), tokenizer) == ["a<|endoftext|>", "b<|endoftext|>"]
@@ -222,8 +213,4 @@ def test_the_prompt_key_is_all_before_the_first_answer():
     assert key != prompt_key(make_row(talk_of("a b", "x"), tools=[{"type": "function"}]))
     opens = [[{"role": "assistant", "content": words}] for words in ("hello", "bye")]
     assert prompt_key(make_row(opens[0])) != prompt_key(make_row(opens[1]))
-    assert (
-        prompt_key(make_row(text="a\n b"))
-        == prompt_key(make_row(text="a b"))
-        != prompt_key(make_row(text="a"))
-    )
+    assert prompt_key(make_row(text="a\n b")) == prompt_key(make_row(text="a b")) != prompt_key(make_row(text="a"))

@@ -56,9 +56,7 @@ def test_builtin_templates_write_tools_themselves(choice, said):
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 PICTURES = {"idefics3", "smolvlm", "llava_next"}  # their content is a list of pictures and texts
 STOCK = sorted(
-    path.stem
-    for path in TEMPLATES.glob("*.jinja")
-    if not path.stem.endswith("_training") and path.stem not in PICTURES
+    path.stem for path in TEMPLATES.glob("*.jinja") if not path.stem.endswith("_training") and path.stem not in PICTURES
 )
 
 
@@ -75,9 +73,7 @@ def test_stock_templates(name):
     assert not any(word in call + answer for word in ("sunny", "rain", "Is it"))
 
 
-@pytest.mark.parametrize(
-    ("name", "results"), [("smollm", False), ("gemma", True), ("llama2", True), ("marked", False)]
-)
+@pytest.mark.parametrize(("name", "results"), [("smollm", False), ("gemma", True), ("llama2", True), ("marked", False)])
 def test_tools_that_a_template_ignores_are_written_as_text(name, results):
     voice = VOICES[name]
     tokenizer = voice.tokenizer()
@@ -93,8 +89,7 @@ def test_tools_that_a_template_ignores_are_written_as_text(name, results):
 
 def test_the_choice_of_a_template(tmp_path):
     assert (
-        chat_tokenizer(tiny_tokenizer("{{ messages[0].content }}"), None).chat_template
-        == "{{ messages[0].content }}"
+        chat_tokenizer(tiny_tokenizer("{{ messages[0].content }}"), None).chat_template == "{{ messages[0].content }}"
     )
     chatml = chat_tokenizer(tiny_tokenizer(eos_token="<|endoftext|>"), None)
     assert chatml.eos_token == "<|im_end|>"
@@ -107,9 +102,7 @@ def test_the_choice_of_a_template(tmp_path):
     plain = chat_tokenizer(bare, None)
     talk = talk_of("a", "b")
     assert plain.apply_chat_template(talk, tokenize=False) == "<s>User: a\n\nAssistant: b</s>\n\n"
-    assert plain.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True).endswith(
-        "\n\nAssistant:"
-    )
+    assert plain.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True).endswith("\n\nAssistant:")
 
 
 def _words() -> Tokenizer:

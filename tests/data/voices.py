@@ -37,9 +37,7 @@ def _backend(trim: bool) -> str:
     return backend.to_str()
 
 
-def tiny_tokenizer(
-    template: str | None = None, *, trim: bool = False, **tokens: Any
-) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(template: str | None = None, *, trim: bool = False, **tokens: Any) -> PreTrainedTokenizerFast:
     """A small byte-level BPE; `tokens` are eos_token and the like, `trim` leaves blanks out of offsets."""
     tokens = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"} | tokens
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_backend(trim)), **tokens)
@@ -103,9 +101,7 @@ MARKED = (
 class Voice:
     """A template, the tokens it needs, what ends a turn, and how it writes an assistant's words."""
 
-    def __init__(
-        self, template: str, end: str, *, trims: bool = False, begin: str = "", **tokens: str
-    ) -> None:
+    def __init__(self, template: str, end: str, *, trims: bool = False, begin: str = "", **tokens: str) -> None:
         self.template, self.end, self.trims, self.begin, self.tokens = template, end, trims, begin, tokens
 
     def tokenizer(self, **more: Any) -> PreTrainedTokenizerFast:

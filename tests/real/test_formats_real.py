@@ -10,9 +10,7 @@ from align.data.formats import Fault, Row, describe, read_rows
 from align.recipe.schema import Source
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-pytestmark = pytest.mark.skipif(
-    not DATA.is_dir(), reason="the published data sets are not beside the project"
-)
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the published data sets are not beside the project")
 
 NO_ANSWER = "conversations: expected an assistant turn to learn from, found none"
 EMPTY = "conversations[2].value: expected text, found an empty text"

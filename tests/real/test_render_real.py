@@ -63,9 +63,7 @@ def test_rows_that_cannot_be_taken_are_named(tokenizer, tmp_path):
         prepare(Data(train=[Source(path=ZH)], max_length=1_000_000), tokenizer, "assistant", 0, tmp_path)
     places = [problem.split(": ")[0] for problem in error.value.problems[:-1]]
     assert places == [f"{ZH}:59", f"{ZH}:781"]
-    data = Data(
-        train=[Source(path=ZH)], max_length=2048, overlong="drop", invalid="drop", eval={"fraction": 0.1}
-    )
+    data = Data(train=[Source(path=ZH)], max_length=2048, overlong="drop", invalid="drop", eval={"fraction": 0.1})
     made = prepare(data, tokenizer, "assistant", 0, tmp_path)
     assert len(made.train) + len(made.eval) + made.ledger.count("dropped") == 1000
     assert made.ledger.dropped["invalid"] == 2

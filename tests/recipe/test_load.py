@@ -128,8 +128,7 @@ def test_every_problem_at_once_in_the_order_of_the_file(problems):
         "r.yaml:21: optim.eps: expected a number above 0, found the number 0",
         "r.yaml:22: duplicate key 'eps' in optim; it already stands on line 21",
         "r.yaml:23: batch.row_tokens: expected a whole number above 0 or 'auto', found the number 0",
-        f"r.yaml:24: log.trackers.0: expected {trackers}, found the text 'tensorbord'; "
-        "did you mean 'tensorboard'?",
+        f"r.yaml:24: log.trackers.0: expected {trackers}, found the text 'tensorbord'; did you mean 'tensorboard'?",
         "override 'train.keep=1.5': train.keep: expected a whole number above 0, found the number 1.5",
     ]
 
@@ -280,9 +279,7 @@ def test_no_such_file(tmp_path):
 
 
 def test_the_resolved_recipe_is_itself_a_recipe(load):
-    recipe = load(
-        VALID, "log.samples=['yes', '1e-4', '010', \"a\\n b\\n\", 你好, '']", "optim.learning_rate=5e-7"
-    )
+    recipe = load(VALID, "log.samples=['yes', '1e-4', '010', \"a\\n b\\n\", 你好, '']", "optim.learning_rate=5e-7")
     text = dump_recipe(recipe)
     assert load(text) == recipe
     assert "你好" in text

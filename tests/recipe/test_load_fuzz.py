@@ -41,13 +41,9 @@ often = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-words = st.sampled_from(
-    ["path", "train", "r", "lr", "targets", "0", "yes", "1e-4", "sft", "dpo", "auto", "", "~"]
-)
+words = st.sampled_from(["path", "train", "r", "lr", "targets", "0", "yes", "1e-4", "sft", "dpo", "auto", "", "~"])
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words | st.text(max_size=8)
-values = st.recursive(
-    scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(words, v, max_size=3), max_leaves=6
-)
+values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(words, v, max_size=3), max_leaves=6)
 lines = st.sampled_from([
     b"<<: *a\n", b"a: &a [*a, *a]\n", b"  - ", b"? [x]\n: y\n", b"!!int x", b"--- |\n", b"%YAML 9.9\n", b"'",
     b'"\\', b"{" * 99, b"- " * 99, b": : :", b"\t", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\x00", b"&a", b"*a",
@@ -105,9 +101,7 @@ def load_or_hear_why(file: Path, content: bytes, *overrides: str) -> Recipe | No
         return load_recipe(file, overrides, Recipe)
     except UserError as error:
         for problem in error.problems:
-            assert problem.startswith(f"{file}:") or any(
-                problem.startswith(f"override {o!r}: ") for o in overrides
-            )
+            assert problem.startswith(f"{file}:") or any(problem.startswith(f"override {o!r}: ") for o in overrides)
             assert "\n" not in problem
             problem.encode()
     return None
@@ -127,9 +121,7 @@ def test_any_bytes(file, content):
 
 KEYS = ["data", "train", "0", "1", "lora", "targets", "path", "run", "x", ""]
 dotted = st.lists(st.sampled_from(KEYS), max_size=4).map(".".join)
-written = (
-    st.text(max_size=12) | values.map(json.dumps) | st.sampled_from(["[", "*a", "!x", '"\\ud800"', "\udcff"])
-)
+written = st.text(max_size=12) | values.map(json.dumps) | st.sampled_from(["[", "*a", "!x", '"\\ud800"', "\udcff"])
 
 
 @often
@@ -142,9 +134,7 @@ def holds(value) -> bool:
     """Whether a recipe can hold it: numbers are finite and of ordinary length."""
     if isinstance(value, list | dict):
         return all(map(holds, value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, int | float) or (
-        math.isfinite(value) and (value != int(value) or abs(value) < 1e17)
-    )
+    return not isinstance(value, int | float) or (math.isfinite(value) and (value != int(value) or abs(value) < 1e17))
 
 
 text = words | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

@@ -59,9 +59,7 @@ def test_round_trip(tmp_path):
     assert newest_checkpoint(path.parent) == (path, [])
     loaded, loaded_state = load_checkpoint(path)
     assert loaded_state == state
-    assert {part: set(named) for part, named in loaded.items()} == {
-        part: set(t) for part, t in tensors.items()
-    }
+    assert {part: set(named) for part, named in loaded.items()} == {part: set(t) for part, t in tensors.items()}
     for part, named in tensors.items():
         for name, tensor in named.items():
             assert loaded[part][name].dtype == tensor.dtype

@@ -20,9 +20,7 @@ from test_checkpoint import names, parts, save, value_of
 from align.recipe.errors import UserError
 from align.training.checkpoint import CheckpointWriter, newest_checkpoint, save_checkpoint, write_atomic
 
-children = multiprocessing.get_context(
-    "forkserver"
-)  # imports torch once, before any thread that a fork would lose
+children = multiprocessing.get_context("forkserver")  # imports torch once, before any thread that a fork would lose
 children.set_forkserver_preload(["align.training.checkpoint"])
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}  # audited by Python
@@ -104,17 +102,13 @@ def test_a_full_disk(tmp_path):
     disk.mkdir()
     if (
         shutil.which("mount") is None
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True
-        ).returncode
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode
     ):
         pytest.skip("needs the right to mount a tmpfs")
     try:
         first = save(disk / "checkpoints", 1)
         big = {"model": {"w": torch.ones(50_000)}}
-        with pytest.raises(
-            UserError, match=r"step-000002: cannot be written: No space left on device"
-        ) as caught:
+        with pytest.raises(UserError, match=r"step-000002: cannot be written: No space left on device") as caught:
             save_checkpoint(disk / "checkpoints", 2, big, {}, keep=1)
         assert "(0.2 MB to write, 0.0 MB free in " in str(caught.value)
         assert names(first.parent) == ["step-000001"]
@@ -147,9 +141,7 @@ def test_a_file_that_may_not_grow(tmp_path):
     child.start()
     child.join()
     assert child.exitcode == 0
-    assert (
-        "step-000002: cannot be written: File too large (0.2 MB to write, " in (tmp_path / "said").read_text()
-    )
+    assert "step-000002: cannot be written: File too large (0.2 MB to write, " in (tmp_path / "said").read_text()
     assert value_of(newest_checkpoint(tmp_path)[0]) == 3
 
 

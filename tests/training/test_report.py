@@ -155,9 +155,7 @@ def test_the_page_needs_no_network(run):
     html = write_report(run).read_text("utf-8")
     assert not re.search(r"https?://|//[a-z]|@import|url\((?!#)", html)
     page = Page(html)
-    refers = [
-        attrs[name] for _, attrs in page.tags for name in ("src", "href", "xlink:href") if name in attrs
-    ]
+    refers = [attrs[name] for _, attrs in page.tags for name in ("src", "href", "xlink:href") if name in attrs]
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert {target[0] for target in refers} <= {"#"}
     assert {target[1:] for target in refers} | set(re.findall(r"url\(#(\w+)\)", html)) == set(ids)
@@ -223,10 +221,7 @@ def test_numbers_that_are_not_finite_are_told_and_not_drawn(tmp_path):
     assert "Eval perplexity 9 → infinite step 0 → 3" in page.text
     assert "Train loss infinite at step 3; 2 at step 0" in page.text
     assert "Train losses that are not finite: 2, the first at step 1." in page.text
-    assert (
-        "train: 2 at step 0 → 1 at step 2; lowest 1 at 2, highest 2 at 0; 2 not finite, not drawn"
-        in page.text
-    )
+    assert "train: 2 at step 0 → 1 at step 2; lowest 1 at 2, highest 2 at 0; 2 not finite, not drawn" in page.text
     assert "train: 1 not finite, not drawn" in page.text
     assert [tag for tag, _ in page.tags].count("svg") == 2  # loss and perplexity; kl has nothing to draw
     assert not re.search(r"\b(nan|inf)\b", write_report(tmp_path).read_text("utf-8"))
@@ -243,9 +238,7 @@ def test_a_ledger_of_many_reasons_counts_those_it_does_not_list(tmp_path):
 
 
 def test_half_a_surrogate_pair_in_a_row_does_not_stop_the_report(tmp_path):
-    (tmp_path / "ledger.jsonl").write_text(
-        '{"file": "a", "line": 1, "action": "drop", "reason": "bad \\ud83d end"}\n'
-    )
+    (tmp_path / "ledger.jsonl").write_text('{"file": "a", "line": 1, "action": "drop", "reason": "bad \\ud83d end"}\n')
     assert "bad ? end" in report(tmp_path).text
 
 
@@ -253,9 +246,7 @@ def test_a_spike_is_named(tmp_path):
     losses = [2.0 + 0.01 * (-1) ** step for step in range(1, 201)]
     losses[149] = 5.0
     lines(tmp_path / "metrics.jsonl", [train(step, loss=loss) for step, loss in enumerate(losses, 1)])
-    assert (
-        "Loss spikes (above mean + 6 sigma of the 128 logged before) at steps 150." in report(tmp_path).text
-    )
+    assert "Loss spikes (above mean + 6 sigma of the 128 logged before) at steps 150." in report(tmp_path).text
 
 
 def test_long_curves_are_thinned_and_keep_their_ends_and_spikes():
@@ -272,9 +263,7 @@ def test_long_curves_are_thinned_and_keep_their_ends_and_spikes():
 
 def test_a_long_run_gives_a_page_of_bounded_size(tmp_path):
     rng = np.random.default_rng(0)
-    lines(
-        tmp_path / "metrics.jsonl", [train(s, loss=float(x)) for s, x in enumerate(rng.normal(size=20_000))]
-    )
+    lines(tmp_path / "metrics.jsonl", [train(s, loss=float(x)) for s, x in enumerate(rng.normal(size=20_000))])
     assert len(write_report(tmp_path).read_bytes()) < 300_000
 
 
