@@ -81,10 +81,14 @@ def forest_attention(
     assert query.shape[0] == 1, query.shape
     assert not dropout, "the trunk's own dropout is off"
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type != "cpu":
-        mask = forest.tree_mask.block_mask(sliding_window)
-        return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
-    return _BlockAttention.apply(query, key, value, forest, scaling, sliding_window, softcap), None
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # rotation has left query and key in float32; SDPA would cast as well
+        query, key, value = (part.to(torch.get_autocast_dtype(device)) for part in (query, key, value))
+    with torch.autocast(device, enabled=False):
+        if device != "cpu":
+            mask = forest.tree_mask.block_mask(sliding_window)
+            return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
+        return _BlockAttention.apply(query, key, value, forest, scaling, sliding_window, softcap), None
 
 
 AttentionInterface.register(NAME, forest_attention)

@@ -9,6 +9,8 @@ Shapes: n tokens, i and o the layer's input and output size, r the rank.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from peft import LoraConfig
 from peft.tuners import lora
@@ -19,46 +21,74 @@ from transformers.pytorch_utils import Conv1D
 from align.recipe.schema import Lora
 
 
+class Product(NamedTuple):
+    """The operands of y = W x + b + scale * B A x."""
+
+    weight: Tensor  # (o, i), frozen
+    bias: Tensor | None  # (o,), frozen
+    a: Tensor  # (r, i) float32
+    b: Tensor  # (o, r) float32
+    scale: float
+
+
 class LoraLinear(lora.Linear):
-    """y = W x + b + scale * B A x."""
+    """peft's layer with `product` for its forward where one plain adapter is active."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(…, i) -> (…, o)."""
-        base = self.get_base_layer()
+        operands = None if args or kwargs else self.plain_product()
+        return super().forward(x, *args, **kwargs) if operands is None else _LoraProduct.apply(x, *operands)
+
+    def plain_product(self) -> Product | None:
+        """What to multiply with; None if adapters are off, merged, several, or have dropout."""
         names = [name for name in self.active_adapters if name in self.lora_A]
-        plain = len(names) == 1 and isinstance(self.lora_dropout[names[0]], nn.Identity) and not self.merged
-        if self.disable_adapters or not plain or args or kwargs:
-            return super().forward(x, *args, **kwargs)
+        if self.disable_adapters or self.merged or len(names) != 1:
+            return None
         (name,) = names
+        if not isinstance(self.lora_dropout[name], nn.Identity):
+            return None
+        base = self.get_base_layer()
         weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return _LoraProduct.apply(x, weight, base.bias, a, b, self.scaling[name])
+        return Product(weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+
+
+def product(rows: Tensor, operands: Product) -> tuple[Tensor, Tensor]:
+    """rows (n, i) -> y (n, o) and the low-rank A x (n, r), kept for the backward pass."""
+    weight, bias, a, b, scale = operands
+    low = rows @ a.to(rows.dtype).T
+    out = nn.functional.linear(rows, weight, bias)
+    return out.addmm_(low, b.to(rows.dtype).T, alpha=scale), low
+
+
+def product_backward(
+    above: Tensor, rows: Tensor, low: Tensor, operands: Product, onto: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, A and B from that of y, `above` (n, o); x's is added `onto` another where one is given."""
+    weight, _, a, b, scale = operands
+    up = above @ b.to(above.dtype)  # (n, r)
+    grad_a = (up.T @ rows).to(a.dtype).mul_(scale)
+    grad_b = (above.T @ low).to(b.dtype).mul_(scale)
+    grad_x = above @ weight if onto is None else onto.addmm_(above, weight)
+    return grad_x.addmm_(up, a.to(above.dtype), alpha=scale), grad_a, grad_b
 
 
 class _LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale):
         rows = x.reshape(-1, x.shape[-1])
-        down = rows @ a.to(x.dtype).T  # (n, r)
-        out = nn.functional.linear(rows, weight, bias)
-        out.addmm_(down, b.to(x.dtype).T, alpha=scale)
-        ctx.save_for_backward(rows, down, weight, a, b)
+        operands = Product(weight, bias, a, b, scale)
+        out, low = product(rows, operands)
+        ctx.save_for_backward(rows, low, weight, bias, a, b)
         ctx.scale, ctx.shape = scale, x.shape
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        rows, down, weight, a, b = ctx.saved_tensors
+        rows, low, *tensors = ctx.saved_tensors
         above = upstream.reshape(-1, upstream.shape[-1])
-        up = above @ b.to(above.dtype)  # (n, r)
-        grad_a = (up.T @ rows).to(a.dtype).mul_(ctx.scale)
-        grad_b = (above.T @ down).to(b.dtype).mul_(ctx.scale)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = above @ weight
-            grad_x = grad_x.addmm_(up, a.to(above.dtype), alpha=ctx.scale).view(ctx.shape)
-        return grad_x, None, None, grad_a, grad_b, None
+        grad_x, grad_a, grad_b = product_backward(above, rows, low, Product(*tensors, ctx.scale))
+        return grad_x.view(ctx.shape), None, None, grad_a, grad_b, None
 
 
 def lora_config(section: Lora, model: nn.Module, quantized: bool = False) -> LoraConfig:

@@ -22,6 +22,7 @@ from align.data.trees import Forest, Tree, plant
 from align.models.attention import NAME as FOREST
 from align.models.attention import ForestMask
 from align.models.base import META, Base, compute_dtype
+from align.models.fused import fuse
 from align.models.lora import lora_config
 from align.objectives.logprobs import linear_logprobs
 from align.recipe.schema import Lora, Model
@@ -49,13 +50,16 @@ class Trunk(nn.Module):
             )
         if self.adapted:
             self.causal.active_peft_config.base_model_name_or_path = base.source
+        if not model.compile:
+            fuse(causal)
         device = next(causal.parameters()).device
         self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, device)
         if model.gradient_checkpointing:
             causal.gradient_checkpointing_enable({"use_reentrant": False})
             causal.enable_input_require_grads()
+        self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
         self.layout = model.layout if model.layout != "auto" else self._exact_layout()
-        self._set_attention(FOREST if self.packed else "sdpa")
+        self._set_attention(FOREST if self.packed else self.own_attention)
         if model.compile:
             for layer in self._layers():
                 layer.compile(dynamic=True)
@@ -115,14 +119,14 @@ class Trunk(nn.Module):
     def generating(self):
         """transformers' own attention and mode for `generate`, then back."""
         training = self.training
-        self._set_attention("sdpa")
+        self._set_attention(self.own_attention)
         self.eval()
         try:
             with torch.no_grad(), self._autocast():
                 yield self.plain
         finally:
             self.train(training)
-            self._set_attention(FOREST if self.packed else "sdpa")
+            self._set_attention(FOREST if self.packed else self.own_attention)
 
     def save(self, folder: Path, weights: dict[str, Tensor], stage: str) -> None:
         """Write a result that plain peft and transformers load: whole, or not at all.
@@ -174,7 +178,7 @@ class Trunk(nn.Module):
         self.eval()
         try:
             with torch.no_grad():
-                self._set_attention("sdpa")
+                self._set_attention(self.own_attention)
                 alone = self(plant([first, second], packed=False).to(self.device))
                 self._set_attention(FOREST)
                 packed = self(plant([first, second]).to(self.device))

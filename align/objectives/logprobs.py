@@ -23,8 +23,8 @@ def linear_logprobs(
 ) -> Tensor:
     """log softmax(scale * (hidden @ weight.T + bias))[labels], computed chunk by chunk.
 
-    hidden (n, d), weight (V, d), labels (n,) int64, bias (V,) or None -> (n,) float32. `softcap` c passes logits
-    through c * tanh(logits / c) (Gemma 2, arXiv 2408.00118).
+    hidden (n, d), weight (V, d), labels (n,) int64, bias (V,) or None -> (n,) float32 (float64 of float64). `softcap` c
+    passes logits through c * tanh(logits / c) (Gemma 2, arXiv 2408.00118).
 
     The gradient of one log-probability with respect to its own hidden state, W[label] - softmax @ W, does not depend
     on what is later done with it. So where the weight is frozen it is taken in the forward pass, while the softmax is
@@ -41,9 +41,14 @@ def _chunks(n: int, vocabulary: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
+def _wide(weight: Tensor) -> torch.dtype:
+    """What sums are taken in: float32, or float64 of float64."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
 def _log_softmax_parts(hidden, weight, labels, bias, scale, softcap):
     """-> logprobs (c,), softmax (c, V) float32, d logits / d raw logits (c, V) or None, each for one chunk."""
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    logits = torch.nn.functional.linear(hidden, weight, bias).to(_wide(weight))
     if scale != 1.0:
         logits *= scale
     slope = None
@@ -73,7 +78,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.scale, ctx.softcap = scale, softcap
         ctx.weight_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         ahead = hidden.requires_grad and not ctx.weight_trains
-        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        logprobs = torch.empty(len(hidden), dtype=_wide(weight), device=hidden.device)
         jacobian = torch.empty_like(hidden) if ahead else None
         for part in _chunks(len(hidden), len(weight)):
             logprobs[part], softmax, total, slope = _log_softmax_parts(
@@ -96,8 +101,8 @@ class _LinearLogprobs(torch.autograd.Function):
             return upstream[:, None].to(jacobian.dtype) * jacobian, None, None, None, None, None
         hidden, weight, labels, bias = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=_wide(weight))
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=_wide(weight))
         for part in _chunks(len(hidden), len(weight)):
             _, softmax, total, slope = _log_softmax_parts(
                 hidden[part], weight, labels[part], bias, ctx.scale, ctx.softcap

@@ -115,7 +115,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """
     beside = path.with_name(f".writing-{path.name}")
     raw = content.encode() if isinstance(content, str) else content
-    with _speaking(path, len(raw)):
+    with speaking(path, len(raw)):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.write_bytes(raw)
@@ -132,7 +132,7 @@ def _write(folder: Path, step: int, tensors: Tensors, state: str, keep: int) -> 
     assert keep > 0, keep
     path, writing, old = (folder / f"{prefix}step-{step:06d}" for prefix in ("", ".writing-", ".old-"))
     size = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
-    with _speaking(path, size):
+    with speaking(path, size):
         for stale in folder.glob(".writing-step-*"):  # a run was killed while it saved
             shutil.rmtree(stale)
         for aside in folder.glob(".old-step-*"):  # or while it replaced one
@@ -214,7 +214,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _speaking(path: Path, size: int) -> Iterator[None]:
+def speaking(path: Path, size: int) -> Iterator[None]:
     """Say what the disk refused, when `size` bytes were to be written at `path`, in words that help."""
     try:
         yield

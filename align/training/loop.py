@@ -25,7 +25,7 @@ from align.models.decode import answer
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Optim
-from align.training.checkpoint import CheckpointWriter
+from align.training.checkpoint import CheckpointWriter, speaking
 from align.training.meters import (
     Sums,
     Throughput,
@@ -159,8 +159,8 @@ class Loop:
         where = ", ".join(self.data.train.where(int(i)) for i in chosen[:8])
         raise UserError(
             f"step {step}: the {what} is not finite (loss {loss}, gradient norm {norm}); the state after step "
-            f"{self.step} is saved in {self.run.checkpoints}. Lower optim.learning_rate, compute in float32 (model.dtype=float32), "
-            f"or look at the step's examples: {where}{', …' if len(chosen) > 8 else ''}"
+            f"{self.step} is saved in {self.run.checkpoints}. Lower optim.learning_rate, compute in float32 "
+            f"(model.dtype=float32), or look at the step's examples: {where}{', …' if len(chosen) > 8 else ''}"
         )
 
     def _evaluate(self, screen: Screen) -> None:
@@ -225,9 +225,10 @@ class Loop:
     def _finish(self) -> None:
         self._save()
         result = {name: whole(p).detach().to("cpu") for name, p in self.named.items()}
-        if self.session.first:
-            self.trunk.save(self.run.final, result, self.recipe.stage)
         self._close()
+        if self.session.first:  # last of all, for it says that the run is finished
+            with speaking(self.run.final, sum(tensor.nbytes for tensor in result.values())):
+                self.trunk.save(self.run.final, result, self.recipe.stage)
         self.session.say(f"done: {self.run.final}; report: {self.run.folder / 'report.html'}")
 
     def _close(self) -> None:

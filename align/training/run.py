@@ -93,8 +93,9 @@ class Run:
         data.ledger.write(self.folder / "ledger.jsonl")
         about = {"train": _described(data.train), "eval": _described(data.eval), "summary": data.summary}
         write_atomic(self.folder / "data.json", json.dumps(about, indent=1, ensure_ascii=False))
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            kept = [line for line in self._records(name) if line["step"] <= step and step > 0]
+        # A checkpoint comes after its step's metrics, but before the answers at the end.
+        for name, kept_to in (("metrics.jsonl", step), ("samples.jsonl", step - 1)):
+            kept = [line for line in self._records(name) if line["step"] <= kept_to and step > 0]
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
             write_atomic(self.folder / name, text)
 

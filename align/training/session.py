@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ from align.recipe.load import parse_command
 from align.recipe.schema import BaseRecipe
 
 SHOWN = 3  # examples that --show prints
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,12 @@ def run_stage(
         if accelerator is not None and not accelerator.is_main_process:
             time.sleep(3)  # the first process says the same, and takes the others down
         print("\n".join(error.problems), file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{where}{error.strerror}; make room there, or choose another folder", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
         if accelerator is not None and torch.distributed.is_initialized() and sys.exc_info()[0] is None:
