@@ -201,6 +201,38 @@ class TreeMask:
         return self._block_masks[window]
 
 
+def graft(trees: Sequence[Tree], least: int = 8) -> list[Tree]:
+    """Make one tree of all that begin alike, such as with the same system prompt: it is then computed once.
+
+    Only trees without branches, and only what none of them has to predict, is shared; below `least` tokens it is not
+    worth a branch. The loss over all labels stays what it was; the order of labels may change.
+    """
+    groups: dict[object, list[Tree]] = {}
+    for number, tree in enumerate(trees):
+        alone = len(tree.segments) > 1 or len(tree.segments[0]) <= least
+        groups.setdefault(number if alone else tree.segments[0][:least].tobytes(), []).append(tree)
+    return [grafted for group in groups.values() for grafted in _graft(group, least)]
+
+
+def _graft(group: list[Tree], least: int) -> list[Tree]:
+    if len(group) == 1:
+        return group
+    free = min(int(tree.trained[0].argmax()) if tree.trained[0].any() else len(tree.trained[0]) for tree in group)
+    shortest = min(min(len(tree.segments[0]) for tree in group) - 1, free)
+    heads = np.stack([tree.segments[0][:shortest] for tree in group])
+    differing = np.flatnonzero((heads != heads[0]).any(0))
+    shared = int(differing[0]) if len(differing) else shortest
+    if shared < least:
+        return group
+    (first,), _ = group[0]
+    return [
+        Tree(
+            (first[:shared], *(tree.segments[0][shared:] for tree in group)),
+            (np.zeros(shared, bool), *(tree.trained[0][shared:] for tree in group)),
+        )
+    ]
+
+
 def pack(lengths: Sequence[int], budget: int, multiple: int = 1) -> list[list[int]]:
     """Put items into as few rows of at most `budget` tokens as best fit finds, then even the rows out.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from align.data.examples import Examples
 from align.data.mixture import Prepared
-from align.data.trees import Forest, Tree, pack, plant
+from align.data.trees import Forest, Tree, graft, pack, plant
 from align.models.decode import answer
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
@@ -115,13 +115,17 @@ class Loop:
         sums = Sums()
         for number, row in enumerate(rows, 1):
             with self.accelerator.no_sync(self.model) if number < len(rows) else nullcontext():
-                total, metrics = self.loss(self.model, self._batch(self.data.train, row))
+                batch = self._batch(self.data.train, row)
+                total, metrics = self.loss(self.model, batch)
                 self.accelerator.backward(total)
+            sums.add("distinct", int((batch.tree >= 0).sum()) if row else 0)
             for name, (value, count) in metrics.items():
                 sums.add(name, value, count)
         sums.add("stop", float(stop))
         merged = sums.merged(self.accelerator)
         means, (_, count) = merged.means(), merged.sums()["loss"]
+        asked, distinct = means.pop("stop") > 0, int(merged.sums()["distinct"][0])
+        del means["distinct"]
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
         # Accelerate averages gradients over processes; the loss is a sum over all of them.
         torch._foreach_mul_(gradients, self.accelerator.num_processes / max(count, 1.0))
@@ -137,13 +141,12 @@ class Loop:
         tokens = int(self.data.train.lengths[chosen].sum())
         self.tokens_seen += tokens
         self.elapsed += seconds
-        self.throughput.add(tokens, len(chosen), seconds)
-        asked = means.pop("stop") > 0
+        self.throughput.add(distinct, len(chosen), seconds)
         record = {
             "step": step, "split": "train", **means, "learning_rate": rate, "grad_norm": norm,
             "epoch": self.plan.epoch(step), "tokens": tokens, "tokens_seen": self.tokens_seen,
             "step_seconds": seconds, "elapsed_seconds": self.elapsed,
-            "tokens_per_second": tokens / seconds / self.accelerator.num_processes,
+            "tokens_per_second": distinct / seconds / self.accelerator.num_processes,
         }  # fmt: skip
         self._log(record, screen, quiet=bool(step % self.recipe.log.every and step < self.plan.steps))
         return asked
@@ -200,6 +203,8 @@ class Loop:
 
     def _batch(self, examples: Examples, row: list[int]) -> Forest:
         trees = [examples.tree(i) for i in row] or [_unlabelled(examples.tree(0))]
+        if self.trunk.packed:
+            trees = graft(trees)
         multiple = 128 if self.trunk.packed and self.trunk.device.type == "cuda" else 1
         return plant(trees, packed=self.trunk.packed, multiple=multiple).to(self.trunk.device)
 

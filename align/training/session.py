@@ -87,6 +87,11 @@ def run_stage(
         _use_all_cores()
         console = Console(quiet=not accelerator.is_main_process)
         stage(Session(command.recipe, accelerator, console, command.fresh, command.show))
+    except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        remedy = "lower batch.row_tokens, or set model.gradient_checkpointing=true"
+        print("interrupted" if stopped else f"out of memory on the device; {remedy}", file=sys.stderr, flush=True)
+        raise SystemExit(130 if stopped else 2) from None
     except UserError as error:
         if accelerator is not None and not accelerator.is_main_process:
             time.sleep(3)  # the first process says the same, and takes the others down
