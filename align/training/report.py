@@ -4,8 +4,8 @@ Reads what is there of
 
 - recipe.yaml, environment.json;
 - metrics.jsonl: `{"step": int, "split": "train" | "eval", name: number, …}`. Every metric is drawn, those
-  with a common prefix before "/" in one plot. `tokens_seen` and `elapsed_seconds` (both since the first
-  step) and `peak_memory_bytes` stand in the headline instead;
+  with a common prefix before "/" in one plot, but for counters of work and time;
+- summary.json: what the run cost: `tokens_seen`, `train_seconds`, `peak_memory_bytes`, `mfu`, …, or null;
 - data.json: `{"train" | "eval": {"examples", "tokens", "trained_tokens", "lengths": {"edges", "counts"}},
   "summary": [line, …]}`; ledger.jsonl: `{"file", "line", "action", "reason"}`;
 - samples.jsonl: `{"step", "prompt", "response"}`, step 0 before training and the last step after.
@@ -48,7 +48,7 @@ TITLES = {
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second per device",
 }
-NOT_DRAWN = {"step", "split", "epoch", "tokens_seen", "elapsed_seconds", "peak_memory_bytes"}
+NOT_DRAWN = {"step", "split", "epoch", "tokens", "tokens_seen", "step_seconds", "elapsed_seconds", "eval_seconds"}
 LEDGER_ROWS = 50
 
 
@@ -63,7 +63,7 @@ def write_report(run: Path) -> Path:
         .render(
             name=run.resolve().name,
             settings=_settings(recipe),
-            facts=facts(metrics),
+            facts=facts(metrics, _json(run / "summary.json")),
             words=words(metrics),
             panels=[*panels(metrics), *length_panels(data)],
             data=data,
@@ -120,8 +120,8 @@ class Fact(NamedTuple):
     note: str = ""
 
 
-def facts(metrics: Metrics) -> list[Fact]:
-    """The headline's figures, of those metrics that were logged."""
+def facts(metrics: Metrics, summary: dict[str, Any]) -> list[Fact]:
+    """The headline's figures, of what was logged and what it cost."""
     shown = []
     ppl = metrics.curve("eval", "perplexity")
     if len(ppl.steps) > 1:
@@ -140,12 +140,13 @@ def facts(metrics: Metrics) -> list[Fact]:
         shown.append(Fact("Tokens per second", value(float(np.median(rate.values))), note))
     for name, label, show in (
         ("tokens_seen", "Tokens seen", amount),
-        ("elapsed_seconds", "Wall time", duration),
+        ("train_seconds", "Time in training steps", duration),
         ("peak_memory_bytes", "Peak memory", size),
+        ("mfu", "Model FLOPs utilisation", "{:.1%}".format),
+        ("save_durable_seconds", "Last checkpoint durable after", duration),
     ):
-        curve = metrics.curve("train", name).finite
-        if len(curve.steps):
-            shown.append(Fact(label, show(float(curve.values.max()))))
+        if isinstance(summary.get(name), int | float):
+            shown.append(Fact(label, show(summary[name])))
     return shown
 
 

@@ -74,11 +74,12 @@ def run(tmp_path: Path) -> Path:
         evaluation(0, loss=3.0, perplexity=20.0),
         train(1, loss=2.75, learning_rate=1e-4, grad_norm=0.5, tokens_per_second=100.0, tokens_seen=1000),
         train(2, loss=2.5, learning_rate=2e-4, grad_norm=0.75, tokens_per_second=300.0),
-        train(2, tokens_seen=1_234_567, elapsed_seconds=200, peak_memory_bytes=3 * 2**29),
         evaluation(2, loss=2.0, perplexity=8.125, accuracy=0.625),
         evaluation(2, **{"margins/chosen": 1.5, "margins/rejected": -1.25}),
     ]
     lines(run / "metrics.jsonl", metrics)
+    cost = {"tokens_seen": 1_234_567, "train_seconds": 200, "peak_memory_bytes": 3 * 2**29, "mfu": None}
+    (run / "summary.json").write_text(json.dumps(cost))
     ledger = [
         {"file": "a.jsonl", "line": 7, "action": "drop", "reason": "1,043 tokens, most 1,024"},
         {"file": "a.jsonl", "line": 9, "action": "drop", "reason": "2000 tokens, most 1,024"},
@@ -100,7 +101,8 @@ def test_numbers_shown_are_those_of_the_metrics(run):
     assert "Train loss 2.5 at step 2; 2.75 at step 1" in text
     assert "Tokens per second 200 per device, median; 300 at step 2" in text
     assert "Tokens seen 1.23 M" in text
-    assert "Wall time 3 min 20 s" in text
+    assert "Time in training steps 3 min 20 s" in text
+    assert "utilisation" not in text  # unknown, so not told
     assert "Peak memory 1.5 GiB" in text
     assert "Perplexity on the held-out rows fell from 20 to 8.125." in text
     assert "standard deviation of 0.125 over the first 100 steps" in text
