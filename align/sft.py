@@ -22,9 +22,10 @@ from align.data.trees import Forest
 from align.models.base import load_base, load_tokenizer
 from align.models.trunk import Trunk
 from align.recipe.schema import BaseRecipe, Section
+from align.training.launch import run_stage
 from align.training.loop import Metrics, fit
 from align.training.run import Run
-from align.training.session import Session, run_stage
+from align.training.session import Session
 
 
 class Sft(Section):

@@ -128,7 +128,7 @@ def _turn(raw: Any, at: str, role_key: str, content_key: str) -> Turn:
     said = text(role_at, raw.get(role_key))
     role = ROLES.get(said)
     if role is None:
-        raise Refused(f"{role_at}: unknown role '{said}'{meant(said.lower(), ROLES)}")
+        raise Refused(f"{role_at}: unknown role {said[:40]!r}{meant(said.lower(), ROLES)}")
     content = raw.get(content_key)
     if role == "call":
         message = {

@@ -63,7 +63,7 @@ def base_folder(section: Model) -> Path:
 
 def load_tokenizer(section: Model) -> Tokenizer:
     """The base's tokenizer (an SFT adapter brings its own, with its chat template), ready to render chats."""
-    folder = Path(section.adapter) if section.adapter else base_folder(section)
+    folder = adapter_folder(section.adapter) if section.adapter else base_folder(section)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -91,7 +91,7 @@ def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int =
     else:
         model, fingerprint = _load_model(section, folder, config, device), weights_fingerprint(folder)
     if section.adapter:
-        model, fingerprint = merge_adapter(model, Path(section.adapter), fingerprint)
+        model, fingerprint = merge_adapter(model, adapter_folder(section.adapter), fingerprint)
     if not section.quantize:
         model = model.to(device=device, dtype=dtype)
     if model.generation_config is not None:
@@ -158,21 +158,28 @@ def _new_model(section: Model, config: object, seed: int) -> tuple[PreTrainedMod
         torch.manual_seed(seed)
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
-        except (ValueError, TypeError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ZeroDivisionError) as error:
             raise UserError(f"model.config: no model can be made from these settings ({_first_line(error)})") from None
     described = json.dumps([config.to_diff_dict(), seed], sort_keys=True, default=str)
     return model.float(), hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
+def adapter_folder(name: str) -> Path:
+    """The folder of an earlier run's adapter."""
+    folder = Path(name).expanduser()
+    for file in (META, "adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise UserError(f"model.adapter: {folder} has no {file}; give the `final/` folder of a finished SFT run")
+    return folder
+
+
 def merge_adapter(model: PreTrainedModel, folder: Path, fingerprint: str) -> tuple[PreTrainedModel, str]:
     """base + merged adapter, in float32. On a quantised trunk, which cannot take it, the adapter stays, frozen."""
     weights, meta = folder / "adapter_model.safetensors", folder / META
-    for path in (weights, meta, folder / "adapter_config.json"):
-        if not path.is_file():
-            raise UserError(
-                f"model.adapter: {folder} has no {path.name}; give the `final/` folder of a finished SFT run"
-            )
-    trained_on = json.loads(meta.read_text("utf-8")).get("fingerprint")
+    try:
+        trained_on = json.loads(meta.read_text("utf-8")).get("fingerprint")
+    except ValueError as error:
+        raise UserError(f"model.adapter: {meta} is damaged ({_first_line(error)})") from None
     if trained_on != fingerprint:
         raise UserError(
             f"model.adapter: {folder} was trained on a trunk with fingerprint {trained_on}, but model.base has "
@@ -181,7 +188,10 @@ def merge_adapter(model: PreTrainedModel, folder: Path, fingerprint: str) -> tup
     quantized = getattr(model, "is_quantized", False)
     if not quantized:
         model = model.float()
-    adapted = PeftModel.from_pretrained(model, folder, adapter_name="sft")
+    try:
+        adapted = PeftModel.from_pretrained(model, folder, adapter_name="sft")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"model.adapter: {folder} cannot be loaded ({_first_line(error)})") from None
     digest = hashlib.sha256(fingerprint.encode() + weights.read_bytes()).hexdigest()[:16]
     return (adapted.get_base_model() if quantized else adapted.merge_and_unload()), digest
 

@@ -43,6 +43,7 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     return silu and all(isinstance(part, LoraLinear) for part in parts)
 
 
+@torch.enable_grad()
 def _agrees(module: nn.Module, forward) -> bool:
     """Whether the fused forward gives the module's own value and input gradient, in the module's own dtype."""
     weight = next(module.parameters())

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from align.data.trees import Forest, Tree, plant
@@ -25,6 +26,7 @@ from align.models.base import META, Base, compute_dtype
 from align.models.fused import fuse
 from align.models.lora import lora_config
 from align.objectives.logprobs import linear_logprobs
+from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
 
 
@@ -35,7 +37,6 @@ class Trunk(nn.Module):
         super().__init__()
         self.fingerprint, self.base_name, self.tokenizer = base.fingerprint, base.name, base.tokenizer
         causal = base.model
-        self.head = causal.get_output_embeddings()
         config = causal.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -43,11 +44,7 @@ class Trunk(nn.Module):
         causal.requires_grad_(not self.adapted)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.causal = (
-                get_peft_model(causal, lora_config(lora, causal, quantized=bool(model.quantize)))
-                if lora is not None
-                else causal
-            )
+            self.causal = _adapt(causal, lora, quantized=bool(model.quantize)) if self.adapted else causal
         if self.adapted:
             self.causal.active_peft_config.base_model_name_or_path = base.source
         if not model.compile:
@@ -56,7 +53,6 @@ class Trunk(nn.Module):
         self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, device)
         if model.gradient_checkpointing:
             causal.gradient_checkpointing_enable({"use_reentrant": False})
-            causal.enable_input_require_grads()
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
         self.layout = model.layout if model.layout != "auto" else self._exact_layout()
         self._set_attention(FOREST if self.packed else self.own_attention)
@@ -73,6 +69,11 @@ class Trunk(nn.Module):
     def plain(self) -> nn.Module:
         """The transformers model underneath, with the adapter's layers in it."""
         return self.causal.get_base_model() if self.adapted else self.causal
+
+    @property
+    def head(self) -> nn.Module:
+        """The output projection (no second name for it: what is saved goes by the names below `causal`)."""
+        return self.plain.get_output_embeddings()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -193,3 +194,13 @@ class Trunk(nn.Module):
         exact = self.head.weight.dtype == torch.float32 and self.autocast_dtype in (None, torch.float32)
         differs = (packed - alone).abs().median() > (1e-3 if exact else 0.3)
         return "padded" if leaks or differs else "tree"
+
+
+def _adapt(causal: nn.Module, lora: Lora, quantized: bool) -> PeftModel:
+    try:
+        adapted = get_peft_model(causal, lora_config(lora, causal, quantized))
+    except ValueError as error:  # no such module, or one that cannot take an adapter
+        raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
+    if isinstance(causal.get_output_embeddings(), BaseTunerLayer):
+        raise UserError("lora.targets: the output head takes no adapter; leave it out, or use all-linear")
+    return adapted

@@ -24,8 +24,8 @@ from align.data.trees import Forest, Tree, graft, pack, plant
 from align.models.decode import answer
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
-from align.recipe.schema import Optim
 from align.training.checkpoint import CheckpointWriter, speaking
+from align.training.launch import signals
 from align.training.meters import (
     Sums,
     Throughput,
@@ -37,12 +37,12 @@ from align.training.meters import (
     peak_memory,
     perplexity,
 )
-from align.training.plan import Plan, learning_rate
+from align.training.plan import Plan, learning_rate, row_budget
 from align.training.report import write_report
 from align.training.run import Run, open_trackers
 from align.training.screen import Screen
-from align.training.session import Session, signals
-from align.training.state import capture, restore, trained_parameters, whole
+from align.training.session import Session
+from align.training.state import adamw, capture, restore, trained_parameters, whole
 
 Metrics = dict[str, tuple[Tensor | float, Tensor | float]]  # name -> (sum, count)
 Loss = Callable[[nn.Module, Forest], tuple[Tensor, Metrics]]  # (trunk, batch) -> (summed loss, metrics with "loss")
@@ -50,7 +50,10 @@ Loss = Callable[[nn.Module, Forest], tuple[Tensor, Metrics]]  # (trunk, batch) -
 
 def fit(session: Session, run: Run, trunk: Trunk, data: Prepared, loss: Loss) -> None:
     """Train to the end of the plan, or to a signal; leave `final/` and `report.html`."""
-    Loop(session, run, trunk, data, loss).run_all()
+    try:
+        Loop(session, run, trunk, data, loss).run_all()
+    finally:
+        run.close()
 
 
 class Loop:
@@ -181,6 +184,11 @@ class Loop:
                     sums.add(name, value, count)
         merged = sums.merged(self.accelerator)
         record = {"step": self.step, "split": "eval", **merged.means()}
+        if not math.isfinite(record["loss"]):
+            raise UserError(
+                f"step {self.step}: the loss on the eval rows is not finite ({record['loss']}); compute in float32 "
+                "(model.dtype=float32), lower optim.learning_rate, or check model.base"
+            )
         record["perplexity"] = perplexity(*merged.sums()["loss"])
         record["eval_seconds"] = time.perf_counter() - started
         self._log(record, screen)
@@ -294,23 +302,6 @@ class Loop:
             "save_blocking_seconds": getattr(self, "blocking_seconds", None),
             "save_durable_seconds": durable,
         }
-
-
-def adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """Over what trains; vectors (norms, biases) are not decayed."""
-    trained = list(trained_parameters(model).values())
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), eps=optim.eps)
-
-
-def row_budget(wanted: int | str, device: torch.device) -> int:
-    """`auto`: as many tokens as keep the device busy; more only costs memory."""
-    if wanted != "auto":
-        return int(wanted)
-    return 16_384 if device.type == "cuda" else 2_048
 
 
 def _unlabelled(tree: Tree) -> Tree:

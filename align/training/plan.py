@@ -6,6 +6,7 @@ import math
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from align.data.examples import Examples
 from align.recipe.schema import BaseRecipe, Optim
@@ -47,3 +48,10 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     progress = (step - 1 - warmup) / max(1, steps - warmup)
     fall = 1 - progress if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return optim.learning_rate * (optim.min_ratio + (1 - optim.min_ratio) * fall)
+
+
+def row_budget(wanted: int | str, device: torch.device) -> int:
+    """`auto`: as many tokens as keep the device busy; more only costs memory."""
+    if wanted != "auto":
+        return int(wanted)
+    return 16_384 if device.type == "cuda" else 2_048

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +35,7 @@ class Run:
 
     def __init__(self, recipe: BaseRecipe) -> None:
         self.recipe, self.folder = recipe, recipe.folder
+        self._handle: int | None = None  # of the folder, locked
 
     @property
     def checkpoints(self) -> Path:
@@ -84,6 +87,7 @@ class Run:
 
     def open(self, data: Prepared, fresh: bool, step: int) -> None:
         """Make the folder ready to go on after `step`: what is later is cut off; with `fresh`, all is."""
+        self._lock()
         if fresh:
             for name in OWN:
                 path = self.folder / name
@@ -98,6 +102,22 @@ class Run:
             kept = [line for line in self._records(name) if line["step"] <= kept_to and step > 0]
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
             write_atomic(self.folder / name, text)
+
+    def _lock(self) -> None:
+        """Two runs never write into one folder; the lock lives and dies with this process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise UserError(f"run: another process is writing to {self.folder}; wait for it, or stop it") from None
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a line to a JSONL file."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from align.recipe.errors import UserError
+from align.recipe.schema import Optim
 from align.training.checkpoint import Tensors, load_checkpoint
 
 Named = dict[str, nn.Parameter]
@@ -22,6 +23,16 @@ def trained_parameters(model: nn.Module) -> Named:
         for name, p in model.named_parameters()
         if p.requires_grad
     }
+
+
+def adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
+    """Over what trains; vectors (norms, biases) are not decayed."""
+    trained = list(trained_parameters(model).values())
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), eps=optim.eps)
 
 
 def capture(named: Named, optimizer: torch.optim.Optimizer) -> Tensors:

@@ -1,0 +1,31 @@
+"""What tests of the commands share."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The tiny base checkpoint and its rows; see world.py."""
+    from world import make_world  # slow to import, and most tests do not need it
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A cache folder that tests share, so that rows are tokenised once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def here(tmp_path, cache, monkeypatch):
+    """An empty folder to work in."""
+    monkeypatch.setenv("ALIGN_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,300 @@
+"""Loading a base: its dtype, its fingerprint, what it starts from, what is merged into it, and every way to fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from models.tiny import save_base, stir, tiny_model, tree
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from align.data.trees import plant
+from align.models.base import META, compute_dtype, load_base, load_tokenizer, weights_fingerprint
+from align.models.trunk import Trunk
+from align.recipe.errors import UserError
+from align.recipe.schema import Lora, Model
+
+CPU = torch.device("cpu")
+FOREST = plant([tree(6, 4, 3), tree(9, seed=1)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base") / "llama")
+
+
+def loaded(folder: Path, *, frozen: bool = True, seed: int = 0, **settings):
+    return load_base(Model(base=str(folder), **({"dtype": "float32"} | settings)), CPU, frozen=frozen, seed=seed)
+
+
+def trunk_on(folder: Path, lora: Lora | None = Lora(r=4, alpha=8), **settings) -> Trunk:  # noqa: B008
+    section = Model(base=str(folder), **({"dtype": "float32"} | settings))
+    return Trunk(load_base(section, CPU, frozen=lora is not None), section, lora)
+
+
+def saved(trunk: Trunk, final: Path) -> Path:
+    trunk.save(final, {name: p.detach() for name, p in trunk.named_parameters() if p.requires_grad}, "sft")
+    return final
+
+
+def problem(folder: Path | str, **settings) -> str:
+    with pytest.raises(UserError) as error:
+        load_base(Model(base=str(folder), **settings), CPU, frozen=True)
+    (line,) = error.value.problems
+    assert "\n" not in line
+    return line
+
+
+def dtypes(model) -> set[torch.dtype]:
+    return {p.dtype for p in model.parameters()}
+
+
+# -- dtype -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_trunk_has_the_dtype_it_computes_in(folder):
+    for choice in ("float32", "bfloat16", "float16"):
+        assert dtypes(loaded(folder, dtype=choice).model) == {getattr(torch, choice)}
+        assert compute_dtype(choice, CPU) == getattr(torch, choice)
+    assert dtypes(loaded(folder, dtype="auto").model) == {compute_dtype("auto", CPU)}
+
+
+def test_a_trained_trunk_is_float32_and_computes_in_its_dtype(folder):
+    assert dtypes(loaded(folder, frozen=False, dtype="bfloat16").model) == {torch.float32}
+    trunk = trunk_on(folder, None, dtype="bfloat16")
+    assert trunk.dtype == torch.bfloat16
+    logprobs = trunk(FOREST)
+    assert logprobs.dtype == torch.float32
+    exact = trunk_on(folder, None)(FOREST)
+    assert 0 < (logprobs - exact).abs().max() < 0.5
+    logprobs.sum().backward()
+    assert {p.grad.dtype for p in trunk.parameters()} == {torch.float32}
+
+
+def test_adapters_are_float32_on_a_bfloat16_trunk(folder):
+    trunk = trunk_on(folder, dtype="bfloat16")
+    assert {p.dtype for p in trunk.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in trunk.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "dtype"), [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")]
+)
+def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch, avx512, amx, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert compute_dtype("auto", CPU) == getattr(torch, dtype)
+
+
+def test_the_bases_own_dropout_is_off(tmp_path):
+    base = save_base(tmp_path / "gpt2", model=tiny_model("gpt2", attn_pdrop=0.5, embd_pdrop=0.5, resid_pdrop=0.5))
+    trunk = trunk_on(base)
+    trunk.train()
+    assert torch.equal(trunk(FOREST), trunk(FOREST))
+
+
+# -- fingerprint -------------------------------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_is_of_the_weights(folder, tmp_path):
+    own = weights_fingerprint(folder)
+    assert len(own) == 16
+    assert int(own, 16) >= 0
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
+    assert weights_fingerprint(copy) == own
+    assert loaded(folder).fingerprint == loaded(folder, dtype="bfloat16").fingerprint == own
+
+
+def test_retrained_weights_have_another(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for p in model.parameters():
+        p.data *= 1.001
+    assert weights_fingerprint(save_base(tmp_path / "more", model=model)) != weights_fingerprint(folder)
+    assert weights_fingerprint(save_base(tmp_path / "other", "qwen2")) != weights_fingerprint(folder)
+
+
+# -- from scratch ------------------------------------------------------------------------------------------------------
+
+
+def test_new_weights_follow_the_seed(folder):
+    before = torch.random.get_rng_state()
+    first, again, other = (loaded(folder, init="random", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    weights = [base.model.get_input_embeddings().weight for base in (first, again, other, loaded(folder))]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], weights[3])
+    assert first.fingerprint == again.fingerprint
+    assert len({first.fingerprint, other.fingerprint, weights_fingerprint(folder)}) == 3
+
+
+def test_new_shapes_come_from_the_recipe(folder):
+    base = loaded(folder, init="random", config={"num_hidden_layers": 3, "hidden_size": 16})
+    assert base.model.config.num_hidden_layers == 3
+    assert base.model.get_input_embeddings().weight.shape[1] == 16
+    assert base.fingerprint != loaded(folder, init="random").fingerprint
+
+
+def test_settings_that_no_model_has_are_told(folder):
+    told = problem(folder, init="random", config={"hidden_sizes": 8, "num_layer": 2})
+    assert told == f"model.config: {folder} has no setting 'hidden_sizes', 'num_layer'"
+    assert problem(folder, init="random", config={"hidden_act": "nope"}).startswith(
+        "model.config: no model can be made from these settings ("
+    )
+
+
+# -- results and merging -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_base_and_merged_adapter_are_the_adapted_trunk(family, tmp_path):
+    base = save_base(tmp_path / "base", family)
+    trunk = stir(trunk_on(base))
+    final = saved(trunk, tmp_path / "final")
+    merged = trunk_on(base, Lora(r=2), adapter=str(final))
+    with torch.no_grad():
+        adapted = trunk(FOREST)
+        torch.testing.assert_close(merged(FOREST), adapted, rtol=1e-5, atol=2e-5)
+        assert (adapted - trunk_on(base)(FOREST)).abs().max() > 0.01
+    assert merged.fingerprint not in (trunk.fingerprint, "")
+    assert sum("lora_A" in name for name, _ in merged.named_parameters()) == sum(
+        "lora_A" in name for name, _ in trunk.named_parameters()
+    )
+
+
+def test_merging_happens_before_rounding(tmp_path):
+    folder = save_base(tmp_path / "half", model=tiny_model("llama").bfloat16())
+    final = saved(stir(trunk_on(folder)), tmp_path / "final")
+    wide = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    exact = dict(PeftModel.from_pretrained(wide, final).merge_and_unload().named_parameters())
+    rounded = dict(loaded(folder, adapter=str(final), dtype="bfloat16").model.named_parameters())
+    assert all(torch.equal(p, exact[name].bfloat16()) for name, p in rounded.items())
+
+
+def test_a_merged_trunks_fingerprint_is_of_both(folder, tmp_path):
+    one, other = (saved(stir(trunk_on(folder), seed), tmp_path / str(seed)) for seed in (1, 2))
+    prints = [loaded(folder, adapter=str(final)).fingerprint for final in (one, one, other)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_final_loads_with_plain_peft_and_transformers(folder, tmp_path):
+    trunk = stir(trunk_on(folder))
+    final = saved(trunk, tmp_path / "final")
+    ids = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(0))
+    plain = AutoPeftModelForCausalLM.from_pretrained(final)
+    with torch.no_grad(), trunk.generating() as model:
+        torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert tokenizer.chat_template == trunk.tokenizer.chat_template
+    assert json.loads((final / META).read_text()) == {
+        "stage": "sft",
+        "role": "adapter",
+        "base": str(folder),
+        "fingerprint": weights_fingerprint(folder),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])  # output heads tied, apart, tied
+def test_a_full_result_is_an_ordinary_checkpoint(family, tmp_path):
+    trunk = trunk_on(save_base(tmp_path / "base", family), None)
+    with torch.no_grad():
+        for p in trunk.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    final = saved(trunk, tmp_path / "final")
+    plain, told = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    for name, p in trunk.plain.named_parameters():
+        assert torch.equal(plain.get_parameter(name), p), name
+    torch.testing.assert_close(trunk_on(final, None)(FOREST), trunk(FOREST), rtol=0, atol=0)
+    assert json.loads((final / META).read_text())["role"] == "model"
+
+
+def test_a_result_replaces_the_one_before(folder, tmp_path):
+    final = saved(trunk_on(folder), tmp_path / "final")
+    (final / "stale").write_text("x")
+    assert not (saved(trunk_on(folder), final) / "stale").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+# -- what a user can get wrong -----------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_another_trunk_is_refused(folder, tmp_path):
+    final = saved(trunk_on(folder), tmp_path / "final")
+    other = save_base(tmp_path / "other", model=tiny_model("llama", seed=7))
+    told = problem(other, adapter=str(final))
+    assert told.startswith(f"model.adapter: {final} was trained on a trunk with fingerprint ")
+    assert weights_fingerprint(folder) in told
+    assert weights_fingerprint(other) in told
+
+
+@pytest.mark.parametrize("file", [META, "adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_without_its_files_is_refused(folder, tmp_path, file):
+    final = saved(trunk_on(folder), tmp_path / "final")
+    (final / file).unlink()
+    assert problem(folder, adapter=str(final)).startswith(f"model.adapter: {final} has no {file};")
+
+
+@pytest.mark.parametrize("file", [META, "adapter_config.json", "adapter_model.safetensors"])
+def test_a_broken_adapter_is_refused(folder, tmp_path, file):
+    final = saved(trunk_on(folder), tmp_path / "final")
+    (final / file).write_bytes((final / file).read_bytes()[:40])
+    assert problem(folder, adapter=str(final)).startswith(f"model.adapter: {final}")
+
+
+def test_no_such_model(tmp_path):
+    for name in (str(tmp_path / "none"), "./none", "none", "a/b/c"):
+        assert problem(name).startswith(f"model.base: there is no model {name!r}; expected a local folder")
+    assert problem("demo/none").startswith("model.base: there is no embedded model 'demo/none'; there is: demo/smol")
+
+
+def test_a_folder_that_is_no_checkpoint(folder, tmp_path):
+    assert "has no config.json, so it is no checkpoint; check the path" in problem(tmp_path)
+    final = saved(trunk_on(folder), tmp_path / "final")
+    assert "no checkpoint; give it to model.adapter, and its base here" in problem(final)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b"\x00" * 64),
+        ("model.safetensors", b""),
+        ("model.safetensors", None),
+        ("config.json", b"{"),
+        ("config.json", b'{"model_type": "nope"}'),
+        ("tokenizer.json", b"{}"),
+    ],
+)
+def test_a_broken_checkpoint(folder, tmp_path, file, content):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / file).unlink() if content is None else (copy / file).write_bytes(content)
+    assert problem(copy).startswith("model.base: ")
+
+
+def test_half_a_checkpoint(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert problem(copy).startswith("model.base: ")
+
+
+def test_a_tokenizer_brings_what_batches_need(folder, tmp_path):
+    tokenizer = load_tokenizer(Model(base=str(folder)))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+    assert "<|im_start|>" in tokenizer.chat_template  # the vocabulary has it
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    settings.pop("eos_token")
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="names no eos token"):
+        load_tokenizer(Model(base=str(bare)))

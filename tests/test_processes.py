@@ -1,0 +1,106 @@
+"""The number of processes changes nothing but the time: same losses, same eval figures, same examples."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from world import WAIT, Child, align, metrics, weights
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def alone(world, cache, tmp_path_factory):
+    """Twenty steps of one example on one process (of two, one then has no rows), and the recipe."""
+    folder = tmp_path_factory.mktemp("alone")
+    train = {"steps": STEPS, "eval_every": 5, "save_every": 5}
+    recipe = world.recipe(folder / "recipe.yaml", batch={"examples": 1}, train=train)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGN_CACHE", str(cache))
+        told = align(recipe)
+    assert told.status == 0, told.err
+    return folder / "run", recipe
+
+
+def pair(here, *argv):
+    """Run to the end on two processes; what the first said."""
+    first, second = (child.wait() for child in Child.pair(here, free_port(), *argv))
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert (first.err, second.out, second.err) == ("", "", "")
+    return first.out
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def assert_close(run, other):
+    """Losses, gradient norms, eval figures and all else to 1e-4; what was seen, exactly."""
+    ours, theirs = metrics(run), metrics(other)
+    assert [set(record) for record in ours] == [set(record) for record in theirs]
+    for record, reference in zip(ours, theirs, strict=True):
+        exact = {"step", "split", "epoch", "tokens", "tokens_seen", "learning_rate"} & set(record)
+        assert {name: record[name] for name in exact} == {name: reference[name] for name in exact}
+        numbers = set(record) - exact
+        assert {n: record[n] for n in numbers} == pytest.approx({n: reference[n] for n in numbers}, rel=1e-4)
+
+
+def test_two_processes_are_as_one_even_when_stopped_and_gone_on_with(alone, here):
+    """One run of two processes to the end; one stopped by a signal to its second process, then gone on with by two
+    processes (every number equal) and by one (the same examples)."""
+    reference, recipe = alone
+    said = pair(here, recipe, f"run={here / 'two'}")
+    assert "on 2 x cpu" in said
+    assert_close(here / "two", reference)
+
+    stopped = here / "stopped"
+    first, second = Child.pair(here, free_port(), recipe, f"run={stopped}")
+    file = stopped / "metrics.jsonl"
+    assert second.send_when(signal.SIGTERM, lambda: file.is_file() and file.read_bytes().count(b"\n") >= 4)
+    assert [child.wait().status for child in (first, second)] == [0, 0]
+    step = metrics(stopped, "train")[-1]["step"]
+    assert 3 <= step < STEPS
+    assert f"stopped by a signal after step {step} of {STEPS}" in first.wait().out
+
+    on_one = shutil.copytree(stopped, here / "on_one")
+    assert f"(step {step} of {STEPS})" in pair(here, recipe, f"run={stopped}")
+    assert metrics(stopped) == metrics(here / "two")
+    assert all(torch.equal(tensor, weights(stopped)[n]) for n, tensor in weights(here / "two").items())
+    assert f"(step {step} of {STEPS})" in align(recipe, f"run={on_one}").out
+    assert_close(on_one, reference)
+    assert metrics(on_one)[: step + 1] == metrics(stopped)[: step + 1]
+
+
+def test_a_real_launcher(world, here):
+    """Several rows a step, on processes that torchrun starts (accelerate's own launcher starts one on a CPU)."""
+    recipe = world.recipe(here / "recipe.yaml", batch={"examples": 5}, train={"steps": STEPS})
+    assert align(recipe).status == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(free_port()), "-m", "align.sft", str(recipe), f"run={here / 'launched'}"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    told = subprocess.run(command, capture_output=True, text=True, timeout=WAIT, env=env)
+    assert told.returncode == 0, told.stderr
+    assert "on 2 x cpu" in told.stdout
+    assert told.stdout.count("done: ") == 1
+    assert_close(here / "launched", here / "run")
+
+
+def test_a_fault_on_two_processes(world, here):
+    """Both end with status 2, whether both find it or the first alone, without a traceback; nothing is written."""
+    (here / "bad.jsonl").write_text('{"messages": []}\n')
+    recipe = world.recipe(here / "recipe.yaml")
+    for fault in ("data.train.0.path=bad.jsonl", "optim.eps=none"):
+        first, second = (child.wait() for child in Child.pair(here, free_port(), recipe, fault))
+        assert (first.status, second.status) == (2, 2), second.err
+        assert first.err
+        assert "Traceback" not in first.err + second.err
+        assert not (here / "run").exists()

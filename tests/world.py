@@ -1,0 +1,200 @@
+"""A small world to run the commands in: a tiny base checkpoint, rows it can learn, recipes, processes to kill."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from data.voices import SMOLLM, tiny_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from align.sft import main
+
+torch.set_num_threads(1)  # products this small are fastest so
+CITIES = ["France: Paris", "Italy: Rome", "Japan: Tokyo", "Peru: Lima", "Egypt: Cairo", "Cuba: Havana", "法国: 巴黎"]
+WAIT = 120  # seconds after which a process that should have come to something has hung
+
+
+class Told(NamedTuple):
+    """What a command came to: its exit status, and what it wrote to stdout and stderr."""
+
+    status: int
+    out: str
+    err: str
+
+
+def align(*argv: object) -> Told:
+    """Run `align.sft` in this process."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main([str(word) for word in argv])
+        except SystemExit as stop:
+            status = stop.code
+    return Told(status, out.getvalue(), err.getvalue())
+
+
+class World(NamedTuple):
+    """A folder with a base checkpoint and three files of rows; nothing in it changes."""
+
+    folder: Path
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @property
+    def talks(self) -> Path:
+        return self.folder / "talks.jsonl"
+
+    @property
+    def held(self) -> Path:
+        return self.folder / "held.jsonl"
+
+    @property
+    def texts(self) -> Path:
+        return self.folder / "texts.jsonl"
+
+    def recipe(self, path: Path, **sections: Any) -> Path:
+        """Write a recipe of 12 short steps beside its run folder; `sections` are merged into it."""
+        recipe = {
+            "stage": "sft",
+            "run": str(path.parent / "run"),
+            "seed": 17,
+            "model": {"base": str(self.base), "dtype": "float32"},
+            "lora": {"r": 4, "alpha": 8},
+            "data": {"train": [{"path": str(self.talks)}], "eval": {"sources": [{"path": str(self.held)}]}},
+            "batch": {"examples": 4, "row_tokens": 128},
+            "optim": {"learning_rate": 0.02, "warmup": 2},
+            "train": {"steps": 12, "eval_every": 4, "save_every": 3},
+            "log": {"trackers": []},
+        }
+        for name, section in sections.items():
+            nested = isinstance(section, dict) and isinstance(recipe.get(name), dict)
+            recipe[name] = recipe[name] | section if nested else section
+        path.write_text(yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False), encoding="utf-8")
+        return path
+
+
+def make_world(folder: Path) -> World:
+    """A Llama of some 40,000 random weights with a byte-level tokenizer; 28 conversations, 7 to eval, 21 texts."""
+    world = World(folder)
+    tokenizer = tiny_tokenizer(SMOLLM)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(world.base)
+    tokenizer.save_pretrained(world.base)
+    for path, words in (world.talks, ("Name", "Tell me", "What is", "Say")), (world.held, ("I want",)):
+        asked = [f"{word} the capital of {city}" for word in words for city in CITIES]
+        write_rows(path, [talk(text.split(":")[0], "It is" + text.split(":")[1]) for text in asked])
+    write_rows(world.texts, [{"text": f"The capital of {city}. {word}."} for word in "abc" for city in CITIES])
+    return world
+
+
+def talk(question: str, *answers: str) -> dict[str, Any]:
+    """A row of OpenAI messages: the question, then answers with "And?" between them."""
+    turns = [{"role": "user", "content": question}]
+    for answer in answers:
+        turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And?"}]
+    return {"messages": turns[:-1]}
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    """As JSONL; a row that is a str stands as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def metrics(run: Path, split: str | None = None) -> list[dict[str, Any]]:
+    """metrics.jsonl without wall-clock figures: what two equal runs must agree on."""
+    clocks = ("_seconds", "_per_second")
+    records = lines(run / "metrics.jsonl")
+    return [
+        {k: v for k, v in record.items() if not k.endswith(clocks)}
+        for record in records
+        if split in (None, record["split"])
+    ]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """What a run trained."""
+    (file,) = (run / "final").glob("*.safetensors")
+    return load_file(file)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Child:
+    """`align.sft` in a process of its own, forked where everything is already imported.
+
+    `rank` makes it one of several processes, with the environment that `accelerate launch` would give it.
+    """
+
+    _context = multiprocessing.get_context("forkserver")
+    _context.set_forkserver_preload(["align.sft"])
+
+    def __init__(self, folder: Path, *argv: object, rank: dict[str, str] | None = None) -> None:
+        self.log = folder / f"child{(rank or {}).get('RANK', '')}.log"
+        env = {"ALIGN_CACHE": os.environ["ALIGN_CACHE"], "HF_HUB_OFFLINE": "1", **(rank or {})}
+        words = [str(word) for word in argv]
+        self.process = self._context.Process(target=_child, args=(words, env, str(self.log)))
+        for path in (self.log, self.log.with_suffix(".err")):
+            path.write_text("")
+        self.process.start()
+
+    @classmethod
+    def pair(cls, folder: Path, port: int, *argv: object) -> list[Child]:
+        """Two processes of one run."""
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        return [cls(folder, *argv, rank=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(2)]
+
+    def wait(self) -> Told:
+        """Its end."""
+        self.process.join(WAIT)
+        assert self.process.exitcode is not None, f"hung: {self.log.read_text()}"
+        return Told(self.process.exitcode, self.log.read_text(), self.log.with_suffix(".err").read_text())
+
+    def send_when(self, number: int, ready: Callable[[], bool]) -> bool:
+        """Send a signal as soon as `ready()`; False if the process ended before."""
+        deadline = time.monotonic() + WAIT
+        while not ready():
+            assert time.monotonic() < deadline, self.log.read_text()
+            if self.process.exitcode is not None:
+                return False
+            time.sleep(0.0005)
+        if self.process.exitcode is not None:
+            return False
+        os.kill(self.process.pid, number)
+        return True
+
+
+def _child(argv: list[str], env: dict[str, str], log: str) -> None:
+    os.environ.update(env)
+    for number, path in ((1, log), (2, str(Path(log).with_suffix(".err")))):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    main(argv)
