@@ -25,12 +25,14 @@ REAL_ROWS = ROOT.parent / "shared" / "data" / "llamafactory" / "alpaca_en_demo.j
 # per_device_train_batch_size, and what else differs
 TRL_SETTINGS = {
     "padded, 1 row": {"rows": 1},
-    "padded, 2 rows": {"rows": 2},
-    "padded, 4 rows": {"rows": 4},
     "padded, 1 row, bfloat16 adapters": {"rows": 1, "adapters": "bfloat16"},
     "padded, 1 row, autocast": {"rows": 1, "bf16": True},
+    "padded, 4 rows": {"rows": 4},
     "padding-free, 4 rows": {"rows": 4, "padding_free": True},
+    "packed to 512": {"rows": 1, "pack": 512},
     "packed to 1024": {"rows": 1, "pack": 1024},
+    "packed to 1024, bfloat16 adapters": {"rows": 1, "pack": 1024, "adapters": "bfloat16"},
+    "packed to 2048": {"rows": 1, "pack": 2048},
 }
 
 

@@ -67,7 +67,7 @@ def product_backward(
     weight, _, a, b, scale = operands
     up = above @ b.to(above.dtype)  # (n, r)
     grad_a = (up.T @ rows).to(a.dtype).mul_(scale)
-    grad_b = (above.T @ low).to(b.dtype).mul_(scale)
+    grad_b = (low.T @ above).T.to(b.dtype).mul_(scale)  # this way round is the faster product on a CPU
     grad_x = above @ weight if onto is None else onto.addmm_(above, weight)
     return grad_x.addmm_(up, a.to(above.dtype), alpha=scale), grad_a, grad_b
 

@@ -89,14 +89,14 @@ class Trunk(nn.Module):
         """Log-probability of every label, (n,) float32."""
         with self._autocast():
             hidden = self.hidden(forest).flatten(0, 1)[forest.where]  # (n, d)
-            return linear_logprobs(
-                hidden.to(self.head.weight.dtype),
-                self.head.weight,
-                forest.labels,
-                self.head.bias,
-                scale=self.scale,
-                softcap=self.softcap,
-            )
+        return linear_logprobs(
+            hidden.to(self.dtype),
+            self.head.weight.to(self.dtype),
+            forest.labels,
+            None if self.head.bias is None else self.head.bias.to(self.dtype),
+            scale=self.scale,
+            softcap=self.softcap,
+        )
 
     def hidden(self, forest: Forest) -> Tensor:
         """Final hidden states, (R, L, d)."""

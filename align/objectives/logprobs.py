@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 32 * 2**20  # of float32 logits held at once
+# Of float32 logits held at once: enough rows for an efficient product, few enough not to matter beside the trunk.
+CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
 
 
 def linear_logprobs(
@@ -36,19 +37,39 @@ def linear_logprobs(
     return _LinearLogprobs.apply(hidden, weight, labels, bias, scale, softcap)
 
 
-def _chunks(n: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (4 * vocabulary))
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
-
-
 def _wide(weight: Tensor) -> torch.dtype:
     """What sums are taken in: float32, or float64 of float64."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _log_softmax_parts(hidden, weight, labels, bias, scale, softcap):
-    """-> logprobs (c,), softmax (c, V) float32, d logits / d raw logits (c, V) or None, each for one chunk."""
-    logits = torch.nn.functional.linear(hidden, weight, bias).to(_wide(weight))
+class _Chunks:
+    """Goes through positions chunk by chunk, in two buffers that are filled anew each time."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        most = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+        rows = min(len(hidden), max(1, most // (4 * len(weight))))
+        self.parts = [slice(first, min(first + rows, len(hidden))) for first in range(0, len(hidden), max(rows, 1))]
+        self.narrow = hidden.new_empty(rows, len(weight))
+        self.wide = (
+            self.narrow
+            if _wide(weight) == hidden.dtype
+            else self.narrow.new_empty(self.narrow.shape, dtype=_wide(weight))
+        )
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """hidden @ weight.T + bias in the wide dtype, (c, V)."""
+        narrow = torch.mm(hidden, weight.T, out=self.narrow[: len(hidden)])
+        if bias is not None:
+            narrow += bias
+        return self.wide[: len(hidden)].copy_(narrow) if self.wide is not self.narrow else narrow
+
+    def narrowed(self, gradient: Tensor) -> Tensor:
+        """A gradient (c, V) in the dtype of the products."""
+        return self.narrow[: len(gradient)].copy_(gradient) if self.wide is not self.narrow else gradient
+
+
+def _log_softmax_parts(logits, labels, scale, softcap):
+    """logits (c, V), overwritten -> logprobs (c,), exp(logits - max) (c, V), its sum (c, 1), slope of the softcap."""
     if scale != 1.0:
         logits *= scale
     slope = None
@@ -80,13 +101,13 @@ class _LinearLogprobs(torch.autograd.Function):
         ahead = hidden.requires_grad and not ctx.weight_trains
         logprobs = torch.empty(len(hidden), dtype=_wide(weight), device=hidden.device)
         jacobian = torch.empty_like(hidden) if ahead else None
-        for part in _chunks(len(hidden), len(weight)):
-            logprobs[part], softmax, total, slope = _log_softmax_parts(
-                hidden[part], weight, labels[part], bias, scale, softcap
-            )
+        chunks = _Chunks(hidden, weight)
+        for part in chunks.parts:
+            logits = chunks.logits(hidden[part], weight, bias)
+            logprobs[part], softmax, total, slope = _log_softmax_parts(logits, labels[part], scale, softcap)
             if ahead:
                 gradient = _logits_gradient(softmax, total, slope, labels[part], scale)
-                jacobian[part] = gradient.to(weight.dtype) @ weight
+                torch.mm(chunks.narrowed(gradient), weight, out=jacobian[part])
         if ahead:
             ctx.save_for_backward(jacobian)
         elif ctx.weight_trains:
@@ -103,15 +124,16 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight))
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=_wide(weight))
-        for part in _chunks(len(hidden), len(weight)):
-            _, softmax, total, slope = _log_softmax_parts(
-                hidden[part], weight, labels[part], bias, ctx.scale, ctx.softcap
-            )
+        chunks = _Chunks(hidden, weight)
+        for part in chunks.parts:
+            logits = chunks.logits(hidden[part], weight, bias)
+            _, softmax, total, slope = _log_softmax_parts(logits, labels[part], ctx.scale, ctx.softcap)
             gradient = _logits_gradient(softmax, total, slope, labels[part], ctx.scale)
             gradient *= upstream[part, None]
             if grad_bias is not None:
                 grad_bias += gradient.sum(0)
-            gradient = gradient.to(weight.dtype)
-            grad_hidden[part] = gradient @ weight
+            gradient = chunks.narrowed(gradient)
+            torch.mm(gradient, weight, out=grad_hidden[part])
             grad_weight += gradient.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, grad_bias, None, None
+        bias_gradient = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), None, bias_gradient, None, None

@@ -32,7 +32,7 @@ def made(n=13, d=6, v=11, dtype=torch.float64, bias=True, seed=0):
 
 @pytest.fixture(params=[32 * 2**20, 4 * 11 * 4], ids=["one chunk", "chunks of 4"], autouse=True)
 def chunked(request, monkeypatch):
-    monkeypatch.setattr(logprobs, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", {"cpu": request.param, "cuda": request.param})
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight", "hidden weight bias", "bias", ""])
