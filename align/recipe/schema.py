@@ -162,8 +162,8 @@ class Train(Section):
     """Stop after this many optimizer steps instead of `epochs`."""
     eval_every: PositiveInt | None = None
     """Steps between evaluations; there is always one before the first step and one after the last."""
-    save_every: PositiveInt | None = None
-    """Steps between checkpoints; there is always one at the end."""
+    save_every: PositiveInt | None = 100
+    """Steps between checkpoints; there is always one at the end, and one when the run is stopped."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay on disk."""
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.data.trees import Tree, TreeMask, pack, plant
+from align.data.trees import Tree, TreeMask, graft, pack, plant
 
 LENGTH = st.integers(1, 6)
 TREES = st.lists(
@@ -202,3 +202,19 @@ def test_every_item_once_within_the_budget(lengths, budget, multiple):
     # Best fit opens a row only when no other has room: no two rows could be one.
     assert len(found) < max(2 * sum(lengths) / budget + 1, 2) + multiple
     assert pack(lengths, budget, multiple) == found
+
+
+def test_only_what_nobody_has_to_predict_is_shared():
+    opening = np.arange(20, dtype=np.int32)
+
+    def example(tail: int, first_trained: int) -> Tree:
+        tokens = np.append(opening, np.int32(100 + tail))
+        return Tree((tokens,), (np.arange(21) >= first_trained,))
+
+    (one,) = graft([example(1, 20), example(2, 15)])
+    assert [len(segment) for segment in one.segments] == [15, 6, 6]
+    assert one.label_count == example(1, 20).label_count + example(2, 15).label_count
+    apart = [example(1, 20), example(2, 5)]  # only five tokens are free: not worth a branch
+    assert graft(apart) == apart
+    branched = Tree((opening, opening[:2]), (np.zeros(20, bool), np.ones(2, bool)))
+    assert graft([branched, branched]) == [branched, branched]

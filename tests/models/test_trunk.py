@@ -19,7 +19,7 @@ from models.tiny import (
 )
 from peft import LoraConfig, get_peft_model
 
-from align.data.trees import Tree, plant
+from align.data.trees import Tree, graft, plant
 from align.models.base import Base
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
@@ -193,3 +193,35 @@ def test_targets_that_take_no_adapter_are_told(family, targets, said):
     assert problem.startswith("lora.targets: ")
     assert said in problem
     assert "\n" not in problem
+
+
+def test_one_stem_for_trees_that_begin_alike_changes_no_loss_and_no_gradient():
+    trunk = tiny_trunk("llama", Lora(r=4, alpha=8))
+    opening = tree(12, seed=1, share=0.0).segments[0]
+    alike = [tree(n, seed=n) for n in (5, 9, 2)]
+    trees = [
+        Tree((np.concatenate([opening, t.segments[0]]),), (np.concatenate([np.zeros(12, bool), t.trained[0]]),))
+        for t in alike
+    ]
+    trees += FORESTS["texts"]
+    grafted = graft(trees)
+    assert [len(t.segments) for t in grafted] == [4, 1, 1, 1]
+    assert sum(t.packed_length for t in grafted) < sum(t.packed_length for t in trees)
+    one_by_one, shared = trunk(plant(trees)), trunk(plant(grafted))
+    expected = gradients(trunk, one_by_one)
+    torch.testing.assert_close(shared.sum(), one_by_one.sum(), rtol=1e-6, atol=1e-5)
+    close(gradients(trunk, shared), expected, 1e-4)
+
+
+def test_full_fine_tuning_in_bfloat16_computes_in_it_and_keeps_float32_weights():
+    exact = tiny_trunk("llama", None)
+    base = Base(tiny_model("llama"), tiny_tokenizer(), "f", "tiny", "tiny")
+    mixed = Trunk(base, Model(base="tiny", dtype="bfloat16", layout="tree"), None)
+    assert mixed.dtype == torch.bfloat16
+    forest = plant(FORESTS["pairs"])
+    found, expected = mixed(forest), exact(forest)
+    assert (found - expected).abs().median() < 0.1
+    grown, wanted = gradients(mixed, found), gradients(exact, expected)
+    assert {g.dtype for g in grown.values()} == {torch.float32}
+    for name, gradient in wanted.items():
+        assert (grown[name] - gradient).norm() < 0.1 * gradient.norm(), name
