@@ -209,7 +209,7 @@ def graft(trees: Sequence[Tree], least: int = 8) -> list[Tree]:
     """
     groups: dict[object, list[Tree]] = {}
     for number, tree in enumerate(trees):
-        alone = len(tree.segments) > 1 or len(tree.segments[0]) <= least
+        alone = len(tree.segments) > 1 or len(tree.segments[0]) <= least or tree.trained[0][:least].any()
         groups.setdefault(number if alone else tree.segments[0][:least].tobytes(), []).append(tree)
     return [grafted for group in groups.values() for grafted in _graft(group, least)]
 
@@ -222,8 +222,6 @@ def _graft(group: list[Tree], least: int) -> list[Tree]:
     heads = np.stack([tree.segments[0][:shortest] for tree in group])
     differing = np.flatnonzero((heads != heads[0]).any(0))
     shared = int(differing[0]) if len(differing) else shortest
-    if shared < least:
-        return group
     (first,), _ = group[0]
     return [
         Tree(

@@ -23,6 +23,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from align.data.trees import Forest, TreeMask
 
 NAME = "align_forest"
+KEPT_KEYS = 512  # probabilities over at most so many keys are kept for the backward pass, longer ones computed again
 QUERY_BLOCK = 256  # queries at a time: a causal block then skips most of the keys after it
 
 
