@@ -211,10 +211,10 @@ def graft(trees: Sequence[Tree], least: int = 8) -> list[Tree]:
     for number, tree in enumerate(trees):
         alone = len(tree.segments) > 1 or len(tree.segments[0]) <= least or tree.trained[0][:least].any()
         groups.setdefault(number if alone else tree.segments[0][:least].tobytes(), []).append(tree)
-    return [grafted for group in groups.values() for grafted in _graft(group, least)]
+    return [grafted for group in groups.values() for grafted in _graft(group)]
 
 
-def _graft(group: list[Tree], least: int) -> list[Tree]:
+def _graft(group: list[Tree]) -> list[Tree]:
     if len(group) == 1:
         return group
     free = min(int(tree.trained[0].argmax()) if tree.trained[0].any() else len(tree.trained[0]) for tree in group)

@@ -54,7 +54,7 @@ class Trunk(nn.Module):
         if model.gradient_checkpointing:
             causal.gradient_checkpointing_enable({"use_reentrant": False})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
-        self.layout = model.layout if model.layout != "auto" else self._exact_layout()
+        self.layout, self.layout_reason = (model.layout, "") if model.layout != "auto" else self._exact_layout()
         self._set_attention(FOREST if self.packed else self.own_attention)
         if model.compile:
             for layer in self._layers():
@@ -64,6 +64,11 @@ class Trunk(nn.Module):
     def packed(self) -> bool:
         """Whether batches are to be planted as trees (else padded)."""
         return self.layout == "tree"
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a planted row is rounded up to: FlexAttention works in blocks of 128."""
+        return 128 if self.device.type == "cuda" else 1
 
     @property
     def plain(self) -> nn.Module:
@@ -159,7 +164,7 @@ class Trunk(nn.Module):
         decoder = getattr(self.plain, self.plain.base_model_prefix)
         return max((m for m in decoder.modules() if isinstance(m, nn.ModuleList)), key=len)
 
-    def _exact_layout(self) -> str:
+    def _exact_layout(self) -> tuple[str, str]:
         """`tree` if this model computes packed trees exactly as it computes them one by one, else `padded`.
 
         Tried, not looked up: recurrent layers leak from tree to tree, some position schemes ignore positions, and a
@@ -182,10 +187,12 @@ class Trunk(nn.Module):
                 self._set_attention(self.own_attention)
                 alone = self(plant([first, second], packed=False).to(self.device))
                 self._set_attention(FOREST)
-                packed = self(plant([first, second]).to(self.device))
-                disturbed = self(plant([other, second]).to(self.device))
-        except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError):
-            return "padded"
+                packed, disturbed = (
+                    self(plant(trees, multiple=self.row_multiple).to(self.device))
+                    for trees in ([first, second], [other, second])
+                )
+        except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+            return "padded", f"its attention does not take trees ({(str(error) or repr(error)).splitlines()[0]})"
         finally:
             self.train(training)
         tail = second.label_count
@@ -193,7 +200,9 @@ class Trunk(nn.Module):
         # In 16 bits a deep model's log-probabilities scatter by some 0.1; a wrong position or mask moves them by more.
         exact = self.head.weight.dtype == torch.float32 and self.autocast_dtype in (None, torch.float32)
         differs = (packed - alone).abs().median() > (1e-3 if exact else 0.3)
-        return "padded" if leaks or differs else "tree"
+        if leaks:
+            return "padded", "its layers carry something from one tree to the next"
+        return ("padded", "its packed numbers differ from those of single rows") if differs else ("tree", "")
 
 
 def _adapt(causal: nn.Module, lora: Lora, quantized: bool) -> PeftModel:

@@ -213,7 +213,7 @@ class Loop:
         trees = [examples.tree(i) for i in row] or [_unlabelled(examples.tree(0))]
         if self.trunk.packed:
             trees = graft(trees)
-        multiple = 128 if self.trunk.packed and self.trunk.device.type == "cuda" else 1
+        multiple = self.trunk.row_multiple if self.trunk.packed else 1
         return plant(trees, packed=self.trunk.packed, multiple=multiple).to(self.trunk.device)
 
     # -- state -------------------------------------------------------------------------------------------------
@@ -265,6 +265,8 @@ class Loop:
             f"threads), {str(trunk.dtype).removeprefix('torch.')}, {trunk.layout} layout; "
             f"{trained:,} of {total:,} parameters train"
         )
+        if trunk.layout_reason:
+            say(f"padded layout, for {trunk.layout_reason}")
         mean = float(self.data.train.lengths.mean()) * plan.per_step
         say(
             f"{plan.steps:,} steps of {plan.per_step} examples (about {mean:,.0f} tokens), "
