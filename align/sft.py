@@ -54,7 +54,8 @@ def train(session: Session) -> None:
     recipe = session.recipe
     run = Run(recipe)
     run.check(session.fresh)
-    tokenizer = load_tokenizer(recipe.model)
+    with session.accelerator.main_process_first():  # the first fetches what is not there yet
+        tokenizer = load_tokenizer(recipe.model)
     data = session.prepare(tokenizer, recipe.sft.loss_on)
     if session.show:
         return session.show_examples(data, tokenizer)

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from align.data.trees import Tree, graft, pack, plant
+from align.data.packing import pack
+from align.data.trees import Tree, graft, plant
 from align.models.base import Base
 from align.models.trunk import Trunk
 from align.recipe.schema import Lora, Model

@@ -178,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(world, here):
     assert told.status == 2
     assert told.err.startswith("step 2: the loss is not finite (loss nan, ")
     assert f"the state after step 1 is saved in {here}/run/checkpoints" in told.err
-    assert "Lower optim.learning_rate" in told.err
+    assert "start again in another run folder with a lower optim.learning_rate" in told.err
     assert str(world.talks) in told.err  # the examples of that step
     assert "Traceback" not in told.err
     assert newest_checkpoint(here / "run" / "checkpoints") == (here / "run" / "checkpoints" / "step-000001", [])
@@ -190,10 +190,14 @@ def test_a_poisoned_weight_is_never_trained_on(world, here):
     tensors = load_file(base / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    told = align(world.recipe(here / "recipe.yaml", model={"base": str(base), "layout": "tree"}))
+    recipe = world.recipe(here / "recipe.yaml", model={"base": str(base), "layout": "tree"})
+    told = align(recipe)
+    assert told.status == 2
+    assert told.err.startswith("step 0: the loss on the eval rows is not finite (nan); check model.base")
+    told = align(recipe, "run=unseen", "data.eval.sources=[]")
     assert told.status == 2
     assert told.err.startswith("step 1: the loss is not finite (loss nan, ")
-    assert metrics(here / "run", "train") == []
+    assert metrics(here / "unseen", "train") == []
 
 
 def test_another_run_is_not_written_over(whole, run):

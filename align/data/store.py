@@ -101,9 +101,9 @@ def stored(
     beside = Path(mkdtemp(prefix=".", dir=folder.parent))
     try:
         _build(beside, source, tokenizer, loss_on, progress)
-        if folder.exists():
-            shutil.rmtree(folder)
-        beside.rename(folder)
+        if not _whole(folder):  # else another process was faster
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return _open(folder)

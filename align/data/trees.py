@@ -155,27 +155,12 @@ class TreeMask:
     def __init__(self, forest: Forest) -> None:
         assert forest.packed
         self.forest = forest
-        self.lengths = [sum(segments) for segments in forest.segments]
         self._block_masks: dict[int | None, object] = {}
 
     @cached_property
     def dense(self) -> Tensor:
         """(1, 1, L, L) bool, True where the row's token may attend to the column's."""
         return self._dense(self.forest.tree[0], self.forest.branch[0])[None, None]
-
-    @cached_property
-    def per_tree(self) -> list[Tensor | None]:
-        """One (length, length) bool mask a tree; None where it is plainly causal (no branches)."""
-        branches = self.forest.branch[0].split(self.lengths)
-        return [
-            self._dense(torch.zeros_like(branch), branch) if len(segments) > 1 else None
-            for segments, branch in zip(self.forest.segments, branches, strict=True)
-        ]
-
-    @cached_property
-    def tree_positions(self) -> tuple[Tensor, ...]:
-        """Positions split tree by tree, for sliding windows."""
-        return self.forest.positions[0].split(self.lengths)
 
     @staticmethod
     def _dense(tree: Tensor, branch: Tensor) -> Tensor:
@@ -229,36 +214,3 @@ def _graft(group: list[Tree]) -> list[Tree]:
             (np.zeros(shared, bool), *(tree.trained[0][shared:] for tree in group)),
         )
     ]
-
-
-def pack(lengths: Sequence[int], budget: int, multiple: int = 1) -> list[list[int]]:
-    """Put items into as few rows of at most `budget` tokens as best fit finds, then even the rows out.
-
-    Returns the indices of each row's items; the number of rows is a multiple of `multiple` (processes that step
-    together), so rows may be empty. An item longer than the budget has a row of its own.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    rows, room = [], []
-    for i in order:
-        fitting = [r for r, left in enumerate(room) if left >= lengths[i]]
-        if fitting:
-            r = min(fitting, key=lambda r: (room[r], r))
-        else:
-            r = len(rows)
-            rows.append([])
-            room.append(budget)
-        rows[r].append(i)
-        room[r] -= lengths[i]
-    count = max(-(-len(rows) // multiple), 1) * multiple
-    # Even rows wait less for each other: longest first into the emptiest, kept if the budget still holds.
-    even: list[list[int]] = [[] for _ in range(count)]
-    filled = [0] * count
-    for i in order:
-        r = min(range(count), key=lambda r: (filled[r], r))
-        even[r].append(i)
-        filled[r] += lengths[i]
-    widest = max(budget, max(lengths, default=0))
-    if max(filled) <= widest:
-        rows = even
-    rows = [sorted(row) for row in rows]
-    return rows + [[] for _ in range(count - len(rows))]

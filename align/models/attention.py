@@ -10,7 +10,7 @@ Shapes: H query heads, G key/value heads, T tokens in the row, D head size; m qu
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -23,7 +23,6 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from align.data.trees import Forest, TreeMask
 
 NAME = "align_forest"
-KEPT_KEYS = 512  # probabilities over at most so many keys are kept for the backward pass, longer ones computed again
 QUERY_BLOCK = 256  # queries at a time: a causal block then skips most of the keys after it
 
 
@@ -95,7 +94,7 @@ def forest_attention(
 AttentionInterface.register(NAME, forest_attention)
 
 
-@cache
+@lru_cache(maxsize=64)
 def _causal_bias(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
     """(m, n): 0 where seen, -inf in the upper triangle of the last m columns."""
     return torch.full((queries, keys), float("-inf"), dtype=dtype).triu_(keys - queries + 1)

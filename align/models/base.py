@@ -93,7 +93,10 @@ def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int =
     if section.adapter:
         model, fingerprint = merge_adapter(model, adapter_folder(section.adapter), fingerprint)
     if not section.quantize:
-        model = model.to(device=device, dtype=dtype)
+        model = model.to(device)
+        for p in model.parameters():  # buffers, such as rotary frequencies, stay in the float32 that they need
+            if p.is_floating_point():
+                p.data = p.data.to(dtype)
     if model.generation_config is not None:
         model.generation_config.max_length = None
     local = folder if section.base.startswith("demo/") or Path(section.base).expanduser().is_dir() else None
@@ -174,7 +177,7 @@ def adapter_folder(name: str) -> Path:
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path, fingerprint: str) -> tuple[PreTrainedModel, str]:
-    """base + merged adapter, in float32. On a quantised trunk, which cannot take it, the adapter stays, frozen."""
+    """base + merged adapter, in float32."""
     weights, meta = folder / "adapter_model.safetensors", folder / META
     try:
         trained_on = json.loads(meta.read_text("utf-8")).get("fingerprint")
@@ -185,15 +188,16 @@ def merge_adapter(model: PreTrainedModel, folder: Path, fingerprint: str) -> tup
             f"model.adapter: {folder} was trained on a trunk with fingerprint {trained_on}, but model.base has "
             f"{fingerprint}; use the base that its recipe.yaml names"
         )
-    quantized = getattr(model, "is_quantized", False)
-    if not quantized:
-        model = model.float()
+    if getattr(model, "is_quantized", False):
+        raise UserError("model.adapter: a quantised trunk cannot take an earlier adapter yet; drop model.quantize")
+    for p in model.parameters():
+        p.data = p.data.float()
     try:
         adapted = PeftModel.from_pretrained(model, folder, adapter_name="sft")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
         raise UserError(f"model.adapter: {folder} cannot be loaded ({_first_line(error)})") from None
     digest = hashlib.sha256(fingerprint.encode() + weights.read_bytes()).hexdigest()[:16]
-    return (adapted.get_base_model() if quantized else adapted.merge_and_unload()), digest
+    return adapted.merge_and_unload(), digest
 
 
 def weights_fingerprint(folder: Path, sample: int = 4096) -> str:

@@ -48,8 +48,9 @@ def demo_model(name: str) -> Path:
         beside = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
         try:
             _convert(_find_gguf(beside), beside / "model")
-            shutil.rmtree(folder, ignore_errors=True)
-            (beside / "model").rename(folder)
+            if not (folder / "config.json").is_file():  # else another process was faster
+                shutil.rmtree(folder, ignore_errors=True)
+                (beside / "model").rename(folder)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     return folder

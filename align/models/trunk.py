@@ -9,7 +9,6 @@ Shapes: R rows, L tokens in a row, d hidden size, n labels of the batch.
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -135,22 +134,18 @@ class Trunk(nn.Module):
             self._set_attention(FOREST if self.packed else self.own_attention)
 
     def save(self, folder: Path, weights: dict[str, Tensor], stage: str) -> None:
-        """Write a result that plain peft and transformers load: whole, or not at all.
+        """Write a result that plain peft and transformers load into an empty or new folder.
 
         `weights`: what was trained, whole, under this module's names.
         """
-        beside = folder.with_name(f".writing-{folder.name}")
-        shutil.rmtree(beside, ignore_errors=True)
         named = {name.removeprefix("causal."): tensor.contiguous() for name, tensor in weights.items()}
         more = {"save_embedding_layers": False} if self.adapted else {}
-        self.causal.save_pretrained(beside, state_dict=named, **more)
-        (beside / "README.md").unlink(missing_ok=True)  # peft's empty model card
-        self.tokenizer.save_pretrained(beside)
+        self.causal.save_pretrained(folder, state_dict=named, **more)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        self.tokenizer.save_pretrained(folder)
         role = "adapter" if self.adapted else "model"
         meta = {"stage": stage, "role": role, "base": self.base_name, "fingerprint": self.fingerprint}
-        (beside / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
     def _autocast(self):
         if self.autocast_dtype in (None, torch.float32):

@@ -205,11 +205,18 @@ class BaseRecipe(Section):
     log: Log = Field(default_factory=Log)
 
     @model_validator(mode="after")
-    def _quantized_needs_lora(self) -> BaseRecipe:
+    def _fits_together(self) -> BaseRecipe:
         if self.model.quantize and self.lora is None:
             raise ValueError(
                 "a quantised trunk cannot be trained itself: give a `lora` section or drop `model.quantize`"
             )
+        if self.model.init == "random" and (self.lora or self.model.quantize or self.model.adapter):
+            raise ValueError(
+                "new weights are trained whole: with `model.init: random` set `lora: null`, and no `model.quantize` "
+                "or `model.adapter`"
+            )
+        if self.model.config and self.model.init != "random":
+            raise ValueError("`model.config` needs `model.init: random`")
         return self
 
     @property

@@ -214,6 +214,21 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
+def published(folder: Path, size: int) -> Iterator[Path]:
+    """A folder to write into that takes the place of `folder` when it is whole and on the disk."""
+    beside = folder.with_name(f".writing-{folder.name}")
+    with speaking(folder, size):
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
+        for file in (*beside.iterdir(), beside):
+            _sync(file)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+        _sync(folder.parent)
+
+
+@contextmanager
 def speaking(path: Path, size: int) -> Iterator[None]:
     """Say what the disk refused, when `size` bytes were to be written at `path`, in words that help."""
     try:

@@ -16,7 +16,7 @@ from itertools import pairwise
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
@@ -42,21 +42,22 @@ def run_stage(
         command = parse_command(sys.argv[1:] if argv is None else argv, recipe_type, program)
         if argv is None:
             _join_processes(program)
-        # Precision is the recipe's own; a launcher's mixed-precision setting would change the numbers behind it.
-        accelerator = Accelerator(mixed_precision="no")
+        # Precision and accumulation are the recipe's own; a launcher's settings would change the numbers behind it.
+        single = GradientAccumulationPlugin(num_steps=1)
+        accelerator = Accelerator(mixed_precision="no", gradient_accumulation_plugin=single)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != accelerator.num_processes:  # else each would be a run of its own, all in one folder
             raise UserError(
                 f"{launched} processes were launched, but they do not find each other; on a CPU, launch them with "
                 f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched} -m {program} RECIPE"
             )
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise UserError("accelerate's DeepSpeed plugin is not supported: use DDP or FSDP2 (`accelerate config`)")
+        if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            raise UserError("accelerate's DeepSpeed and FSDP plugins are not supported yet: use DDP (--multi_gpu)")
         _quiet_libraries()
         _use_all_cores()
         console = Console(quiet=not accelerator.is_main_process)
         stage(Session(command.recipe, accelerator, console, command.fresh, command.show))
-    except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
+    except (KeyboardInterrupt, torch.OutOfMemoryError, MemoryError) as error:
         stopped = isinstance(error, KeyboardInterrupt)
         remedy = "lower batch.row_tokens, or set model.gradient_checkpointing=true"
         print("interrupted" if stopped else f"out of memory on the device; {remedy}", file=sys.stderr, flush=True)
@@ -73,7 +74,7 @@ def run_stage(
         print(f"{where}{error.strerror}; make room there, or use another folder", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except RuntimeError as error:
-        if accelerator is None or accelerator.is_main_process or "closed by peer" not in str(error):
+        if accelerator is None or accelerator.is_main_process or "by peer" not in str(error):
             raise
         raise SystemExit(2) from None  # the first process has ended, and has said why
     finally:
@@ -117,6 +118,8 @@ def _join_processes(program: str) -> None:
         if name in asked and value.isdigit():
             asked[name] = int(value)
     if asked["num_processes"] < 1:
+        if "MASTER_PORT" not in environment or environment.get("ACCELERATE_USE_CPU") != "True":
+            return  # a scheduler's MASTER_ADDR
         raise UserError(
             "accelerate's launcher starts several processes on a CPU only if it is given --num_processes N; "
             f"or run: ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m {program} RECIPE"

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from align.data.examples import Examples
 from align.data.mixture import Prepared
-from align.data.trees import Forest, Tree, graft, pack, plant
+from align.data.packing import pack, pack_padded
+from align.data.trees import Forest, Tree, graft, plant
 from align.models.decode import answer
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
-from align.training.checkpoint import CheckpointWriter, speaking
+from align.training.checkpoint import CheckpointWriter, published
 from align.training.launch import signals
 from align.training.meters import (
     Sums,
@@ -67,6 +68,7 @@ class Loop:
         self.optimizer, self.named = wrapped.optimizer, trained_parameters(self.model)
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
         self.row_tokens = row_budget(self.recipe.batch.row_tokens, trunk.device)
+        self.eval_rows = self._rows(data.eval, np.arange(len(data.eval)))
         self.step, self.tokens_seen, self.elapsed = 0, 0, 0.0
         self.saved = -1
         self.throughput = Throughput(self.accelerator.num_processes)
@@ -165,8 +167,9 @@ class Loop:
         where = ", ".join(self.data.train.where(int(i)) for i in chosen[:8])
         raise UserError(
             f"step {step}: the {what} is not finite (loss {loss}, gradient norm {norm}); the state after step "
-            f"{self.step} is saved in {self.run.checkpoints}. Lower optim.learning_rate, compute in float32 "
-            f"(model.dtype=float32), or look at the step's examples: {where}{', …' if len(chosen) > 8 else ''}"
+            f"{self.step} is saved in {self.run.checkpoints}. Look at the step's examples "
+            f"({where}{', …' if len(chosen) > 8 else ''}), or start again in another run folder with a lower "
+            "optim.learning_rate or in float32 (model.dtype=float32)"
         )
 
     def _evaluate(self, screen: Screen) -> None:
@@ -177,17 +180,19 @@ class Loop:
         self.model.eval()
         sums, started = Sums(), time.perf_counter()
         with torch.no_grad():
-            rows = self._rows(examples, np.arange(len(examples)))
-            for row in screen.track(rows, "evaluating"):
+            for row in screen.track(self.eval_rows, "evaluating"):
                 _, metrics = self.loss(self.model, self._batch(examples, row))
                 for name, (value, count) in metrics.items():
                     sums.add(name, value, count)
         merged = sums.merged(self.accelerator)
         record = {"step": self.step, "split": "eval", **merged.means()}
         if not math.isfinite(record["loss"]):
+            if self.step:
+                self._save()
+                self._close()
             raise UserError(
-                f"step {self.step}: the loss on the eval rows is not finite ({record['loss']}); compute in float32 "
-                "(model.dtype=float32), lower optim.learning_rate, or check model.base"
+                f"step {self.step}: the loss on the eval rows is not finite ({record['loss']}); check model.base, or "
+                "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"
             )
         record["perplexity"] = perplexity(*merged.sums()["loss"])
         record["eval_seconds"] = time.perf_counter() - started
@@ -206,7 +211,8 @@ class Loop:
     def _rows(self, examples: Examples, chosen: np.ndarray) -> list[list[int]]:
         """This process's share of the packed rows of `chosen`; every process has the same number."""
         world = self.accelerator.num_processes
-        rows = pack([int(examples.lengths[i]) for i in chosen], self.row_tokens, multiple=world)
+        share = pack if self.trunk.packed else pack_padded
+        rows = share([int(examples.lengths[i]) for i in chosen], self.row_tokens, multiple=world)
         return [[int(chosen[i]) for i in row] for row in rows[self.accelerator.process_index :: world]]
 
     def _batch(self, examples: Examples, row: list[int]) -> Forest:
@@ -240,8 +246,8 @@ class Loop:
         result = {name: whole(p).detach().to("cpu") for name, p in self.named.items()}
         self._close()
         if self.session.first:  # last of all, for it says that the run is finished
-            with speaking(self.run.final, sum(tensor.nbytes for tensor in result.values())):
-                self.trunk.save(self.run.final, result, self.recipe.stage)
+            with published(self.run.final, sum(tensor.nbytes for tensor in result.values())) as beside:
+                self.trunk.save(beside, result, self.recipe.stage)
         self.session.say(f"done: {self.run.final}; report: {self.run.folder / 'report.html'}")
 
     def _close(self) -> None:

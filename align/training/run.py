@@ -109,7 +109,7 @@ class Run:
         self._handle = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self.close()
             raise UserError(f"run: another process is writing to {self.folder}; wait for it, or stop it") from None
 
@@ -123,6 +123,8 @@ class Run:
         """Add a line to a JSONL file."""
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before the checkpoint that relies on it
 
     def summarise(self, numbers: dict[str, Any]) -> None:
         """Write the run's cost."""

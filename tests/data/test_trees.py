@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.data.trees import Tree, TreeMask, graft, pack, plant
+from align.data.packing import pack, pack_padded
+from align.data.trees import Tree, TreeMask, graft, plant
 
 LENGTH = st.integers(1, 6)
 TREES = st.lists(
@@ -153,10 +154,6 @@ def test_masks_by_hand():
         "...x..xx.",
         "........x",
     ]
-    first, second, fill = mask.per_tree
-    assert first is None
-    assert fill is None
-    assert torch.equal(second, mask.dense[0, 0, 3:8, 3:8])
 
 
 def test_a_batch_keeps_its_numbers_on_its_way_to_a_device():
@@ -218,3 +215,11 @@ def test_only_what_nobody_has_to_predict_is_shared():
     assert graft(apart) == apart
     branched = Tree((opening, opening[:2]), (np.zeros(20, bool), np.ones(2, bool)))
     assert graft([branched, branched]) == [branched, branched]
+
+
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(10, 80), st.integers(1, 4))
+def test_padded_rows_hold_their_budget(lengths, budget, multiple):
+    rows = pack_padded(lengths, budget, multiple)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert len(rows) % multiple == 0
+    assert all(len(row) == 1 or len(row) * max(lengths[i] for i in row) <= budget for row in rows if row)

@@ -216,13 +216,6 @@ def test_a_full_result_is_an_ordinary_checkpoint(family, tmp_path):
     assert json.loads((final / META).read_text())["role"] == "model"
 
 
-def test_a_result_replaces_the_one_before(folder, tmp_path):
-    final = saved(trunk_on(folder), tmp_path / "final")
-    (final / "stale").write_text("x")
-    assert not (saved(trunk_on(folder), final) / "stale").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
-
-
 # -- what a user can get wrong -----------------------------------------------------------------------------------------
 
 
@@ -298,3 +291,14 @@ def test_a_tokenizer_brings_what_batches_need(folder, tmp_path):
     (bare / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="names no eos token"):
         load_tokenizer(Model(base=str(bare)))
+
+
+def test_only_weights_are_cast(folder):
+    """Rotary frequencies in bfloat16 would turn far positions by up to a radian."""
+    loaded = load_base(Model(base=str(folder), dtype="bfloat16"), torch.device("cpu"), frozen=True).model
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    frequencies = {name: b for name, b in loaded.named_buffers() if "inv_freq" in name}
+    fresh = dict(tiny_model("llama").named_buffers())
+    assert frequencies
+    for name, buffer in frequencies.items():
+        assert torch.equal(buffer, fresh[name]), name

@@ -27,7 +27,7 @@ class Recipe(BaseRecipe):
 TREE = {
     "stage": "sft",
     "run": "r",
-    "model": {"base": "b", "config": {"hidden_size": 8}},
+    "model": {"base": "b", "chat_template": "plain"},
     "lora": {"r": 4, "targets": ["q"]},
     "data": {"train": [{"path": "a", "columns": {"prompt": "q"}}], "eval": {"fraction": 0.1}},
     "optim": {"learning_rate": 5e-7},
@@ -141,16 +141,26 @@ text = words | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 lined = st.lists(text | st.sampled_from(["", " ", "#", "-", "a: b"]), max_size=4).map("\n".join)
 positive = st.floats(min_value=0, exclude_min=True, max_value=1e300)
 sources = st.builds(Source, path=text, columns=st.dictionaries(text, text, max_size=2))
-recipes = st.builds(
-    Recipe,
-    stage=st.just("sft"),
-    run=text,
-    seed=st.integers(0, 2**32 - 1),
-    model=st.builds(Model, base=text, config=st.dictionaries(text, values.filter(holds), max_size=3)),
-    lora=st.none() | st.builds(Lora, targets=st.just("all-linear") | st.lists(text, max_size=3)),
-    data=st.builds(Data, train=st.lists(sources, min_size=1, max_size=2)),
-    optim=st.builds(Optim, learning_rate=positive, eps=positive),
-    log=st.builds(Log, samples=st.lists(lined, max_size=3)),
+
+
+def recipes_of(model, lora):
+    return st.builds(
+        Recipe,
+        stage=st.just("sft"),
+        run=text,
+        seed=st.integers(0, 2**32 - 1),
+        model=model,
+        lora=lora,
+        data=st.builds(Data, train=st.lists(sources, min_size=1, max_size=2)),
+        optim=st.builds(Optim, learning_rate=positive, eps=positive),
+        log=st.builds(Log, samples=st.lists(lined, max_size=3)),
+    )
+
+
+configs = st.dictionaries(text, values.filter(holds), max_size=3)
+adapters = st.none() | st.builds(Lora, targets=st.just("all-linear") | st.lists(text, max_size=3))
+recipes = recipes_of(st.builds(Model, base=text), adapters) | recipes_of(
+    st.builds(Model, base=text, init=st.just("random"), config=configs), st.none()
 )
 
 

@@ -17,6 +17,7 @@ from align.training.checkpoint import (
     CheckpointWriter,
     load_checkpoint,
     newest_checkpoint,
+    published,
     save_checkpoint,
     write_atomic,
 )
@@ -185,3 +186,14 @@ def test_write_atomic(tmp_path):
     write_atomic(path, b"\x00\xff")
     assert path.read_bytes() == b"\x00\xff"
     assert names(path.parent) == ["b.json"]
+
+
+def test_what_is_published_replaces_the_one_before_or_leaves_it(tmp_path):
+    final = tmp_path / "final"
+    for text in ("first", "second"):
+        with published(final, 0) as beside:
+            (beside / text).write_text(text)
+    assert [path.name for path in final.iterdir()] == ["second"]
+    with pytest.raises(UserError, match="cannot be written"), published(final, 0) as beside:
+        (beside / "no such folder" / "third").write_text("half")
+    assert [path.name for path in final.iterdir()] == ["second"]
