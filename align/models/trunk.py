@@ -53,6 +53,7 @@ class Trunk(nn.Module):
         if model.gradient_checkpointing:
             causal.gradient_checkpointing_enable({"use_reentrant": False})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
+        self._check_head()
         self.layout, self.layout_reason = (model.layout, "") if model.layout != "auto" else self._exact_layout()
         self._set_attention(FOREST if self.packed else self.own_attention)
         if model.compile:
@@ -159,6 +160,26 @@ class Trunk(nn.Module):
         decoder = getattr(self.plain, self.plain.base_model_prefix)
         return max((m for m in decoder.modules() if isinstance(m, nn.ModuleList)), key=len)
 
+    @property
+    def _tolerance(self) -> float:
+        """In 16 bits a deep model's log-probabilities scatter by some 0.1; a fault moves them by more."""
+        return 1e-3 if self.dtype == torch.float32 else 0.3
+
+    def _check_head(self) -> None:
+        """The head on the last hidden state must be all there is to the model's logits, or every loss is wrong."""
+        ids = torch.arange(3, 12) % self.head.weight.shape[0]
+        training = self.training
+        self.eval()
+        self._set_attention(self.own_attention)
+        with torch.no_grad(), self._autocast():
+            row = plant([Tree((ids.numpy().astype(np.int32),), (np.ones(len(ids), bool),))], packed=False)
+            ours = self(row.to(self.device))
+            logits = self.plain(input_ids=ids[None].to(self.device), use_cache=False).logits[0, :-1].float()
+        self.train(training)
+        stock = logits.log_softmax(-1).gather(-1, ids[1:, None].to(self.device))[:, 0]
+        if (ours - stock).abs().median() > self._tolerance:
+            raise UserError(f"model.base: {self.base_name} computes its logits in a way that align does not know")
+
     def _exact_layout(self) -> tuple[str, str]:
         """`tree` if this model computes packed trees exactly as it computes them one by one, else `padded`.
 
@@ -192,9 +213,7 @@ class Trunk(nn.Module):
             self.train(training)
         tail = second.label_count
         leaks = (packed[-tail:] - disturbed[-tail:]).abs().max() > 1e-5
-        # In 16 bits a deep model's log-probabilities scatter by some 0.1; a wrong position or mask moves them by more.
-        exact = self.head.weight.dtype == torch.float32 and self.autocast_dtype in (None, torch.float32)
-        differs = (packed - alone).abs().median() > (1e-3 if exact else 0.3)
+        differs = (packed - alone).abs().median() > self._tolerance
         if leaks:
             return "padded", "its layers carry something from one tree to the next"
         return ("padded", "its packed numbers differ from those of single rows") if differs else ("tree", "")

@@ -74,6 +74,9 @@ def run_stage(
         print(f"{where}{error.strerror}; make room there, or use another folder", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            print("out of memory: lower batch.row_tokens, or choose a smaller model", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
         if accelerator is None or accelerator.is_main_process or "by peer" not in str(error):
             raise
         raise SystemExit(2) from None  # the first process has ended, and has said why

@@ -123,13 +123,12 @@ def test_what_changes_in_one_branch_stays_there(family):
 
 
 def test_the_actor_is_the_reference_until_it_is_trained():
-    base, settings = (
-        Base(tiny_model("llama"), tiny_tokenizer(), "f", "tiny", "tiny"),
-        Model(base="tiny", dtype="float32"),
-    )
+    def on_base(lora: Lora | None) -> Trunk:
+        base = Base(tiny_model("llama"), tiny_tokenizer(), "f", "tiny", "tiny")
+        return Trunk(base, Model(base="tiny", dtype="float32"), lora)
+
     forest = plant(FORESTS["pairs"])
-    alone = Trunk(base, settings, None)(forest)
-    trunk = Trunk(base, settings, Lora())
+    alone, trunk = on_base(None)(forest), on_base(Lora())
     assert torch.equal(trunk(forest), alone)
     trained = stir(trunk)(forest)
     assert (trained - alone).abs().max() > 0.01
@@ -225,3 +224,13 @@ def test_full_fine_tuning_in_bfloat16_computes_in_it_and_keeps_float32_weights()
     assert {g.dtype for g in grown.values()} == {torch.float32}
     for name, gradient in wanted.items():
         assert (grown[name] - gradient).norm() < 0.1 * gradient.norm(), name
+
+
+def test_logits_that_are_more_than_the_head_are_refused():
+    """A multiplier that the trunk does not know would make every loss wrong without a word."""
+    model = tiny_model("cohere")
+    model.config.logit_scale = None  # what the trunk reads; the model goes on with its own
+    assert model.logit_scale == 0.25
+    base = Base(model, tiny_tokenizer(), "f", "tiny", "tiny")
+    with pytest.raises(UserError, match="computes its logits in a way that align does not know"):
+        Trunk(base, Model(base="tiny", layout="tree"), Lora(r=4))
