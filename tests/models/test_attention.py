@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models.tiny import tree
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from align.data.trees import Forest, TreeMask, plant
 from align.models import attention
@@ -104,3 +105,20 @@ def test_blocks_cover_the_dense_mask_and_nothing_else(shapes, multiple, most):
             seen[query, keys[keys <= query]] += 1
     assert sorted(queries) == list(range(forest.tokens.shape[1]))
     assert torch.equal(seen, TreeMask(forest).dense[0, 0].long())
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_block_mask_says_what_the_cpu_blocks_do(window):
+    """FlexAttention under the block mask, uncompiled, gives the same values."""
+    forest = plant([tree(7, 6, 4, seed=4), tree(12, seed=5), tree(1, 3, 2, seed=6)], multiple=128)
+    length = forest.tokens.shape[1]
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, length, 16, generator=draw) for heads in (4, 2, 2))
+    mask = ForestMask(forest)
+    ours, _ = forest_attention(None, query, key, value, None, sliding_window=window, forest=mask)
+    block_mask = mask.tree_mask.block_mask(window)
+    flex = flex_attention(query, key, value, block_mask=block_mask, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(ours, flex, rtol=1e-4, atol=1e-5)
+    if window is None:
+        dense = create_mask(block_mask.mask_mod, 1, 1, length, length, device="cpu")
+        assert torch.equal(dense, mask.tree_mask.dense)
