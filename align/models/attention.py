@@ -88,7 +88,7 @@ def forest_attention(
         if device != "cpu":
             mask = forest.tree_mask.block_mask(sliding_window)
             return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
-        return _BlockAttention.apply(query, key, value, forest, scaling, sliding_window, softcap), None
+        return _block_attention(query, key, value, forest, scaling, sliding_window, softcap), None
 
 
 AttentionInterface.register(NAME, forest_attention)
@@ -125,6 +125,11 @@ def _probabilities(query, key, bias, scale, softcap):
         capped = torch.tanh(scores * (scale / softcap))
         scores = torch.add(bias, capped, alpha=softcap)
     return torch.softmax(scores, -1), capped
+
+
+@torch.compiler.disable  # its loop follows the batch's segments: a compiler would start again for every batch
+def _block_attention(*arguments: object) -> Tensor:
+    return _BlockAttention.apply(*arguments)
 
 
 class _BlockAttention(torch.autograd.Function):

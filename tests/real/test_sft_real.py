@@ -89,7 +89,9 @@ def test_killed_ten_times_at_random_moments(here):
         child = Child(here, path, f"run={here / 'killed'}", *settings)
         if not child.send_when(signal.SIGKILL, lambda moment=moment: time.monotonic() > moment):
             break  # it came to its end before
-        assert child.wait().status == -signal.SIGKILL
+        if (status := child.wait().status) != -signal.SIGKILL:
+            assert status == 0  # it came to its end while the signal was on its way
+            break
     assert Child(here, path, f"run={here / 'killed'}", *settings).wait().status == 0
     assert metrics(here / "killed") == metrics(here / "whole")
     assert all(torch.equal(tensor, weights(here / "killed")[n]) for n, tensor in weights(here / "whole").items())
