@@ -23,6 +23,12 @@ class Tree(NamedTuple):
 
     segments: tuple[np.ndarray, ...]  # each (length,) int32 token ids; branches may not be empty
     trained: tuple[np.ndarray, ...]  # each (length,) bool, True where the token is a label (to be predicted)
+    targets: tuple[float, ...] = ()  # one for each path, what is known of it: a margin, a verdict, a class; or none
+
+    @property
+    def path_count(self) -> int:
+        """Root-to-leaf paths: one for each branch, or the stem alone."""
+        return max(len(self.segments) - 1, 1)
 
     @property
     def packed_segments(self) -> tuple[int, ...]:
@@ -42,7 +48,7 @@ class Tree(NamedTuple):
 
     def paths(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Every root-to-leaf path as (tokens, trained); the stem's labels count in the first path alone."""
-        (stem, *branches), (stem_trained, *branch_trained) = self
+        (stem, *branches), (stem_trained, *branch_trained) = self.segments, self.trained
         if not branches:
             return [(stem, stem_trained)]
         stems = [stem_trained] + [np.zeros_like(stem_trained)] * (len(branches) - 1)
@@ -62,13 +68,20 @@ class Forest(NamedTuple):
     where: Tensor  # (n,) int64, flat index into R * L of the position that predicts each label
     labels: Tensor  # (n,) int64, the token to predict
     path: Tensor  # (n,) int64, the path (0 … P - 1) that each label belongs to
-    paths: int  # P
+    ends: Tensor  # (P,) int64, flat index into R * L of each path's last token
+    owner: Tensor  # (P,) int64, which tree a path belongs to
+    targets: Tensor  # (P,) float32, what is known of each path; 0 where nothing is
     segments: tuple[tuple[int, ...], ...] | None  # packed lengths, stem first, tree by tree; None when padded
 
     @property
     def packed(self) -> bool:
         """Whether this is the tree layout."""
         return self.segments is not None
+
+    @property
+    def paths(self) -> int:
+        """P, root-to-leaf paths of all trees."""
+        return len(self.ends)
 
     def to(self, device: torch.device | str) -> Forest:
         """The same batch with its tensors on `device`."""
@@ -88,10 +101,10 @@ def plant(trees: Sequence[Tree], *, packed: bool = True, multiple: int = 1) -> F
 
 def _plant_packed(trees: Sequence[Tree], multiple: int) -> Forest:
     tokens, positions, tree_ids, branch_ids = [], [], [], []
-    where, labels, path = [], [], []
-    start = paths = 0
+    where, labels, path, ends = [], [], [], []
+    start = 0
     for t, tree in enumerate(trees):
-        (stem, *branches), (stem_trained, *branch_trained) = tree
+        (stem, *branches), (stem_trained, *branch_trained) = tree.segments, tree.trained
         assert len(stem), "a stem has at least one token"
         # Each packed segment with its marks shifted: position i predicts token i + 1 where that is trained.
         parts = [(stem, stem_trained[1:], 0)]
@@ -109,13 +122,14 @@ def _plant_packed(trees: Sequence[Tree], multiple: int) -> Forest:
             marked = np.flatnonzero(marks)
             where.append(start + marked)
             labels.append(following[marked])
-            path.append(np.full(len(marked), paths + max(b - 1, 0)))
+            path.append(np.full(len(marked), len(ends) + max(b - 1, 0)))
             tokens.append(part)
             positions.append(np.arange(offset, offset + len(part)))
             tree_ids.append(np.full(len(part), t))
             branch_ids.append(np.full(len(part), b))
             start += len(part)
-        paths += max(len(branches), 1)
+        lengths = tree.packed_segments
+        ends += (start - 1 - np.cumsum((0, *lengths[:0:-1]))[: tree.path_count])[::-1].tolist()
     fill = -start % multiple
     tokens.append(np.zeros(fill, np.int64))
     positions.append(np.arange(fill))
@@ -123,7 +137,7 @@ def _plant_packed(trees: Sequence[Tree], multiple: int) -> Forest:
     branch_ids.append(np.zeros(fill, np.int64))
     row = [_long(parts)[None] for parts in (tokens, positions, tree_ids, branch_ids)]
     segments = tuple(tree.packed_segments for tree in trees) + (((fill,),) if fill else ())
-    return Forest(*row, _long(where), _long(labels), _long(path), paths, segments)
+    return Forest(*row, _long(where), _long(labels), _long(path), _long([ends]), *_about(trees), segments)
 
 
 def _plant_padded(trees: Sequence[Tree], multiple: int) -> Forest:
@@ -132,7 +146,7 @@ def _plant_padded(trees: Sequence[Tree], multiple: int) -> Forest:
     length += -length % multiple
     shape = (len(rows), length)
     tokens, tree_ids = np.zeros(shape, np.int64), np.full(shape, -1)
-    where, labels, path = [], [], []
+    where, labels, path, ends = [], [], [], []
     for r, (t, row, trained) in enumerate(rows):
         tokens[r, : len(row)] = row
         tree_ids[r, : len(row)] = t
@@ -140,12 +154,21 @@ def _plant_padded(trees: Sequence[Tree], multiple: int) -> Forest:
         where.append(r * length + marked)
         labels.append(row[1:][marked])
         path.append(np.full(len(marked), r))
+        ends.append(r * length + len(row) - 1)
     positions = np.broadcast_to(np.arange(length), shape)
     grids = [torch.from_numpy(np.array(grid, np.int64)) for grid in (tokens, positions, tree_ids, np.zeros(shape))]
-    return Forest(*grids, _long(where), _long(labels), _long(path), len(rows), None)
+    return Forest(*grids, _long(where), _long(labels), _long(path), _long([ends]), *_about(trees), None)
 
 
-def _long(parts: list[np.ndarray]) -> Tensor:
+def _about(trees: Sequence[Tree]) -> tuple[Tensor, Tensor]:
+    """Owner and target of every path."""
+    assert all(len(tree.targets) in (0, tree.path_count) for tree in trees)
+    owner = [t for t, tree in enumerate(trees) for _ in range(tree.path_count)]
+    targets = [target for tree in trees for target in tree.targets or (0.0,) * tree.path_count]
+    return _long([owner]), torch.tensor(targets, dtype=torch.float32)
+
+
+def _long(parts: Sequence[np.ndarray | list[int]]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
@@ -207,10 +230,11 @@ def _graft(group: list[Tree]) -> list[Tree]:
     heads = np.stack([tree.segments[0][:shortest] for tree in group])
     differing = np.flatnonzero((heads != heads[0]).any(0))
     shared = int(differing[0]) if len(differing) else shortest
-    (first,), _ = group[0]
+    first = group[0].segments[0]
     return [
         Tree(
             (first[:shared], *(tree.segments[0][shared:] for tree in group)),
             (np.zeros(shared, bool), *(tree.trained[0][shared:] for tree in group)),
+            tuple(target for tree in group for target in tree.targets),
         )
     ]
