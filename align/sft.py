@@ -18,6 +18,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from align.data.render import conversations
 from align.data.trees import Forest
 from align.models.base import load_base, load_tokenizer
 from align.models.trunk import Trunk
@@ -56,7 +57,7 @@ def train(session: Session) -> None:
     run.check(session.fresh)
     with session.accelerator.main_process_first():  # the first fetches what is not there yet
         tokenizer = load_tokenizer(recipe.model)
-    data = session.prepare(tokenizer, recipe.sft.loss_on)
+    data = session.prepare(tokenizer, conversations(recipe.sft.loss_on))
     if session.show:
         return session.show_examples(data, tokenizer)
     if run.finished and not session.fresh:

@@ -159,6 +159,7 @@ def run_trl(spec: dict) -> dict:
     from trl import SFTConfig, SFTTrainer
 
     from align.data.mixture import prepare
+    from align.data.render import conversations
     from align.models.base import base_folder, load_tokenizer
     from align.models.demo import cache_folder
     from align.sft import Recipe
@@ -167,12 +168,12 @@ def run_trl(spec: dict) -> dict:
     torch.set_num_threads(spec["threads"])
     recipe = Recipe.model_validate(recipe_of(spec, Path(spec["work"]) / "unused"))
     tokenizer = load_tokenizer(recipe.model)
-    data = prepare(recipe.data, tokenizer, "assistant", SEED, cache_folder()).train
+    data = prepare(recipe.data, tokenizer, conversations("assistant"), SEED, cache_folder()).train
     plan = Plan(recipe, data)
     rows = []
     for step in range(1, plan.steps + 1):
         for i in plan.batch(step):
-            (tokens,), (trained,) = data.tree(int(i))
+            (tokens,), (trained,), _ = data.tree(int(i))
             rows.append({"input_ids": tokens.tolist(), "completion_mask": trained.astype(int).tolist()})
 
     setting = TRL_SETTINGS[spec["setting"]]

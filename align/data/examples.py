@@ -57,13 +57,19 @@ class Ledger:
 
 
 class Examples:
-    """The examples of one side, numbered 0 … n - 1 over its sources, each cut to `max_length` tokens."""
+    """The examples of one side, numbered 0 … n - 1 over its sources, each path cut to `max_length` tokens."""
 
     def __init__(self, parts: list[Part], max_length: int) -> None:
         self.parts, self.max_length = parts, max_length
         self.starts = np.cumsum([0, *(len(part.rows) for part in parts)])
-        self.lengths = joined([np.minimum(p.store.lengths[p.rows], max_length) for p in parts])  # (n,) int64
-        self.labels = joined([labels_within(p, max_length) for p in parts])  # (n,) int64, trained tokens
+        measured = [_measured(part, max_length) for part in parts] or [[np.zeros(0, np.int64)] * 4]
+        # Each (n,) int64: distinct tokens, trained tokens, tokens of the longest path, root-to-leaf paths.
+        self.lengths, self.labels, self.longest, self.paths = map(joined, zip(*measured, strict=True))
+
+    @property
+    def room(self) -> np.ndarray:
+        """(n,) int64, tokens that each takes in a packed row: every branch but one repeats the stem's last."""
+        return self.lengths + self.paths - 1
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -71,11 +77,7 @@ class Examples:
     def tree(self, i: int) -> Tree:
         """Example `i`."""
         store, row = self._locate(i)
-        tree = store.tree(row)
-        if store.lengths[row] <= self.max_length:
-            return tree
-        assert len(tree.segments) == 1, "only examples without branches are cut"
-        return Tree((tree.segments[0][: self.max_length],), (tree.trained[0][: self.max_length],))
+        return cut(store.tree(row), self.max_length)
 
     def where(self, i: int) -> str:
         """`file:line` of example `i`."""
@@ -108,13 +110,33 @@ class Examples:
         return part.store, int(part.rows[i - self.starts[which]])
 
 
-def labels_within(part: Part, limit: int) -> np.ndarray:
-    """(k,) int64, trained tokens of each row within its first `limit` tokens."""
-    store, labels = part.store, part.store.labels[part.rows].copy()
-    starts = store.segments[store.examples[part.rows]]
-    for i in np.flatnonzero(store.lengths[part.rows] > limit):
-        labels[i] = store.trained[starts[i] : starts[i] + limit].sum()
-    return labels
+def cut(tree: Tree, limit: int) -> Tree:
+    """The tree with the end of every path beyond `limit` tokens cut off; a branch may be left empty."""
+    stem = len(tree.segments[0])
+    ends = [limit, *[max(limit - stem, 0)] * (len(tree.segments) - 1)]
+    return Tree(*(tuple(part[:end] for part, end in zip(parts, ends, strict=True)) for parts in tree[:2]), tree.targets)
+
+
+def unusable(tree: Tree, limit: int) -> str | None:
+    """Why nothing can be learnt of the tree cut to `limit` tokens; None if something can."""
+    (stem, *branches), trained, _ = cut(tree, limit)
+    if branches and not all(marks.any() for marks in trained[1:]):
+        return f"its prompt of {len(tree.segments[0])} tokens leaves no room for an answer in {limit}"
+    if not any(marks.any() for marks in trained):
+        return f"no trained token in its first {limit} tokens"
+    if len(branches) > len({branch.tobytes() for branch in branches}):
+        return f"its answers are the same in their first {limit - len(stem)} tokens"
+    return None
+
+
+def _measured(part: Part, limit: int) -> tuple[np.ndarray, ...]:
+    store, rows = part.store, part.rows
+    lengths, labels, longest = (array[rows].copy() for array in (store.lengths, store.labels, store.longest))
+    paths = np.maximum(np.diff(store.examples)[rows] - 1, 1)
+    for i in np.flatnonzero(longest > limit):
+        tree = cut(store.tree(rows[i]), limit)
+        lengths[i], labels[i] = sum(map(len, tree.segments)), tree.label_count
+    return lengths, labels, np.minimum(longest, limit), paths
 
 
 def joined(arrays: list[np.ndarray]) -> np.ndarray:

@@ -9,7 +9,8 @@ assistant's tool calls are followed by at most as many tool turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +39,10 @@ SAMPLE = 16  # first rows of a file, by which its format is told
 
 
 class Row(NamedTuple):
-    """One example as every stage takes it. Exactly one of `messages` and `text` is set."""
+    """One example as every stage takes it. Exactly one of `messages` and `text` is set.
+
+    A conversation ends with an assistant's turn; where there are `answers`, it is the prompt before them.
+    """
 
     file: str
     line: int  # 1-based line where the row starts; for Parquet and hub sets the row's number
@@ -46,6 +50,9 @@ class Row(NamedTuple):
     text: str | None
     tools: list[dict[str, Any]] | None  # each {"type": "function", "function": {"name": str, …}}
     repairs: tuple[str, ...] = ()  # what was changed so that the row could be taken
+    answers: tuple[dict[str, Any], ...] = ()  # assistant messages that each could come next, the best first
+    targets: tuple[float, ...] = ()  # one for each answer, as `Tree.targets`; or none
+    label: str | None = None  # the class of a text
 
 
 class Fault(NamedTuple):
@@ -67,12 +74,13 @@ class Found(NamedTuple):
         return f"{self.file}: {self.format} ({self.why})"
 
 
-def read_rows(source: Source) -> Iterator[Row | Fault]:
-    """The source's rows in file order, streamed.
+def read_rows(source: Source, formats: Formats | None = None) -> Iterator[Row | Fault]:
+    """The source's rows in file order, streamed, in one of `formats` (default: conversations and text).
 
     Raises UserError: before the first row for every file whose beginning fails, later where a file breaks.
     """
-    rows = (_converted(source, found) for found in find(source))
+    formats = formats or FORMATS
+    rows = (_converted(source, found, formats) for found in find(source, formats))
     yield from islice(chain.from_iterable(rows), source.limit)
 
 
@@ -81,13 +89,18 @@ def describe(source: Source) -> str:
     return "\n".join(map(str, find(source)))
 
 
-def find(source: Source) -> list[Found]:
+def find(source: Source, formats: Formats | None = None) -> list[Found]:
     """The files of a source and their formats, by their first rows. Raises UserError with every problem."""
+    formats = formats or FORMATS
+    if source.format not in ("auto", *formats):
+        raise UserError(
+            f"{source.path}: this stage takes no rows of format {source.format}; it reads {', '.join(formats)}"
+        )
     files = [source.path] if is_hub_id(source.path) else [str(file) for file in data_files(source.path)]
     found, problems = [], []
     for file in files:
         try:
-            found.append(_find(source, file))
+            found.append(_find(source, file, formats))
         except UserError as error:
             problems += error.problems
     if problems:
@@ -95,13 +108,13 @@ def find(source: Source) -> list[Found]:
     return found
 
 
-def _find(source: Source, file: str) -> Found:
+def _find(source: Source, file: str, formats: Formats) -> Found:
     sample = list(islice(_records(source, file), SAMPLE))
     if not sample:
         raise UserError(f"{file}: holds no rows")
     rows = [value for _, value in sample if isinstance(value, dict)]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    known = FORMATS if source.format == "auto" else {source.format: FORMATS[source.format]}
+    known = formats if source.format == "auto" else {source.format: formats[source.format]}
     names = sorted({name for shape in known.values() for name in (*shape.needs, *shape.may)})
     problems = [
         f"{file}: `columns` maps the unknown '{name}'{meant(name, names)}; expected {_list(names)}"
@@ -118,16 +131,16 @@ def _find(source: Source, file: str) -> Found:
         raise UserError(*problems)
     rows = [_renamed(row, source.columns) for row in rows]
     if source.format == "auto":
-        format, why = detect(rows)
+        format, why = detect(rows, formats)
         if format is None:
             line, value = sample[0]  # where no row is one, the first tells more than the columns
             raise UserError(f"{file}: {why}" if rows else f"{file}:{line}: {_refusal(value)}")
     else:
         format, why = source.format, "as the recipe says"
-        lacking = [name for name in FORMATS[format].needs if rows and not any(name in row for row in rows)]
+        lacking = [name for name in formats[format].needs if rows and not any(name in row for row in rows)]
         if lacking:
             raise UserError(
-                f"{file}: format {format} needs {_list(FORMATS[format].needs)}, the file has {_list(columns)}"
+                f"{file}: format {format} needs {_list(formats[format].needs)}, the file has {_list(columns)}"
                 f"; name another format, or map its columns: `columns: {{{lacking[0]}: <a column>}}`"
             )
     if format == "text" and file.removesuffix(".gz").endswith(".txt"):
@@ -135,14 +148,15 @@ def _find(source: Source, file: str) -> Found:
     return Found(file, format, why)
 
 
-def detect(rows: list[dict[str, Any]]) -> tuple[str | None, str]:
+def detect(rows: list[dict[str, Any]], formats: Formats | None = None) -> tuple[str | None, str]:
     """The format of some rows and the columns that tell it, or None and why it cannot be told.
 
     Where several fit, the one with the most structure is taken and the others are named.
     """
+    formats = formats or FORMATS
     columns = list(dict.fromkeys(name for row in rows for name in row))
     fits = {}
-    for name, shape in FORMATS.items():
+    for name, shape in formats.items():
         if all(need in columns for need in shape.needs) and (not shape.keys or _keyed(rows, shape)):
             keys = f" with {'/'.join(shape.keys)}" if shape.keys else ""
             fits[name] = f"column{'s' * (len(shape.needs) > 1)} {_list(shape.needs)}{keys}"
@@ -151,7 +165,7 @@ def detect(rows: list[dict[str, Any]]) -> tuple[str | None, str]:
         return name, why + "".join(f"; it could be {other} too: {reason}" for other, reason in others)
     needs = "; ".join(
         f"{name} needs {_list(s.needs)}" + (f" with {'/'.join(s.keys)}" if s.keys else "")
-        for name, s in FORMATS.items()
+        for name, s in formats.items()
     )
     return None, (
         f"no format fits its columns {_list(columns)}: {needs}; name the format, or map the columns, such as"
@@ -159,25 +173,12 @@ def detect(rows: list[dict[str, Any]]) -> tuple[str | None, str]:
     )
 
 
-def convert(row: Any, format: str, file: str, line: int) -> Row | Fault:
+def convert(row: Any, format: str, file: str, line: int, formats: Formats | None = None) -> Row | Fault:
     """One record, its columns already under the format's names, as a canonical row or the reason why not."""
     try:
         if not isinstance(row, dict):
             raise Refused(_refusal(row))
-        shape = FORMATS[format]
-        if shape.turns is None:
-            return Row(file, line, None, encodable("text", filled("text", row.get("text"))), None)
-        turns = shape.turns(row)
-        if row.get("system"):
-            turns.insert(0, Turn("system", "system", {"role": "system", "content": text("system", row["system"])}))
-        kept = turns[: max((i for i, t in enumerate(turns, 1) if t.message["role"] == "assistant"), default=0)]
-        if not kept:
-            raise Refused(f"{shape.needs[-1]}: expected an assistant turn to learn from, found none")
-        check(kept)
-        cut = len(turns) - len(kept)
-        repairs = (f"cut {cut} turn{'s' * (cut > 1)} after the last assistant turn",) if cut else ()
-        messages = encodable(shape.needs[0], [turn.message for turn in kept])
-        return Row(file, line, messages, None, encodable("tools", tools_of(row.get("tools"))), repairs)
+        return (formats or FORMATS)[format].read(row)._replace(file=file, line=line)
     except Refused as refused:
         return Fault(file, line, str(refused))
     except RecursionError:
@@ -194,15 +195,48 @@ class Shape(NamedTuple):
     needs: tuple[str, ...]  # columns
     may: tuple[str, ...]  # further columns
     keys: tuple[str, ...]  # of each turn, where the first column is a list of turns
-    turns: Callable[[dict[str, Any]], list[Turn]] | None  # None where a row is plain text
+    read: Callable[[dict[str, Any]], Row]  # a row without its place; raises Refused
 
 
-FORMATS = {  # the most structured first: the order in which `detect` prefers them
-    "messages": Shape(("messages",), ("system", "tools"), ("role", "content"), messages),
-    "sharegpt": Shape(("conversations",), ("system", "tools"), ("from", "value"), sharegpt),
-    "alpaca": Shape(("instruction", "output"), ("input", "history", "system", "tools"), (), alpaca),
-    "prompt_completion": Shape(("prompt", "completion"), ("system", "tools"), (), prompt_completion),
-    "text": Shape(("text",), (), (), None),
+Formats = Mapping[str, Shape]  # the most structured first: the order in which `detect` prefers them
+
+
+def system_of(row: dict[str, Any]) -> list[Turn]:
+    """The `system` column as a turn, where a row has one."""
+    if not row.get("system"):
+        return []
+    return [Turn("system", "system", {"role": "system", "content": text("system", row["system"])})]
+
+
+def _talk(last: str, read: Callable[[dict[str, Any]], list[Turn]], row: dict[str, Any]) -> Row:
+    """A conversation; `last` is the column that its last answer stands in."""
+    turns = system_of(row) + read(row)
+    kept = turns[: max((i for i, t in enumerate(turns, 1) if t.message["role"] == "assistant"), default=0)]
+    if not kept:
+        raise Refused(f"{last}: expected an assistant turn to learn from, found none")
+    check(kept)
+    cut = len(turns) - len(kept)
+    repairs = (f"cut {cut} turn{'s' * (cut > 1)} after the last assistant turn",) if cut else ()
+    messages = encodable("messages", [turn.message for turn in kept])
+    return Row("", 0, messages, None, encodable("tools", tools_of(row.get("tools"))), repairs)
+
+
+def _text(row: dict[str, Any]) -> Row:
+    return Row("", 0, None, encodable("text", filled("text", row.get("text"))), None)
+
+
+FORMATS: Formats = {  # of conversations and text
+    "messages": Shape(("messages",), ("system", "tools"), ("role", "content"), partial(_talk, "messages", messages)),
+    "sharegpt": Shape(
+        ("conversations",), ("system", "tools"), ("from", "value"), partial(_talk, "conversations", sharegpt)
+    ),
+    "alpaca": Shape(
+        ("instruction", "output"), ("input", "history", "system", "tools"), (), partial(_talk, "output", alpaca)
+    ),
+    "prompt_completion": Shape(
+        ("prompt", "completion"), ("system", "tools"), (), partial(_talk, "completion", prompt_completion)
+    ),
+    "text": Shape(("text",), (), (), _text),
 }
 
 
@@ -218,10 +252,10 @@ def _keyed(rows: list[dict[str, Any]], shape: Shape) -> bool:
     return False
 
 
-def _converted(source: Source, found: Found) -> Iterator[Row | Fault]:
+def _converted(source: Source, found: Found, formats: Formats) -> Iterator[Row | Fault]:
     for line, value in _records(source, found.file):
         row = _renamed(value, source.columns) if isinstance(value, dict) else value
-        yield convert(row, found.format, found.file, line)
+        yield convert(row, found.format, found.file, line, formats)
 
 
 def _records(source: Source, file: str) -> Iterator[Record]:

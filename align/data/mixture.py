@@ -18,8 +18,8 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from align.data.examples import Examples, Ledger, Part, joined, labels_within
-from align.data.render import LossOn
+from align.data.examples import Examples, Ledger, Part, joined, unusable
+from align.data.reading import Reading
 from align.data.store import Progress, stored
 from align.recipe.errors import UserError
 from align.recipe.schema import Data, Source
@@ -39,7 +39,7 @@ class Prepared(NamedTuple):
 def prepare(
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
-    loss_on: LossOn,
+    reading: Reading,
     seed: int,
     cache: Path,
     progress: Progress | None = None,
@@ -50,8 +50,8 @@ def prepare(
     Raises UserError, with every problem at once, for sources that cannot be read, rows that cannot be taken
     or are too long where the recipe asks for an error, and a side that is left without rows.
     """
-    train = _parts(data.train, tokenizer, loss_on, cache, progress)
-    held = _parts(data.eval.sources, tokenizer, loss_on, cache, progress)
+    train = _parts(data.train, tokenizer, reading, cache, progress)
+    held = _parts(data.eval.sources, tokenizer, reading, cache, progress)
     ledger = Ledger()
     problems = _invalid(data, train + held, ledger)
     (train, held), long = _fitted(data, [train, held], ledger)
@@ -115,14 +115,14 @@ def counting(console: Console) -> Iterator[Progress]:
 def _parts(
     sources: list[Source],
     tokenizer: PreTrainedTokenizerBase,
-    loss_on: LossOn,
+    reading: Reading,
     cache: Path,
     progress: Progress | None,
 ) -> list[Part]:
     parts, problems = [], []
     for source in sources:
         try:
-            store = stored(source, tokenizer, loss_on, cache, progress)
+            store = stored(source, tokenizer, reading, cache, progress)
             parts.append(Part(source, store, np.arange(len(store.line))))
         except UserError as error:
             problems += error.problems
@@ -156,14 +156,19 @@ def _fitted(data: Data, sides: list[list[Part]], ledger: Ledger) -> tuple[list[l
     for parts in sides:
         fitted.append([])
         for part in parts:
-            lengths = part.store.lengths[part.rows]
+            lengths = part.store.longest[part.rows]
             over = lengths > limit
             long += [(int(n), *part.store.place(row)) for n, row in zip(lengths[over], part.rows[over], strict=True)]
             if data.overlong == "truncate":
-                bare = over & (labels_within(part, limit) == 0)
-                for n, row in zip(lengths[over & ~bare], part.rows[over & ~bare], strict=True):
-                    ledger.add(*part.store.place(row), "truncated", f"{n} tokens cut to {limit}")
-                fitted[-1].append(ledger.drop(part, bare, "overlong", f"no trained token in its first {limit} tokens"))
+                kept = []
+                for n, row in zip(lengths, part.rows, strict=True):
+                    reason = unusable(part.store.tree(row), limit) if n > limit else None
+                    if reason or n > limit:
+                        action = "dropped" if reason else "truncated"
+                        ledger.add(*part.store.place(row), action, reason or f"{n} tokens cut to {limit}")
+                    kept.append(reason is None)
+                ledger.dropped["overlong"] += len(kept) - sum(kept)
+                fitted[-1].append(part.less(~np.array(kept, bool)))
             else:
                 fitted[-1].append(ledger.drop(part, over, "overlong", f"more than {limit} tokens"))
     if not long or data.overlong != "error":

@@ -38,14 +38,23 @@ def pack(lengths: Sequence[int], budget: int, multiple: int = 1) -> list[list[in
     return _filled([sorted(row) for row in rows], count)
 
 
-def pack_padded(lengths: Sequence[int], budget: int, multiple: int = 1) -> list[list[int]]:
-    """The same for padded rows, which cost their number times the longest: items of like length together."""
+def pack_padded(
+    lengths: Sequence[int], budget: int, multiple: int = 1, paths: Sequence[int] | None = None
+) -> list[list[int]]:
+    """The same for padded rows, which cost their number times the longest: items of like length together.
+
+    `paths`: how many rows each item takes, all as long as its longest (default: one).
+    """
     rows: list[list[int]] = []
+    taken = 0
     for i in _longest_first(lengths):
-        if rows and (len(rows[-1]) + 1) * lengths[rows[-1][0]] <= budget:
+        more = paths[i] if paths is not None else 1
+        if rows and (taken + more) * lengths[rows[-1][0]] <= budget:
             rows[-1].append(i)
+            taken += more
         else:
             rows.append([i])
+            taken = more
     return _filled(rows, _rounded(len(rows), multiple))
 
 

@@ -5,6 +5,7 @@ marked.
 from __future__ import annotations
 
 import json
+from functools import partial
 from hashlib import blake2b
 from itertools import pairwise
 from typing import Any, Literal
@@ -14,11 +15,17 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from align.data.chat import Chat, Span, Unwritable, chat_of
-from align.data.formats import Fault, Row
+from align.data.formats import FORMATS, Fault, Row
+from align.data.reading import Reading
 from align.data.trees import Tree
 from align.recipe.errors import UserError
 
 LossOn = Literal["assistant", "last", "all"]
+
+
+def conversations(loss_on: LossOn) -> Reading:
+    """Conversations and text, learnt as `render_rows` says."""
+    return Reading(f"conversations, {loss_on}", FORMATS, partial(render_rows, loss_on=loss_on))
 
 
 def render_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> list[Tree | Fault]:

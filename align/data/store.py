@@ -23,16 +23,19 @@ from transformers import PreTrainedTokenizerBase
 from align.data.chat import chat_of
 from align.data.files import data_files, is_hub_id
 from align.data.formats import Fault, Row, find, read_rows
-from align.data.render import LossOn, prompt_key, render_rows
+from align.data.reading import Reading
+from align.data.render import prompt_key
 from align.data.trees import Tree
 from align.recipe.schema import Source
 
-VERSION = 1  # of the store's files and of what the code above makes of a row: raise it when either changes
+VERSION = 2  # of the store's files and of what the code above makes of a row: raise it when either changes
 BATCH = 512  # rows that are rendered and tokenised at once
 COLUMNS = {
     "segments": "q",
     "examples": "q",
     "labels": "q",
+    "longest": "q",
+    "targets": "f",
     "file_id": "q",
     "line": "q",
     "prompt": "Q",
@@ -51,6 +54,8 @@ class Store(NamedTuple):
     segments: np.ndarray  # (S + 1,) int64, where each segment starts among the tokens
     examples: np.ndarray  # (n + 1,) int64, where each example starts among the segments; its first is the stem
     labels: np.ndarray  # (n,) int64, trained tokens
+    longest: np.ndarray  # (n,) int64, tokens of the longest path
+    targets: np.ndarray  # (S,) float32, of the path that ends with each segment; nan where nothing is known of it
     file_id: np.ndarray  # (n,) int64, index into `files`
     line: np.ndarray  # (n,) int64
     prompt: np.ndarray  # (n,) uint64, hash of the prompt
@@ -72,11 +77,13 @@ class Store(NamedTuple):
 
     def tree(self, i: int) -> Tree:
         """Example `i`."""
-        bounds = self.segments[self.examples[i] : self.examples[i + 1] + 1]
-        cuts = list(pairwise(bounds))
+        first, last = self.examples[i], self.examples[i + 1]
+        cuts = list(pairwise(self.segments[first : last + 1]))
+        known = self.targets[first:last][1:] if last - first > 1 else self.targets[first:last]
         return Tree(
             tuple(np.array(self.tokens[a:b]) for a, b in cuts),
             tuple(np.array(self.trained[a:b]) for a, b in cuts),
+            () if np.isnan(known).all() else tuple(known.tolist()),
         )
 
     def place(self, i: int) -> tuple[str, int]:
@@ -87,20 +94,20 @@ class Store(NamedTuple):
 def stored(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
-    loss_on: LossOn,
+    reading: Reading,
     cache: Path,
     progress: Progress | None = None,
 ) -> Store:
     """The source's store from the cache, built if it is not there or damaged. Raises UserError as `read_rows`
     does.
     """
-    folder = cache / "tokens" / _key(source, tokenizer, loss_on)
+    folder = cache / "tokens" / _key(source, tokenizer, reading)
     if _whole(folder):
         return _open(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(mkdtemp(prefix=".", dir=folder.parent))
     try:
-        _build(beside, source, tokenizer, loss_on, progress)
+        _build(beside, source, tokenizer, reading, progress)
         if not _whole(folder):  # else another process was faster
             shutil.rmtree(folder, ignore_errors=True)
             beside.rename(folder)
@@ -113,7 +120,7 @@ def _build(
     folder: Path,
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
-    loss_on: LossOn,
+    reading: Reading,
     progress: Progress | None,
 ) -> None:
     columns = {name: array(kind) for name, kind in COLUMNS.items()}
@@ -122,8 +129,8 @@ def _build(
     files: dict[str, int] = {}
     faults, repairs, rows = [], [], 0
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as marks:
-        for batch in _batches(read_rows(source)):
-            trees = iter(render_rows([row for row in batch if isinstance(row, Row)], tokenizer, loss_on))
+        for batch in _batches(read_rows(source, reading.formats)):
+            trees = iter(reading.render([row for row in batch if isinstance(row, Row)], tokenizer))
             for row in batch:
                 tree = row if isinstance(row, Fault) else next(trees)
                 if isinstance(tree, Fault):
@@ -131,12 +138,17 @@ def _build(
                     continue
                 repairs += [Fault(row.file, row.line, repair) for repair in row.repairs]
                 content = blake2b(digest_size=8)
-                for ids, trained in zip(*tree, strict=True):
+                for ids, trained in zip(tree.segments, tree.trained, strict=True):
                     tokens.write(ids.astype(np.int32).tobytes())
                     marks.write(trained.tobytes())
                     columns["segments"].append(columns["segments"][-1] + len(ids))
                     content.update(len(ids).to_bytes(8, "little") + ids.tobytes() + trained.tobytes())
+                content.update(json.dumps(tree.targets).encode())
                 columns["examples"].append(columns["examples"][-1] + len(tree.segments))
+                branches = [len(ids) for ids in tree.segments[1:]]
+                unknown = [float("nan")] * len(tree.segments)
+                columns["targets"].extend((unknown[: bool(branches)] + list(tree.targets)) if tree.targets else unknown)
+                columns["longest"].append(len(tree.segments[0]) + max(branches, default=0))
                 columns["labels"].append(tree.label_count)
                 columns["file_id"].append(files.setdefault(row.file, len(files)))
                 columns["line"].append(row.line)
@@ -148,7 +160,7 @@ def _build(
     np.savez(folder / "index.npz", **{name: np.array(column) for name, column in columns.items()})
     about = {
         "files": list(files),
-        "found": list(map(str, find(source))),
+        "found": list(map(str, find(source, reading.formats))),
         "faults": faults,
         "repairs": repairs,
     }
@@ -181,28 +193,28 @@ def _whole(folder: Path) -> bool:
         return False
 
 
-def _key(source: Source, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> str:
+def _key(source: Source, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     chat = chat_of(tokenizer)
     about = {
         "version": VERSION,
-        "content": _content(source),
+        "content": _content(source, reading),
         "source": source.model_dump(include={"format", "columns", "limit"}),
         # Truncation and padding are settings of a call, not of the tokenizer.
         "tokenizer": {name: part for name, part in backend.items() if name not in ("truncation", "padding")},
         "chat": [chat.template, chat.special],
         "eos": tokenizer.eos_token_id,
-        "loss_on": loss_on,
+        "reading": reading.name,
     }
     return sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _content(source: Source) -> Any:
+def _content(source: Source, reading: Reading) -> Any:
     """Names and hashes of the source's files; of a hub data set, which has none here, a hash of its rows."""
     if not is_hub_id(source.path):
         return [[str(path), _digest(path)] for path in data_files(source.path)]
     rows = sha256()
-    for row in read_rows(source):
+    for row in read_rows(source, reading.formats):
         rows.update(json.dumps(row).encode())
     return [[source.path, source.name, source.split, rows.hexdigest()]]
 

@@ -73,7 +73,10 @@ class Source(Section):
 
     path: str
     """A JSON, JSONL, CSV, TSV, Parquet or text file (also `.gz`), a folder of them, or a hub data set id."""
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = "auto"
+    format: Literal[
+        "auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text",
+        "pairs", "transcripts", "ranked", "labelled", "classes",
+    ] = "auto"  # fmt: skip
     """The shape of its rows. `auto` looks at the columns and prints what it found."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Passes over this source in one epoch: 2.0 shows every row twice, 0.5 a seeded half."""

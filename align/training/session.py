@@ -9,7 +9,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from align.data.mixture import Prepared, counting, prepare
-from align.data.render import LossOn, show
+from align.data.reading import Reading
+from align.data.render import show
 from align.models.demo import cache_folder
 from align.recipe.schema import BaseRecipe
 
@@ -31,11 +32,11 @@ class Session:
         """Whether this process is the one that writes and speaks."""
         return self.accelerator.is_main_process
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Prepared:
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> Prepared:
         """The run's data; the first process tokenises, the others then find it in the cache."""
         recipe = self.recipe
         with self.accelerator.main_process_first(), counting(self.console) as progress:
-            data = prepare(recipe.data, tokenizer, loss_on, recipe.seed, cache_folder(), progress)
+            data = prepare(recipe.data, tokenizer, reading, recipe.seed, cache_folder(), progress)
         for line in data.summary:
             self.say(line)
         return data

@@ -12,7 +12,7 @@ from voices import VOICES
 
 from align.data.formats import read_rows
 from align.data.mixture import counting, prepare
-from align.data.render import render
+from align.data.render import conversations, render
 from align.data.store import COLUMNS, Store, stored
 from align.recipe.errors import UserError
 from align.recipe.schema import Data, Source
@@ -49,7 +49,7 @@ def _data(*paths: str, **fields) -> Data:
 
 
 def _prepare(data, tokenizer, folder, seed=3, **more):
-    return prepare(data, tokenizer, "assistant", seed, folder / "cache", **more)
+    return prepare(data, tokenizer, conversations("assistant"), seed, folder / "cache", **more)
 
 
 def _prompts(examples, tokenizer) -> set[str]:
@@ -66,7 +66,7 @@ def test_every_tree_is_the_rendered_row(folder, tokenizer):
     rows = list(read_rows(Source(path="chat.jsonl")))
     assert len(examples) == len(rows)
     for i, row in enumerate(rows):
-        (tokens,), (trained,) = examples.tree(i)
+        (tokens,), (trained,), _ = examples.tree(i)
         expected = render(row, tokenizer, "assistant")
         np.testing.assert_array_equal(tokens, expected.segments[0])
         np.testing.assert_array_equal(trained, expected.trained[0])
@@ -177,14 +177,14 @@ def test_the_cache_sees_what_the_tokens_depend_on(folder, tokenizer):
     def stores() -> int:
         return len(list((cache / "tokens").iterdir()))
 
-    stored(source, tokenizer, "assistant", cache)
-    stored(source, tokenizer, "last", cache)
-    stored(source, VOICES["marked"].tokenizer(), "assistant", cache)
-    stored(source.model_copy(update={"limit": 5}), tokenizer, "assistant", cache)
+    stored(source, tokenizer, conversations("assistant"), cache)
+    stored(source, tokenizer, conversations("last"), cache)
+    stored(source, VOICES["marked"].tokenizer(), conversations("assistant"), cache)
+    stored(source.model_copy(update={"limit": 5}), tokenizer, conversations("assistant"), cache)
     assert stores() == 4
     with (folder / "chat.jsonl").open("a") as file:
         file.write(json.dumps(_chat("new", "row")) + "\n")
-    assert len(stored(source, tokenizer, "assistant", cache).line) == 81
+    assert len(stored(source, tokenizer, conversations("assistant"), cache).line) == 81
     stored(source.model_copy(update={"weight": 2.0}), VOICES["smollm"].tokenizer(), "assistant", cache)
     assert stores() == 5, "a weight changes no token"
 
@@ -193,7 +193,7 @@ def test_the_cache_sees_what_the_tokens_depend_on(folder, tokenizer):
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_a_damaged_store_is_built_anew(folder, tokenizer, file, damage):
     source = Source(path="other.jsonl")
-    before = stored(source, tokenizer, "assistant", folder / "cache")
+    before = stored(source, tokenizer, conversations("assistant"), folder / "cache")
     (path,) = (folder / "cache/tokens").glob(f"*/{file}")
     whole = path.read_bytes()
     copy = np.array(before.tokens), np.array(before.trained)
@@ -201,7 +201,7 @@ def test_a_damaged_store_is_built_anew(folder, tokenizer, file, damage):
     if damage != "gone":
         half = len(whole) // 2
         path.write_bytes(whole[:half] + (bytes([whole[half] ^ 1]) + whole[half + 1 :] if damage == "flip" else b""))
-    after = stored(source, tokenizer, "assistant", folder / "cache")
+    after = stored(source, tokenizer, conversations("assistant"), folder / "cache")
     np.testing.assert_array_equal(after.tokens, copy[0])
     np.testing.assert_array_equal(after.trained, copy[1])
     assert (after.faults, after.repairs, after.found) == (before.faults, before.repairs, before.found)
