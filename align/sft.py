@@ -25,6 +25,7 @@ from align.models.trunk import Trunk
 from align.recipe.schema import BaseRecipe, Section
 from align.training.launch import run_stage
 from align.training.loop import Metrics, fit
+from align.training.meters import perplexity
 from align.training.run import Run
 from align.training.session import Session
 
@@ -64,7 +65,7 @@ def train(session: Session) -> None:
         return session.say(f"{run.final} is already there: nothing to do (--fresh starts over)")
     base = load_base(recipe.model, session.accelerator.device, frozen=recipe.lora is not None, seed=recipe.seed)
     trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
-    return fit(session, run, trunk, data, loss)
+    return fit(session, run, trunk, data, loss, derive=lambda sums: {"perplexity": perplexity(*sums.sums()["loss"])})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

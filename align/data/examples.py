@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +61,8 @@ class Ledger:
 class Examples:
     """The examples of one side, numbered 0 … n - 1 over its sources, each path cut to `max_length` tokens."""
 
+    targets: Sequence[tuple[float, ...]] | None = None  # in place of the store's
+
     def __init__(self, parts: list[Part], max_length: int) -> None:
         self.parts, self.max_length = parts, max_length
         self.starts = np.cumsum([0, *(len(part.rows) for part in parts)])
@@ -74,10 +78,18 @@ class Examples:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def with_targets(self, targets: Sequence[tuple[float, ...]]) -> Examples:
+        """The same examples with these targets, one tuple an example, in place of their own."""
+        assert len(targets) == len(self)
+        other = copy(self)
+        other.targets = targets
+        return other
+
     def tree(self, i: int) -> Tree:
         """Example `i`."""
         store, row = self._locate(i)
-        return cut(store.tree(row), self.max_length)
+        tree = cut(store.tree(row), self.max_length)
+        return tree if self.targets is None else tree._replace(targets=self.targets[i])
 
     def where(self, i: int) -> str:
         """`file:line` of example `i`."""
@@ -122,7 +134,7 @@ def unusable(tree: Tree, limit: int) -> str | None:
     (stem, *branches), trained, _ = cut(tree, limit)
     if branches and not all(marks.any() for marks in trained[1:]):
         return f"its prompt of {len(tree.segments[0])} tokens leaves no room for an answer in {limit}"
-    if not any(marks.any() for marks in trained):
+    if not tree.targets and not any(marks.any() for marks in trained):
         return f"no trained token in its first {limit} tokens"
     if len(branches) > len({branch.tobytes() for branch in branches}):
         return f"its answers are the same in their first {limit - len(stem)} tokens"

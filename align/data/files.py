@@ -13,8 +13,9 @@ import difflib
 import gzip
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +23,8 @@ from align.data.lines import Broken, Record, json_array, json_lines, lines_of
 from align.recipe.errors import UserError
 from align.recipe.schema import Source
 
+TABLES = {".csv": ",", ".tsv": "\t"}
+PLACE = re.compile(r"column[1-9]\d*")  # a column named by its place
 ABOUT = re.compile(r"(licen[sc]e|readme|notice|requirements)\b", re.IGNORECASE)  # files that are not data
 
 
@@ -41,7 +44,7 @@ def data_files(path: str) -> list[Path]:
         return files
     if not root.exists():
         raise UserError(f"{path}: no such file or folder{_near(root)}")
-    if _kind(root) not in READERS:
+    if _kind(root) not in READERS and not _tabbed(root):
         found = f"unknown extension '{_kind(root)}'" if _kind(root) else "no extension"
         raise UserError(f"{path}: {found}; expected one of {', '.join(READERS)} (also .gz, except Parquet)")
     return [root]
@@ -54,9 +57,13 @@ def is_hub_id(path: str) -> bool:
     return bool(looks) and not root.exists() and (root.parent == Path(".") or not root.parent.exists())
 
 
-def read_file(path: Path) -> Iterator[Record]:
-    """Records of one local file, by its extension."""
-    return READERS[_kind(path)](path)
+def read_file(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Record]:
+    """Records of one local file, by its extension; `columns` are the format's names and the file's for them.
+
+    Where all of these are places, `column1`, `column2`, …, a table needs no header; in TSV, quotes are then letters.
+    """
+    kind = _kind(path) or ".tsv"
+    return _table(path, TABLES[kind], columns or {}) if kind in TABLES else READERS[kind](path)
 
 
 def read_hub(source: Source) -> Iterator[Record]:
@@ -82,33 +89,56 @@ def _json(path: Path) -> Iterator[Record]:
         yield from (json_array if array else json_lines)(stream, str(path))
 
 
-def _csv(path: Path, delimiter: str = ",") -> Iterator[Record]:
-    """Cells under the first row's names. Quotes are strict: a stray one would swallow later rows."""
+def _table(path: Path, delimiter: str, columns: Mapping[str, str]) -> Iterator[Record]:
+    """Cells under the first row's names, or under their places."""
+    placed = bool(columns) and all(PLACE.fullmatch(column) for column in columns.values())
+    header: list[str] = []
+    for start, cells in (_raw if placed and delimiter == "\t" else _quoted)(path, delimiter):
+        if not header:
+            header = names = [cell.strip() for cell in cells]
+            if placed:
+                header = [f"column{i}" for i in range(1, len(cells) + 1)]
+                there = dict(zip(header, names, strict=True))
+            if not placed or all(there.get(column) in (name, column) for name, column in columns.items()):
+                if len(set(header)) < len(header):
+                    raise UserError(f"{path}:{start}: a column stands twice in the header: {', '.join(header)}")
+                continue  # it was a header
+        if len(cells) == len(header):
+            yield start, dict(zip(header, cells, strict=True))
+        else:
+            where = "first row" if placed else "header"
+            yield start, Broken(f"expected {len(header)} cells as in the {where}, found {len(cells)}")
+
+
+def _quoted(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a table with the line where each starts. Quotes are strict: a stray one would swallow later rows."""
     csv.field_size_limit(2**31 - 1)  # the default refuses a cell of 128 KiB
     with _opened(path) as stream:
-        lines = (line for _, line in lines_of(stream, str(path)))
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
-        header: list[str] = []
+        reader = csv.reader((line for _, line in lines_of(stream, str(path))), delimiter=delimiter, strict=True)
         start = 1
         while True:
             try:
                 cells = next(reader, None)
             except csv.Error as error:
+                letters = "; where quotes are letters, name columns by place: `columns: {text: column1}`"
                 raise UserError(
                     f"{path}:{start}: broken {_kind(path)[1:].upper()}: {error};"
                     ' a cell that starts with " must end with it, and quotes inside are doubled'
+                    f"{letters if delimiter != ',' else ''}"
                 ) from error
             if cells is None:
                 return
-            if not header:
-                header = [name.strip() for name in cells]
-                if len(set(header)) < len(header):
-                    raise UserError(f"{path}:{start}: a column stands twice in the header: {', '.join(header)}")
-            elif len(cells) == len(header):
-                yield start, dict(zip(header, cells, strict=True))
-            elif cells:  # an empty line has none
-                yield start, Broken(f"expected {len(header)} cells as in the header, found {len(cells)}")
+            if cells:  # an empty line has none
+                yield start, cells
             start = reader.line_num + 1
+
+
+def _raw(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """A row a line, in which quotes are letters like others."""
+    with _opened(path) as stream:
+        for number, line in lines_of(stream, str(path)):
+            if line := line.rstrip("\r\n"):
+                yield number, line.split(delimiter)
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -135,6 +165,12 @@ def has_blank_lines(path: Path) -> bool:
     return False
 
 
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a text file, with their ends."""
+    with _opened(path) as stream:
+        yield from lines_of(stream, str(path))
+
+
 def _text(path: Path) -> Iterator[Record]:
     """Documents of a text file, parted by blank lines; in a file without any, every line is a document."""
     parted = has_blank_lines(path)
@@ -155,8 +191,7 @@ READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".json": _json,
     ".jsonl": _json,
     ".ndjson": _json,
-    ".csv": _csv,
-    ".tsv": lambda path: _csv(path, "\t"),
+    **{kind: partial(_table, delimiter=delimiter, columns={}) for kind, delimiter in TABLES.items()},
     ".parquet": _parquet,
     ".txt": _text,
 }
@@ -179,6 +214,14 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: broken gzip: {error}; fetch or compress the file again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _tabbed(path: Path) -> bool:
+    """Whether a file without extension begins with a line of cells that tabs part."""
+    if path.suffix:
+        return False
+    with _opened(path) as stream:
+        return b"\t" in stream.readline(1 << 16)
 
 
 def _near(missing: Path) -> str:

@@ -136,11 +136,12 @@ def _find(source: Source, file: str, formats: Formats) -> Found:
             line, value = sample[0]  # where no row is one, the first tells more than the columns
             raise UserError(f"{file}: {why}" if rows else f"{file}:{line}: {_refusal(value)}")
     else:
-        format, why = source.format, "as the recipe says"
-        lacking = [name for name in formats[format].needs if rows and not any(name in row for row in rows)]
+        format, shape = source.format, formats[source.format]
+        why = "as the recipe says" + shape.note
+        lacking = [name for name in shape.needs if rows and not any(name in shape.named(row) for row in rows)]
         if lacking:
             raise UserError(
-                f"{file}: format {format} needs {_list(formats[format].needs)}, the file has {_list(columns)}"
+                f"{file}: format {format} needs {shape.wanted}, the file has {_list(columns)}"
                 f"; name another format, or map its columns: `columns: {{{lacking[0]}: <a column>}}`"
             )
     if format == "text" and file.removesuffix(".gz").endswith(".txt"):
@@ -157,19 +158,22 @@ def detect(rows: list[dict[str, Any]], formats: Formats | None = None) -> tuple[
     columns = list(dict.fromkeys(name for row in rows for name in row))
     fits = {}
     for name, shape in formats.items():
-        if all(need in columns for need in shape.needs) and (not shape.keys or _keyed(rows, shape)):
+        given = {shape.also[column]: column for column in columns if column in shape.also}
+        given |= {column: column for column in columns}
+        either = [given[column] for column in shape.either if column in given]
+        there = all(need in given for need in shape.needs) and (either or not shape.either)
+        if there and (not shape.keys or _keyed(map(shape.named, rows), shape)):
+            told = [given[need] for need in shape.needs] + either[:1]
             keys = f" with {'/'.join(shape.keys)}" if shape.keys else ""
-            fits[name] = f"column{'s' * (len(shape.needs) > 1)} {_list(shape.needs)}{keys}"
+            fits[name] = f"column{'s' * (len(told) > 1)} {_list(told)}{keys}"
     if fits:
         (name, why), *others = fits.items()
-        return name, why + "".join(f"; it could be {other} too: {reason}" for other, reason in others)
-    needs = "; ".join(
-        f"{name} needs {_list(s.needs)}" + (f" with {'/'.join(s.keys)}" if s.keys else "")
-        for name, s in formats.items()
-    )
+        others = "".join(f"; it could be {other} too: {reason}" for other, reason in others)
+        return name, why + formats[name].note + others
+    needs = "; ".join(f"{name} needs {shape.wanted}" for name, shape in formats.items())
     return None, (
-        f"no format fits its columns {_list(columns)}: {needs}; name the format, or map the columns, such as"
-        " `columns: {prompt: question, completion: answer}`"
+        f"no format fits its columns {_list(columns)}: {needs}; name the format, or map the columns:"
+        " `columns: {<the format's name>: <the file's>}`"
     )
 
 
@@ -178,7 +182,8 @@ def convert(row: Any, format: str, file: str, line: int, formats: Formats | None
     try:
         if not isinstance(row, dict):
             raise Refused(_refusal(row))
-        return (formats or FORMATS)[format].read(row)._replace(file=file, line=line)
+        shape = (formats or FORMATS)[format]
+        return shape.read(shape.named(row))._replace(file=file, line=line)
     except Refused as refused:
         return Fault(file, line, str(refused))
     except RecursionError:
@@ -194,8 +199,23 @@ class Shape(NamedTuple):
 
     needs: tuple[str, ...]  # columns
     may: tuple[str, ...]  # further columns
-    keys: tuple[str, ...]  # of each turn, where the first column is a list of turns
+    keys: tuple[str, ...]  # of each turn, where the first column is a list of turns, or how a transcript's begin
     read: Callable[[dict[str, Any]], Row]  # a row without its place; raises Refused
+    either: tuple[str, ...] = ()  # columns of which one is needed besides
+    also: Mapping[str, str] = {}  # other names that data sets give to columns, each with the format's own
+    note: str = ""  # to be said of a file in this format
+
+    @property
+    def wanted(self) -> str:
+        """The columns that it needs, in words."""
+        one = f" and one of {_list(self.either)}" if self.either else ""
+        return _list(self.needs) + one + (f" with {'/'.join(self.keys)}" if self.keys else "")
+
+    def named(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with its columns under the format's own names."""
+        if not self.also.keys() & row.keys():
+            return row
+        return {self.also[name]: value for name, value in row.items() if name in self.also} | row
 
 
 Formats = Mapping[str, Shape]  # the most structured first: the order in which `detect` prefers them
@@ -240,11 +260,14 @@ FORMATS: Formats = {  # of conversations and text
 }
 
 
-def _keyed(rows: list[dict[str, Any]], shape: Shape) -> bool:
+def _keyed(rows: Iterable[dict[str, Any]], shape: Shape) -> bool:
     """Whether some row's list of turns has the format's keys; a `content` may be missing, a role may not."""
     for row in rows:
+        turns = row.get(shape.needs[0])
+        if isinstance(turns, str) and turns.lstrip().startswith(shape.keys[0]):
+            return True
         try:
-            turns = from_json(shape.needs[0], row.get(shape.needs[0]))
+            turns = from_json(shape.needs[0], turns)
         except Refused:
             continue
         if isinstance(turns, list) and any(isinstance(turn, dict) and shape.keys[0] in turn for turn in turns):
@@ -259,7 +282,7 @@ def _converted(source: Source, found: Found, formats: Formats) -> Iterator[Row |
 
 
 def _records(source: Source, file: str) -> Iterator[Record]:
-    return read_hub(source) if is_hub_id(file) else read_file(Path(file))
+    return read_hub(source) if is_hub_id(file) else read_file(Path(file), source.columns)
 
 
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:

@@ -69,8 +69,8 @@ def prepare(
     read = sum(part.store.rows for part in (*train, *held))
     _some(train, "train", read, ledger)
     if data.eval.fraction:
-        train, held = _split(train, data.eval.fraction, data.eval.max_rows, seed)
-    held = _at_most(held, data.eval.max_rows, seed, ledger)
+        train, held = split_by_prompt(train, data.eval.fraction, data.eval.max_rows, seed)
+    held = at_most(held, data.eval.max_rows, seed, ledger)
     if data.eval.sources:
         _some(held, "eval", read, ledger)
         prompts = joined([part.store.prompt[part.rows] for part in held])
@@ -188,7 +188,7 @@ def _copies(parts: list[Part]) -> list[np.ndarray]:
     return np.split(copy, np.cumsum([len(part.rows) for part in parts])[:-1]) if parts else []
 
 
-def _split(parts: list[Part], fraction: float, most: int | None, seed: int) -> tuple[list[Part], list[Part]]:
+def split_by_prompt(parts: list[Part], fraction: float, most: int | None, seed: int) -> tuple[list[Part], list[Part]]:
     """Train and eval with no prompt in both: whole prompts, by a seeded hash of each, until the share is
     reached.
 
@@ -213,7 +213,7 @@ def _split(parts: list[Part], fraction: float, most: int | None, seed: int) -> t
     )
 
 
-def _at_most(parts: list[Part], most: int | None, seed: int, ledger: Ledger) -> list[Part]:
+def at_most(parts: list[Part], most: int | None, seed: int, ledger: Ledger) -> list[Part]:
     """A seeded choice of `most` rows."""
     sizes = [len(part.rows) for part in parts]
     if most is None or sum(sizes) <= most:
@@ -242,8 +242,16 @@ def _summary(train: Examples, held: Examples, ledger: Ledger, read: int, duplica
     )
     for side, examples in (("train", train), ("eval", held)):
         tokens, labels = int(examples.lengths.sum()), int(examples.labels.sum())
-        lines.append(f"{side}: {_rows(len(examples))}, {tokens:,} tokens, {labels:,} of them trained")
+        lines.append(f"{side}: {_counted(examples)}, {tokens:,} tokens, {labels:,} of them trained")
     return lines
+
+
+def _counted(examples: Examples) -> str:
+    """Pairs, where every row is one, or rows with the answers to compare in them."""
+    count, paths = len(examples), examples.paths
+    if count and (paths == 2).all():
+        return f"{count:,} pair{'s' * (count != 1)}"
+    return _rows(count) + (f" with {paths.sum():,} answers" if (paths > 1).any() else "")
 
 
 def _hash(seed: int, prompt: int) -> bytes:

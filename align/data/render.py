@@ -14,6 +14,7 @@ import numpy as np
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from align.data.answers import BEST
 from align.data.chat import Chat, Span, Unwritable, chat_of
 from align.data.formats import FORMATS, Fault, Row
 from align.data.reading import Reading
@@ -24,8 +25,8 @@ LossOn = Literal["assistant", "last", "all"]
 
 
 def conversations(loss_on: LossOn) -> Reading:
-    """Conversations and text, learnt as `render_rows` says."""
-    return Reading(f"conversations, {loss_on}", FORMATS, partial(render_rows, loss_on=loss_on))
+    """Conversations and text, and the best answers of preferences, learnt as `render_rows` says."""
+    return Reading(f"conversations, {loss_on}", {**BEST, **FORMATS}, partial(render_rows, loss_on=loss_on))
 
 
 def render_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> list[Tree | Fault]:
@@ -38,8 +39,6 @@ def render_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, loss_on: Lo
 
     Raises UserError for a tokenizer without offsets (a slow one).
     """
-    if not tokenizer.is_fast:
-        raise UserError(f"{tokenizer.name_or_path}: no fast tokenizer, which tells where in the text each token stands")
     rendered: list[Tree | Fault | None] = [_text(row, tokenizer) if row.messages is None else None for row in rows]
     chats: list[tuple[int, str, list[Span]]] = []
     chat = chat_of(tokenizer) if None in rendered else None
@@ -49,17 +48,34 @@ def render_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, loss_on: Lo
                 chats.append((i, *_written(row, chat, loss_on)))
             except Unwritable as error:
                 rendered[i] = Fault(row.file, row.line, str(error))
-    if chats:
-        encoded = tokenizer(
-            [text for _, text, _ in chats],
-            add_special_tokens=False,  # the template has written them
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        for (i, _, spans), ids, offsets in zip(chats, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            rendered[i] = _tree(rows[i], ids, _covered(np.array(offsets).reshape(-1, 2), spans))
+    paths = tokenised([(text, spans) for _, text, spans in chats], tokenizer)
+    for (i, *_), (ids, trained) in zip(chats, paths, strict=True):
+        rendered[i] = _tree(rows[i], ids, trained)
     return rendered
+
+
+def tokenised(
+    written: list[tuple[str, list[Span]]], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each text, written by a chat template, as tokens (n,) int32 and which of them its spans train (n,) bool.
+
+    Raises UserError for a tokenizer without offsets (a slow one).
+    """
+    if not tokenizer.is_fast:
+        raise UserError(f"{tokenizer.name_or_path}: no fast tokenizer, which tells where in the text each token stands")
+    if not written:
+        return []
+    encoded = tokenizer(
+        [text for text, _ in written],
+        add_special_tokens=False,  # the template has written them
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return [
+        (np.array(ids, np.int32), _covered(np.array(offsets).reshape(-1, 2), spans))
+        for (_, spans), ids, offsets in zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
 
 
 def render(row: Row, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Tree | Fault:
@@ -68,19 +84,38 @@ def render(row: Row, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Tre
 
 
 def show(tree: Tree, tokenizer: PreTrainedTokenizerBase, colour: bool) -> Text:
-    """The tree's text with its trained tokens green, or, without colour, between ⟦ and ⟧."""
-    shown = Text()
-    for ids, trained in zip(tree.segments, tree.trained, strict=True):
-        edges = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(ids)]
-        written = ""
-        for first, last in pairwise(edges):
-            # Decoded from the start, for many decoders write the first token of a text without its space.
-            text = tokenizer.decode(ids[:last], clean_up_tokenization_spaces=False)
-            run, written = text[len(written) :], text
-            marked = f"⟦{run}⟧" if trained[first] and not colour else run
-            shown.append(marked, style="green" if trained[first] and colour else None)
-        shown.append("\n")
+    """The tree's text with its trained tokens green, or, without colour, between ⟦ and ⟧; branches by name."""
+    stem, *branches = tree.segments
+    shown = _marked(stem, tree.trained[0], 0, tokenizer, colour)
     shown.rstrip()
+    for name, ids, trained in zip(_names(tree), branches, tree.trained[1:], strict=True):
+        shown.append(f"\n── {name} ──\n", style="bold" if colour else None)
+        path, marks = np.concatenate([stem, ids]), np.concatenate([np.zeros(len(stem), bool), trained])
+        shown.append_text(_marked(path, marks, len(stem), tokenizer, colour))
+    return shown
+
+
+def _names(tree: Tree) -> list[str]:
+    """What the branches are called."""
+    count = len(tree.segments) - 1
+    if count == 1:
+        return ["answer" if not tree.targets else "desirable" if tree.targets[0] else "undesirable"]
+    if count == 2:
+        return [f"chosen, by a margin of {tree.targets[0]:g}" if tree.targets else "chosen", "rejected"]
+    return [f"answer {i + 1} of {count}" for i in range(count)]
+
+
+def _marked(ids: np.ndarray, trained: np.ndarray, start: int, tokenizer: PreTrainedTokenizerBase, colour: bool) -> Text:
+    """The text of the tokens from `start` on."""
+    shown = Text()
+    edges = [start, *(start + 1 + np.flatnonzero(np.diff(trained[start:]))), len(ids)]
+    # Decoded from the beginning, for many decoders write the first token of a text without its space.
+    written = tokenizer.decode(ids[:start], clean_up_tokenization_spaces=False)
+    for first, last in pairwise(edges):
+        text = tokenizer.decode(ids[:last], clean_up_tokenization_spaces=False)
+        run, written = text[len(written) :], text
+        marked = f"⟦{run}⟧" if trained[first] and not colour else run
+        shown.append(marked, style="green" if trained[first] and colour else None)
     return shown
 
 

@@ -43,7 +43,12 @@ NEXT = {  # the roles that may follow one; "call" is an assistant turn that call
 
 
 def alpaca(row: dict[str, Any]) -> list[Turn]:
-    """`instruction` and on the next line `input`; `output`; `history` of earlier [question, answer]s."""
+    """What `alpaca_prompt` reads, then `output`."""
+    return [*alpaca_prompt(row), said("assistant", "output", row.get("output"))]
+
+
+def alpaca_prompt(row: dict[str, Any]) -> list[Turn]:
+    """`history` of earlier [question, answer]s; `instruction` and on the next line `input`."""
     history = from_json("history", row.get("history") or [])
     if not isinstance(history, list):
         raise Refused(f"history: expected a list of [question, answer], found {a(history)}")
@@ -51,23 +56,19 @@ def alpaca(row: dict[str, Any]) -> list[Turn]:
     for i, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             raise Refused(f"history[{i}]: expected [question, answer], found {a(pair)}")
-        turns += [_said("user", f"history[{i}][0]", pair[0]), _said("assistant", f"history[{i}][1]", pair[1])]
+        turns += [said("user", f"history[{i}][0]", pair[0]), said("assistant", f"history[{i}][1]", pair[1])]
     asked = [text(name, row[name]) for name in ("instruction", "input") if row.get(name)]
-    return [
-        *turns,
-        _said("user", "instruction", "\n".join(asked)),
-        _said("assistant", "output", row.get("output")),
-    ]
+    return [*turns, said("user", "instruction", "\n".join(asked))]
 
 
 def sharegpt(row: dict[str, Any]) -> list[Turn]:
     """`conversations`: turns of `from` and `value`."""
-    return _conversation(row, "conversations", "from", "value")
+    return conversation(row, "conversations", "from", "value")
 
 
 def messages(row: dict[str, Any]) -> list[Turn]:
     """`messages`: turns of `role` and `content`."""
-    return _conversation(row, "messages", "role", "content")
+    return conversation(row, "messages", "role", "content")
 
 
 def prompt_completion(row: dict[str, Any]) -> list[Turn]:
@@ -75,7 +76,7 @@ def prompt_completion(row: dict[str, Any]) -> list[Turn]:
     sides = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         is_text = not isinstance(row.get(name), list)
-        sides.append([_said(role, name, row.get(name))] if is_text else _conversation(row, name, "role", "content"))
+        sides.append([said(role, name, row.get(name))] if is_text else conversation(row, name, "role", "content"))
     for turn in sides[0]:
         if turn.message["role"] == "assistant":
             turn.message["train"] = False
@@ -114,21 +115,23 @@ def tools_of(tools: Any) -> list[dict[str, Any]] | None:
     return wrapped
 
 
-def _conversation(row: dict[str, Any], column: str, role_key: str, content_key: str) -> list[Turn]:
+def conversation(row: dict[str, Any], column: str, role_key: str, content_key: str) -> list[Turn]:
+    """The column's turns, a list or its JSON, each with these two keys."""
     turns = from_json(column, row.get(column))
     if not isinstance(turns, list) or not turns:
         raise Refused(f"{column}: expected a list of turns, found {a(turns)}")
-    return [_turn(turn, f"{column}[{i}]", role_key, content_key) for i, turn in enumerate(turns)]
+    return [turn_of(turn, f"{column}[{i}]", role_key, content_key) for i, turn in enumerate(turns)]
 
 
-def _turn(raw: Any, at: str, role_key: str, content_key: str) -> Turn:
+def turn_of(raw: Any, at: str, role_key: str, content_key: str) -> Turn:
+    """One turn in any of the ways that data sets write one."""
     if not isinstance(raw, dict):
         raise Refused(f"{at}: expected `{role_key}` and `{content_key}`, found {a(raw)}")
     role_at, content_at = f"{at}.{role_key}", f"{at}.{content_key}"
-    said = text(role_at, raw.get(role_key))
-    role = ROLES.get(said)
+    named = text(role_at, raw.get(role_key))
+    role = ROLES.get(named)
     if role is None:
-        raise Refused(f"{role_at}: unknown role {said[:40]!r}{meant(said.lower(), ROLES)}")
+        raise Refused(f"{role_at}: unknown role {named[:40]!r}{meant(named.lower(), ROLES)}")
     content = raw.get(content_key)
     if role == "call":
         message = {
@@ -207,7 +210,8 @@ def _calls(at: str, calls: Any) -> list[dict[str, Any]]:
     return read
 
 
-def _said(role: str, at: str, content: Any) -> Turn:
+def said(role: str, at: str, content: Any) -> Turn:
+    """A turn whose content, a text, stands at `at`."""
     return Turn(at, at, {"role": role, "content": text(at, content)})
 
 

@@ -13,11 +13,19 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from align.data.templates import chat_tokenizer
 from align.models.demo import NAMES, demo_model
+from align.models.scoring import is_encoder, with_head
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
 
@@ -77,8 +85,11 @@ def load_tokenizer(section: Model) -> Tokenizer:
     return chat_tokenizer(tokenizer, section.chat_template)
 
 
-def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int = 0) -> Base:
-    """Load the model onto `device`. A frozen trunk is held in the dtype it computes in, a trained one in float32."""
+def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int = 0, outputs: int | None = None) -> Base:
+    """Load the model onto `device`. A frozen trunk is held in the dtype it computes in, a trained one in float32.
+
+    With `outputs` it has a head of as many scores in place of the output projection.
+    """
     folder = base_folder(section)
     dtype = compute_dtype(section.dtype, device) if frozen else torch.float32
     try:
@@ -86,10 +97,15 @@ def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int =
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.base: {section.base} has no usable config.json ({_first_line(error)})") from None
     _no_dropout(config)
+    kind = AutoModelForCausalLM
+    if is_encoder(config):
+        if outputs is None or section.adapter:
+            raise UserError(f"model.base: {section.base} reads in both directions and predicts no next token")
+        config.num_labels, kind = outputs, AutoModelForSequenceClassification
     if section.init == "random":
-        model, fingerprint = _new_model(section, config, seed)
+        model, fingerprint = _new_model(section, config, seed, kind)
     else:
-        model, fingerprint = _load_model(section, folder, config, device), weights_fingerprint(folder)
+        model, fingerprint = _load_model(section, folder, config, device, seed, kind), weights_fingerprint(folder)
     if section.adapter:
         model, fingerprint = merge_adapter(model, adapter_folder(section.adapter), fingerprint)
     if not section.quantize:
@@ -97,7 +113,9 @@ def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int =
         for p in model.parameters():  # buffers, such as rotary frequencies, stay in the float32 that they need
             if p.is_floating_point():
                 p.data = p.data.to(dtype)
-    if model.generation_config is not None:
+    if outputs and kind is AutoModelForCausalLM:
+        model = with_head(model, outputs, seed).to(device)
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.max_length = None
     local = folder if section.base.startswith("demo/") or Path(section.base).expanduser().is_dir() else None
     source = str(local.resolve()) if local else section.base
@@ -124,7 +142,9 @@ def _no_dropout(config: object) -> None:
                 setattr(part, key, 0.0)
 
 
-def _load_model(section: Model, folder: Path, config: object, device: torch.device) -> PreTrainedModel:
+def _load_model(
+    section: Model, folder: Path, config: object, device: torch.device, seed: int, kind: type
+) -> PreTrainedModel:
     options: dict[str, object] = {}
     if section.quantize:
         if not is_bnb_available():
@@ -139,19 +159,21 @@ def _load_model(section: Model, folder: Path, config: object, device: torch.devi
         )
         options["device_map"] = {"": device}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype="auto" if not section.quantize else compute_dtype(section.dtype, device),
-            use_safetensors=True,
-            trust_remote_code=section.trust_remote_code,
-            **options,
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # an encoder's new head is drawn here
+            return kind.from_pretrained(
+                folder,
+                config=config,
+                dtype="auto" if not section.quantize else compute_dtype(section.dtype, device),
+                use_safetensors=True,
+                trust_remote_code=section.trust_remote_code,
+                **options,
+            )
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise UserError(f"model.base: {section.base} cannot be loaded ({_first_line(error)})") from None
 
 
-def _new_model(section: Model, config: object, seed: int) -> tuple[PreTrainedModel, str]:
+def _new_model(section: Model, config: object, seed: int, kind: type) -> tuple[PreTrainedModel, str]:
     unknown = [key for key in section.config if not hasattr(config, key)]
     if unknown:
         raise UserError(f"model.config: {section.base} has no setting {', '.join(map(repr, unknown))}")
@@ -160,7 +182,7 @@ def _new_model(section: Model, config: object, seed: int) -> tuple[PreTrainedMod
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+            model = kind.from_config(config, trust_remote_code=section.trust_remote_code)
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ZeroDivisionError) as error:
             raise UserError(f"model.config: no model can be made from these settings ({_first_line(error)})") from None
     described = json.dumps([config.to_diff_dict(), seed], sort_keys=True, default=str)

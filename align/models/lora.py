@@ -91,8 +91,11 @@ class _LoraProduct(torch.autograd.Function):
         return grad_x.view(ctx.shape), None, None, grad_a, grad_b, None
 
 
-def lora_config(section: Lora, model: nn.Module, quantized: bool = False) -> LoraConfig:
-    """peft's configuration for a recipe's `lora` section; a quantised trunk keeps peft's own layers."""
+def lora_config(section: Lora, model: nn.Module, quantized: bool = False, scores: bool = False) -> LoraConfig:
+    """peft's configuration for a recipe's `lora` section; a quantised trunk keeps peft's own layers.
+
+    `scores`: the model has a score or class head, which is trained whole beside the adapter.
+    """
     config = LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
@@ -100,7 +103,7 @@ def lora_config(section: Lora, model: nn.Module, quantized: bool = False) -> Lor
         target_modules=section.targets if isinstance(section.targets, str) else list(section.targets),
         use_rslora=section.rslora,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
     )
     if not quantized:
         config._register_custom_module({nn.Linear: LoraLinear, Conv1D: LoraLinear})

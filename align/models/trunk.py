@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +31,13 @@ from align.recipe.schema import Lora, Model
 
 
 class Trunk(nn.Module):
-    """Base model and adapter behind one forward pass that gives log-probabilities of a forest's labels."""
+    """Base model and adapter behind one forward pass: log-probabilities of a forest's labels, or, with a head of
+    `outputs`, scores of its paths."""
 
-    def __init__(self, base: Base, model: Model, lora: Lora | None, seed: int = 0) -> None:
+    def __init__(self, base: Base, model: Model, lora: Lora | None, seed: int = 0, outputs: int | None = None) -> None:
         super().__init__()
         self.fingerprint, self.base_name, self.tokenizer = base.fingerprint, base.name, base.tokenizer
+        self.outputs = outputs
         causal = base.model
         config = causal.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
@@ -43,7 +46,7 @@ class Trunk(nn.Module):
         causal.requires_grad_(not self.adapted)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.causal = _adapt(causal, lora, quantized=bool(model.quantize)) if self.adapted else causal
+            self.causal = _adapt(causal, lora, bool(model.quantize), bool(outputs)) if self.adapted else causal
         if self.adapted:
             self.causal.active_peft_config.base_model_name_or_path = base.source
         if not model.compile:
@@ -53,8 +56,7 @@ class Trunk(nn.Module):
         if model.gradient_checkpointing:
             causal.gradient_checkpointing_enable({"use_reentrant": False})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
-        self._check_head()
-        self.layout, self.layout_reason = (model.layout, "") if model.layout != "auto" else self._exact_layout()
+        self.layout, self.layout_reason = self._layout(model.layout)
         self._set_attention(FOREST if self.packed else self.own_attention)
         if model.compile:
             for layer in self._layers():
@@ -76,6 +78,11 @@ class Trunk(nn.Module):
         return self.causal.get_base_model() if self.adapted else self.causal
 
     @property
+    def decoder(self) -> nn.Module:
+        """What lies below the head."""
+        return getattr(self.plain, self.plain.base_model_prefix)
+
+    @property
     def head(self) -> nn.Module:
         """The output projection (no second name for it: what is saved goes by the names below `causal`)."""
         return self.plain.get_output_embeddings()
@@ -83,7 +90,7 @@ class Trunk(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What matrix products are computed in."""
-        return self.autocast_dtype or self.head.weight.dtype
+        return self.autocast_dtype or self.plain.get_input_embeddings().weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -91,17 +98,34 @@ class Trunk(nn.Module):
         return next(self.parameters()).device
 
     def forward(self, forest: Forest) -> Tensor:
-        """Log-probability of every label, (n,) float32."""
+        """Log-probability of every label, (n,) float32; with a head, the scores of every path, (P, outputs) float32."""
+        if self.outputs:
+            return self._scores(forest)
+        return linear_logprobs(self.states(forest), labels=forest.labels, **self.projection())
+
+    def states(self, forest: Forest) -> Tensor:
+        """Final hidden state of the position that predicts each label, (n, d), in `dtype`."""
         with self._autocast():
-            hidden = self.hidden(forest).flatten(0, 1)[forest.where]  # (n, d)
-        return linear_logprobs(
-            hidden.to(self.dtype),
-            self.head.weight.to(self.dtype),
-            forest.labels,
-            None if self.head.bias is None else self.head.bias.to(self.dtype),
-            scale=self.scale,
-            softcap=self.softcap,
-        )
+            return self.hidden(forest).flatten(0, 1)[forest.where].to(self.dtype)
+
+    def projection(self) -> dict[str, Tensor | float | None]:
+        """What makes logits of `states`."""
+        weight, bias = self.head.weight.to(self.dtype), self.head.bias
+        return {
+            "weight": weight,
+            "bias": None if bias is None else bias.to(self.dtype),
+            "scale": self.scale,
+            "softcap": self.softcap,
+        }
+
+    def _scores(self, forest: Forest) -> Tensor:
+        if not hasattr(self.plain, "score"):  # an encoder: one path a row, under a head of its own
+            inputs = {"input_ids": forest.tokens, "attention_mask": (forest.tree >= 0).long()}
+            with self._autocast():
+                return self.plain(**inputs).logits.float()
+        with self._autocast():
+            last = self.hidden(forest).flatten(0, 1)[forest.ends]  # (P, d)
+        return self.plain.score(last.float())
 
     def hidden(self, forest: Forest) -> Tensor:
         """Final hidden states, (R, L, d)."""
@@ -109,8 +133,7 @@ class Trunk(nn.Module):
             inputs = {"forest": ForestMask(forest)}
         else:
             inputs = {"attention_mask": forest.tree >= 0}
-        decoder = getattr(self.plain, self.plain.base_model_prefix)
-        return decoder(
+        return self.decoder(
             input_ids=forest.tokens, position_ids=forest.positions, use_cache=False, **inputs
         ).last_hidden_state
 
@@ -134,10 +157,11 @@ class Trunk(nn.Module):
             self.train(training)
             self._set_attention(FOREST if self.packed else self.own_attention)
 
-    def save(self, folder: Path, weights: dict[str, Tensor], stage: str) -> None:
+    def save(self, folder: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Write a result that plain peft and transformers load into an empty or new folder.
 
-        `weights`: what was trained, whole, under this module's names.
+        `weights`: what was trained, whole, under this module's names. `about`: what else align.json tells, such as
+        the stage.
         """
         named = {name.removeprefix("causal."): tensor.contiguous() for name, tensor in weights.items()}
         more = {"save_embedding_layers": False} if self.adapted else {}
@@ -145,8 +169,8 @@ class Trunk(nn.Module):
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
         self.tokenizer.save_pretrained(folder)
         role = "adapter" if self.adapted else "model"
-        meta = {"stage": stage, "role": role, "base": self.base_name, "fingerprint": self.fingerprint}
-        (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        meta = {"role": role, "base": self.base_name, "fingerprint": self.fingerprint, **about}
+        (folder / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 
     def _autocast(self):
         if self.autocast_dtype in (None, torch.float32):
@@ -157,8 +181,7 @@ class Trunk(nn.Module):
         self.plain.set_attn_implementation(name)
 
     def _layers(self) -> list[nn.Module]:
-        decoder = getattr(self.plain, self.plain.base_model_prefix)
-        return max((m for m in decoder.modules() if isinstance(m, nn.ModuleList)), key=len)
+        return max((m for m in self.decoder.modules() if isinstance(m, nn.ModuleList)), key=len)
 
     @property
     def _tolerance(self) -> float:
@@ -180,13 +203,23 @@ class Trunk(nn.Module):
         if (ours - stock).abs().median() > self._tolerance:
             raise UserError(f"model.base: {self.base_name} computes its logits in a way that align does not know")
 
+    def _layout(self, wanted: str) -> tuple[str, str]:
+        """The layout, and why it is not packed where it could have been."""
+        if self.outputs and not hasattr(self.plain, "score"):
+            if wanted == "tree":
+                raise UserError("model.layout: a base that reads in both directions takes the padded layout alone")
+            return "padded", "the base reads in both directions"
+        if not self.outputs:
+            self._check_head()
+        return (wanted, "") if wanted != "auto" else self._exact_layout()
+
     def _exact_layout(self) -> tuple[str, str]:
         """`tree` if this model computes packed trees exactly as it computes them one by one, else `padded`.
 
         Tried, not looked up: recurrent layers leak from tree to tree, some position schemes ignore positions, and a
         model of tomorrow is on no list.
         """
-        vocabulary = self.head.weight.shape[0]
+        vocabulary = self.plain.get_input_embeddings().weight.shape[0]
         draw = np.random.default_rng(0)
 
         def segment(length: int) -> np.ndarray:
@@ -195,17 +228,23 @@ class Trunk(nn.Module):
         def tree(*segments: np.ndarray) -> Tree:
             return Tree(segments, tuple(np.ones(len(s), bool) for s in segments))
 
+        def numbers(forest: Forest) -> Tensor:
+            """One row a label, of like size in all models."""
+            forest = forest.to(self.device)
+            if not self.outputs:
+                return self(forest)[:, None]
+            return nn.functional.normalize(self.states(forest).float(), dim=-1) * 10
+
         first, other, second = tree(segment(9)), tree(segment(9)), tree(segment(5), segment(4), segment(3))
         training = self.training
         self.eval()
         try:
             with torch.no_grad():
                 self._set_attention(self.own_attention)
-                alone = self(plant([first, second], packed=False).to(self.device))
+                alone = numbers(plant([first, second], packed=False))
                 self._set_attention(FOREST)
                 packed, disturbed = (
-                    self(plant(trees, multiple=self.row_multiple).to(self.device))
-                    for trees in ([first, second], [other, second])
+                    numbers(plant(trees, multiple=self.row_multiple)) for trees in ([first, second], [other, second])
                 )
         except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
             return "padded", f"its attention does not take trees ({(str(error) or repr(error)).splitlines()[0]})"
@@ -219,11 +258,11 @@ class Trunk(nn.Module):
         return ("padded", "its packed numbers differ from those of single rows") if differs else ("tree", "")
 
 
-def _adapt(causal: nn.Module, lora: Lora, quantized: bool) -> PeftModel:
+def _adapt(causal: nn.Module, lora: Lora, quantized: bool, scores: bool) -> PeftModel:
     try:
-        adapted = get_peft_model(causal, lora_config(lora, causal, quantized))
+        adapted = get_peft_model(causal, lora_config(lora, causal, quantized, scores))
     except ValueError as error:  # no such module, or one that cannot take an adapter
         raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
-    if isinstance(causal.get_output_embeddings(), BaseTunerLayer):
+    if not scores and isinstance(causal.get_output_embeddings(), BaseTunerLayer):
         raise UserError("lora.targets: the output head takes no adapter; leave it out, or use all-linear")
     return adapted

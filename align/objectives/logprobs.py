@@ -37,6 +37,38 @@ def linear_logprobs(
     return _LinearLogprobs.apply(hidden, weight, labels, bias, scale, softcap)
 
 
+@torch.no_grad()
+def linear_kl(
+    hidden: Tensor,
+    other: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """KL(p || q) over the whole vocabulary at each position, (n,), in nats, without gradient.
+
+    p and q are the softmax of the same projection (see `linear_logprobs`) of `hidden` and of `other`, both (n, d).
+    """
+    assert hidden.shape == other.shape, (hidden.shape, other.shape)
+    assert hidden.ndim == 2, hidden.shape
+    kl = torch.empty(len(hidden), dtype=_wide(weight), device=hidden.device)
+    ours, theirs = _Chunks(hidden, weight), _Chunks(other, weight)
+    for part in ours.parts:
+        p, q = (
+            _capped(chunks.logits(states[part], weight, bias), scale, softcap).log_softmax(-1)
+            for chunks, states in ((ours, hidden), (theirs, other))
+        )
+        kl[part] = (p.exp() * (p - q)).sum(-1)
+    return kl
+
+
+def _capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    logits = logits * scale if scale != 1.0 else logits
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def _wide(weight: Tensor) -> torch.dtype:
     """What sums are taken in: float32, or float64 of float64."""
     return torch.promote_types(weight.dtype, torch.float32)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,39 +21,47 @@ from torch import Tensor, nn
 
 from align.data.examples import Examples
 from align.data.mixture import Prepared
-from align.data.packing import pack, pack_padded
-from align.data.trees import Forest, Tree, graft, plant
+from align.data.trees import Forest
 from align.models.decode import answer
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
+from align.training.batches import Batches
 from align.training.checkpoint import CheckpointWriter, published
 from align.training.launch import signals
-from align.training.meters import (
-    Sums,
-    Throughput,
-    causal_attended,
-    flops_per_token,
-    matmul_params,
-    mfu,
-    peak_flops,
-    peak_memory,
-    perplexity,
-)
-from align.training.plan import Plan, learning_rate, row_budget
+from align.training.meters import Sums, Throughput, costs
+from align.training.plan import Plan, learning_rate
 from align.training.report import write_report
 from align.training.run import Run, open_trackers
 from align.training.screen import Screen
 from align.training.session import Session
 from align.training.state import adamw, capture, restore, trained_parameters, whole
 
-Metrics = dict[str, tuple[Tensor | float, Tensor | float]]  # name -> (sum, count)
+Metrics = dict[str, tuple[Tensor | float, Tensor | float]]  # name -> (sum, count), or vectors of them
 Loss = Callable[[nn.Module, Forest], tuple[Tensor, Metrics]]  # (trunk, batch) -> (summed loss, metrics with "loss")
 
 
-def fit(session: Session, run: Run, trunk: Trunk, data: Prepared, loss: Loss) -> None:
-    """Train to the end of the plan, or to a signal; leave `final/` and `report.html`."""
+class Hooks(NamedTuple):
+    """What a stage adds to the loop; each is called on every process."""
+
+    before: Callable[[Loop, Examples, np.ndarray], None] = lambda loop, examples, chosen: None
+    """Before a step's or an evaluation's loss, with all its examples."""
+    derive: Callable[[Sums], dict[str, float]] = lambda sums: {}
+    """What follows from the sums of a whole evaluation."""
+    conclude: Callable[[Loop], dict[str, Any]] = lambda loop: {}
+    """After the last step; what it returns stands in the result's align.json."""
+
+
+def fit(
+    session: Session,
+    run: Run,
+    trunk: Trunk,
+    data: Prepared,
+    loss: Loss,
+    **hooks: Callable,
+) -> None:
+    """Train to the end of the plan, or to a signal; leave `final/` and `report.html`. `hooks`: those of `Hooks`."""
     try:
-        Loop(session, run, trunk, data, loss).run_all()
+        Loop(session, run, trunk, data, loss, Hooks(**hooks)).run_all()
     finally:
         run.close()
 
@@ -60,17 +69,26 @@ def fit(session: Session, run: Run, trunk: Trunk, data: Prepared, loss: Loss) ->
 class Loop:
     """One training run; `fit` is its use."""
 
-    def __init__(self, session: Session, run: Run, trunk: Trunk, data: Prepared, loss: Loss) -> None:
+    def __init__(
+        self,
+        session: Session,
+        run: Run,
+        trunk: Trunk,
+        data: Prepared,
+        loss: Loss,
+        hooks: Hooks,
+    ) -> None:
         self.session, self.run, self.trunk, self.data, self.loss = session, run, trunk, data, loss
+        self.hooks = hooks
         self.recipe, self.accelerator = session.recipe, session.accelerator
         self.plan = Plan(self.recipe, data.train)
         self.model, wrapped = self.accelerator.prepare(trunk, adamw(trunk, self.recipe.optim))
         self.optimizer, self.named = wrapped.optimizer, trained_parameters(self.model)
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
-        self.row_tokens = row_budget(self.recipe.batch.row_tokens, trunk.device)
-        self.eval_rows = self._rows(data.eval, np.arange(len(data.eval)))
+        self.batches = Batches(trunk, self.accelerator, self.recipe.batch.row_tokens)
+        self.eval_rows = self.batches.rows(data.eval, np.arange(len(data.eval)))
         self.step, self.tokens_seen, self.elapsed = 0, 0, 0.0
-        self.saved = -1
+        self.saved, self.blocking_seconds = -1, None
         self.throughput = Throughput(self.accelerator.num_processes)
 
     # -- the run -----------------------------------------------------------------------------------------------
@@ -89,6 +107,7 @@ class Loop:
         self.accelerator.wait_for_everyone()
         self._introduce()
         with signals() as asked, Screen(session.console, self.plan.steps, self.step) as screen:
+            self.screen = screen
             if self.step == 0:
                 self._evaluate(screen)
                 self._samples(screen)
@@ -108,7 +127,8 @@ class Loop:
                     )
                     return
             self._samples(screen)
-        self._finish()
+            about = self.hooks.conclude(self)
+        self._finish(about)
 
     def _train_step(self, screen: Screen, stop: bool) -> bool:
         """One optimizer step; whether any process was asked to stop."""
@@ -116,15 +136,17 @@ class Loop:
         torch.manual_seed((self.recipe.seed << 20) + (step << 8) + self.accelerator.process_index)
         self.model.train()
         chosen = self.plan.batch(step)
-        rows = self._rows(self.data.train, chosen)
+        self.hooks.before(self, self.data.train, chosen)
+        rows = self.batches.rows(self.data.train, chosen)
         sums = Sums()
         for number, row in enumerate(rows, 1):
             with self.accelerator.no_sync(self.model) if number < len(rows) else nullcontext():
-                batch = self._batch(self.data.train, row)
+                batch = self.batches.plant(self.data.train, row)
                 total, metrics = self.loss(self.model, batch)
-                self.accelerator.backward(total)
-            sums.add("distinct", int((batch.tree >= 0).sum()) if row else 0)
-            for name, (value, count) in metrics.items():
+                # A process without examples in this row computes along, and adds nothing.
+                self.accelerator.backward(total if row else total * 0.0)
+            sums.add("distinct", self.batches.distinct(self.data.train, row, batch) if row else 0)
+            for name, (value, count) in metrics.items() if row else ():
                 sums.add(name, value, count)
         sums.add("stop", float(stop))
         merged = sums.merged(self.accelerator)
@@ -179,10 +201,11 @@ class Loop:
             return
         self.model.eval()
         sums, started = Sums(), time.perf_counter()
+        self.hooks.before(self, examples, np.arange(len(examples)))
         with torch.no_grad():
             for row in screen.track(self.eval_rows, "evaluating"):
-                _, metrics = self.loss(self.model, self._batch(examples, row))
-                for name, (value, count) in metrics.items():
+                _, metrics = self.loss(self.model, self.batches.plant(examples, row))
+                for name, (value, count) in metrics.items() if row else ():
                     sums.add(name, value, count)
         merged = sums.merged(self.accelerator)
         record = {"step": self.step, "split": "eval", **merged.means()}
@@ -194,7 +217,7 @@ class Loop:
                 f"step {self.step}: the loss on the eval rows is not finite ({record['loss']}); check model.base, or "
                 "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"
             )
-        record["perplexity"] = perplexity(*merged.sums()["loss"])
+        record |= self.hooks.derive(merged)
         record["eval_seconds"] = time.perf_counter() - started
         self._log(record, screen)
 
@@ -206,21 +229,11 @@ class Loop:
             if self.session.first:
                 self.run.append("samples.jsonl", {"step": self.step, "prompt": prompt, "response": response})
 
-    # -- batches -----------------------------------------------------------------------------------------------
-
-    def _rows(self, examples: Examples, chosen: np.ndarray) -> list[list[int]]:
-        """This process's share of the packed rows of `chosen`; every process has the same number."""
-        world = self.accelerator.num_processes
-        share = pack if self.trunk.packed else pack_padded
-        rows = share([int(examples.lengths[i]) for i in chosen], self.row_tokens, multiple=world)
-        return [[int(chosen[i]) for i in row] for row in rows[self.accelerator.process_index :: world]]
-
-    def _batch(self, examples: Examples, row: list[int]) -> Forest:
-        trees = [examples.tree(i) for i in row] or [_unlabelled(examples.tree(0))]
-        if self.trunk.packed:
-            trees = graft(trees)
-        multiple = self.trunk.row_multiple if self.trunk.packed else 1
-        return plant(trees, packed=self.trunk.packed, multiple=multiple).to(self.trunk.device)
+    def each(
+        self, examples: Examples, chosen: np.ndarray, function: Callable[[Trunk, Forest], Tensor], what: str
+    ) -> list[Tensor]:
+        """`Batches.each`, shown on this run's screen."""
+        return self.batches.each(examples, chosen, function, self.screen, what)
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -241,13 +254,13 @@ class Loop:
         self.step = self.saved = state["step"]
         self.tokens_seen, self.elapsed = state["tokens_seen"], state["elapsed_seconds"]
 
-    def _finish(self) -> None:
+    def _finish(self, about: dict[str, Any]) -> None:
         self._save()
         result = {name: whole(p).detach().to("cpu") for name, p in self.named.items()}
         self._close()
         if self.session.first:  # last of all, for it says that the run is finished
             with published(self.run.final, sum(tensor.nbytes for tensor in result.values())) as beside:
-                self.trunk.save(beside, result, self.recipe.stage)
+                self.trunk.save(beside, result, {"stage": self.recipe.stage, **about})
         self.session.say(f"done: {self.run.final}; report: {self.run.folder / 'report.html'}")
 
     def _close(self) -> None:
@@ -256,7 +269,9 @@ class Loop:
             durable = self.writer.wait()
             for tracker in self.trackers:
                 tracker.finish()
-            self.run.summarise(self._summary(durable))
+            cost = {"steps": self.step, "tokens_seen": self.tokens_seen, "train_seconds": self.elapsed}
+            saving = {"save_blocking_seconds": self.blocking_seconds, "save_durable_seconds": durable}
+            self.run.summarise(cost | costs(self.trunk, self.throughput, self.data.train.lengths) | saving)
             write_report(self.run.folder)
         self.accelerator.wait_for_everyone()
 
@@ -276,7 +291,7 @@ class Loop:
         mean = float(self.data.train.lengths.mean()) * plan.per_step
         say(
             f"{plan.steps:,} steps of {plan.per_step} examples (about {mean:,.0f} tokens), "
-            f"{plan.epoch_size / plan.per_step:,.1f} steps an epoch, rows of up to {self.row_tokens:,} tokens"
+            f"{plan.epoch_size / plan.per_step:,.1f} steps an epoch, rows of up to {self.batches.row_tokens:,} tokens"
         )
 
     def _log(self, record: dict, screen: Screen, quiet: bool = False) -> None:
@@ -286,32 +301,7 @@ class Loop:
         if quiet:
             return
         self.run.append("metrics.jsonl", record)
-        numbers = {f"{record['split']}/{k}": v for k, v in record.items() if k not in ("step", "split")}
+        named = {k: v for k, v in record.items() if isinstance(v, int | float)}
+        numbers = {f"{record['split']}/{k}": v for k, v in named.items() if k != "step"}
         for tracker in self.trackers:
             tracker.log(numbers, step=record["step"])
-
-    def _summary(self, durable: float) -> dict:
-        trunk, meter = self.trunk, self.throughput
-        name = torch.cuda.get_device_name() if trunk.device.type == "cuda" else "CPU"
-        flops = flops_per_token(
-            trunk.plain.config.get_text_config(),
-            matmul_params(trunk.plain),
-            causal_attended(self.data.train.lengths.tolist()),
-            lora=trunk.adapted,
-        )
-        return {
-            "steps": self.step,
-            "tokens_seen": self.tokens_seen,
-            "train_seconds": self.elapsed,
-            "tokens_per_second": meter.tokens_per_second if meter.seconds else None,
-            "model_flops_per_token": flops,
-            "mfu": mfu(meter.tokens_per_second, flops, peak_flops(name, trunk.dtype)) if meter.seconds else None,
-            "peak_memory_bytes": peak_memory(trunk.device),
-            "save_blocking_seconds": getattr(self, "blocking_seconds", None),
-            "save_durable_seconds": durable,
-        }
-
-
-def _unlabelled(tree: Tree) -> Tree:
-    """A stand-in for a process without examples in this step: it computes along and adds nothing."""
-    return Tree(tree.segments, tuple(np.zeros_like(trained) for trained in tree.trained))

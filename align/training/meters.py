@@ -24,6 +24,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from align.models.trunk import Trunk
+
 
 def perplexity(sum_nll: float, tokens: float) -> float:
     """exp(sum of negative log-likelihoods in nats / labelled tokens); nan without tokens."""
@@ -42,7 +44,15 @@ class Sums:
         self._terms: dict[str, list[tuple[float | Tensor, float | Tensor]]] = {}
 
     def add(self, name: str, total: float | Tensor, count: float | Tensor = 1) -> None:
-        """Add a sum over `count` items. 0-d tensors stay on their device until read: no wait here."""
+        """Add a sum over `count` items. 0-d tensors stay on their device until read: no wait here.
+
+        A vector of sums (and of counts, or one count for all) is kept entry by entry: a histogram.
+        """
+        if isinstance(total, Tensor) and total.ndim:
+            counts = count if isinstance(count, Tensor) and count.ndim else [count] * len(total)
+            for i, (part, n) in enumerate(zip(total, counts, strict=True)):
+                self.add(f"{name}[{i:03}]", part, n)
+            return
         self._terms.setdefault(name, []).append((_detached(total), _detached(count)))
 
     def sums(self) -> dict[str, tuple[float, float]]:
@@ -55,9 +65,16 @@ class Sums:
             for name, terms in self._terms.items()
         }
 
-    def means(self) -> dict[str, float]:
-        """Name -> sum / count; nan where nothing was counted."""
-        return {name: total / count if count else math.nan for name, (total, count) in self.sums().items()}
+    def means(self) -> dict[str, float | list[float | None]]:
+        """Name -> sum / count; nan where nothing was counted. Of a vector a list, with None there."""
+        means: dict[str, float | list[float | None]] = {}
+        for name, (total, count) in self.sums().items():
+            bare, bracket, _ = name.partition("[")
+            if bracket:
+                means.setdefault(bare, []).append(total / count if count else None)
+            else:
+                means[name] = total / count if count else math.nan
+        return means
 
     def merged(self, accelerator: Accelerator) -> Sums:
         """The sums over all processes: one all-reduce of a float64 vector. Every process must call it.
@@ -77,6 +94,26 @@ class Sums:
 
 def _detached(number: float | Tensor) -> float | Tensor:
     return number.detach() if isinstance(number, Tensor) else number
+
+
+def buckets(values: Tensor, edges: Sequence[float]) -> Tensor:
+    """values (m,) -> (m, len(edges) + 1) float32, 1 in the bin of each: below edges[0], …, above the last."""
+    bins = torch.bucketize(values, torch.tensor(edges, device=values.device), right=True)
+    return nn.functional.one_hot(bins, len(edges) + 1).float()
+
+
+def wins(better: Tensor, worse: Tensor) -> Tensor:
+    """(m,) and (m,) -> (m,) float32: 1 where the better scores higher, 0.5 where they are equal, else 0."""
+    return ((better > worse).float() + (better >= worse).float()) / 2
+
+
+def interval(successes: float, trials: float) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927)."""
+    if not trials:
+        return math.nan, math.nan
+    z, p = 1.959964, successes / trials
+    middle, reach = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
+    return (middle - reach) / (1 + z * z / trials), (middle + reach) / (1 + z * z / trials)
 
 
 @dataclass
@@ -103,6 +140,20 @@ class Throughput:
     def examples_per_second(self) -> float:
         """Examples per second per device; nan before any time has passed."""
         return self.examples / (self.seconds * self.devices) if self.seconds else math.nan
+
+
+def costs(trunk: Trunk, meter: Throughput, lengths: np.ndarray) -> dict[str, Any]:
+    """What a run cost, for summary.json; `lengths` are its examples' tokens."""
+    name = torch.cuda.get_device_name() if trunk.device.type == "cuda" else "CPU"
+    config = trunk.plain.config.get_text_config()
+    flops = flops_per_token(config, matmul_params(trunk.plain), causal_attended(lengths.tolist()), lora=trunk.adapted)
+    speed = meter.tokens_per_second
+    return {
+        "tokens_per_second": speed if meter.seconds else None,
+        "model_flops_per_token": flops,
+        "mfu": mfu(speed, flops, peak_flops(name, trunk.dtype)) if meter.seconds else None,
+        "peak_memory_bytes": peak_memory(trunk.device),
+    }
 
 
 def matmul_params(model: nn.Module) -> int:

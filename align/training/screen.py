@@ -26,12 +26,13 @@ HIDDEN = (
 class Screen:
     """Progress of one run; silent where the console is."""
 
-    def __init__(self, console: Console, steps: int, done: int) -> None:
+    def __init__(self, console: Console, steps: int | None = None, done: int = 0) -> None:
         self.console, self.steps = console, steps
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         hidden = console.quiet or not console.is_terminal
         self.bars = Progress(*columns, console=console, disable=hidden, transient=True)
-        self.main = self.bars.add_task("training", total=steps, completed=done)
+        if steps is not None:
+            self.main = self.bars.add_task("training", total=steps, completed=done)
 
     def __enter__(self) -> Screen:
         self.bars.start()
@@ -45,7 +46,8 @@ class Screen:
         if record["split"] == "train":
             self.bars.update(self.main, completed=record["step"])
         if not quiet:
-            numbers = " ".join(f"{NAMES.get(k, k)} {v:.4g}" for k, v in record.items() if k not in HIDDEN)
+            shown = {k: v for k, v in record.items() if k not in HIDDEN and isinstance(v, int | float)}
+            numbers = " ".join(f"{NAMES.get(k, k)} {v:.4g}" for k, v in shown.items())
             line = f"{record['split']:5} step {record['step']}/{self.steps} {numbers}"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -12,7 +12,7 @@ from align.data.mixture import Prepared, counting, prepare
 from align.data.reading import Reading
 from align.data.render import show
 from align.models.demo import cache_folder
-from align.recipe.schema import BaseRecipe
+from align.recipe.schema import BaseRecipe, Data
 
 SHOWN = 3  # examples that --show prints
 
@@ -32,11 +32,11 @@ class Session:
         """Whether this process is the one that writes and speaks."""
         return self.accelerator.is_main_process
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> Prepared:
-        """The run's data; the first process tokenises, the others then find it in the cache."""
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, reading: Reading, section: Data | None = None) -> Prepared:
+        """The run's data, or another section's; the first process tokenises, the others then find it in the cache."""
         recipe = self.recipe
         with self.accelerator.main_process_first(), counting(self.console) as progress:
-            data = prepare(recipe.data, tokenizer, reading, recipe.seed, cache_folder(), progress)
+            data = prepare(section or recipe.data, tokenizer, reading, recipe.seed, cache_folder(), progress)
         for line in data.summary:
             self.say(line)
         return data

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from mutants import mutated
 
 from align.data.formats import FORMATS, Fault, Row, convert, describe, detect, read_rows
 from align.recipe.errors import UserError
@@ -356,7 +355,7 @@ def test_columns_are_renamed(tmp_path):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({}, ("no format fits its columns `question`, `answer`, `prompt`", "columns: {prompt: question")),
+        ({}, ("no format fits its columns `question`, `answer`, `prompt`", "columns: {<the format's name>")),
         (
             {"format": "alpaca"},
             ("needs `instruction`, `output`", "has `question`, `answer`, `prompt`", "map"),
@@ -448,47 +447,8 @@ def assert_canonical(row: Row) -> None:
     assert any(m["role"] == "assistant" and m.get("train", True) for m in row.messages)
 
 
-JUNK = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.sampled_from(["", " ", "assistant", "system", "tool", "function_call", "[]", "{}", "{", "\ud800", b"x"]),
-    st.integers(-1, 2),
-    st.floats(),
-    st.text(max_size=3),
-    st.lists(st.none() | st.text(max_size=2), max_size=3),
-    st.dictionaries(st.sampled_from(["role", "from", "type", "name", "function", "value"]), st.text(max_size=2)),
-)
-
-
-def places(value, path=()):
-    """Every path into a nested value."""
-    yield path
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in inside:
-        yield from places(child, (*path, key))
-
-
-@st.composite
-def mutated(draw):
-    format, row, _ = TAKEN[draw(st.sampled_from(sorted(TAKEN)))]
-    holder = {"row": copy.deepcopy(row)}
-    for _ in range(draw(st.integers(0, 3))):
-        *to, key = draw(st.sampled_from(list(places(holder))[1:] or [("row",)]))
-        parent = holder
-        for step in to:
-            parent = parent[step]
-        action = draw(st.sampled_from(["replace", "delete", "repeat"]))
-        if action == "delete" and to:
-            del parent[key]
-        elif action == "repeat" and isinstance(parent, list):
-            parent.insert(draw(st.integers(0, len(parent))), copy.deepcopy(parent[key]))
-        else:
-            parent[key] = draw(JUNK)
-    return draw(st.sampled_from([format, format, format, *FORMATS])), holder["row"]
-
-
 @settings(max_examples=3000, deadline=None)
-@given(mutated())
+@given(mutated(TAKEN, FORMATS))
 def test_fuzz_only_canonical_rows_or_faults_come_out(case):
     format, row = case
     result = convert(row, format, "f", 1)

@@ -37,7 +37,7 @@ def trunk_on(folder: Path, lora: Lora | None = Lora(r=4, alpha=8), **settings) -
 
 
 def saved(trunk: Trunk, final: Path) -> Path:
-    trunk.save(final, {name: p.detach() for name, p in trunk.named_parameters() if p.requires_grad}, "sft")
+    trunk.save(final, {name: p.detach() for name, p in trunk.named_parameters() if p.requires_grad}, {"stage": "sft"})
     return final
 
 

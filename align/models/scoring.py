@@ -1,0 +1,49 @@
+"""A scalar or class head on a base: transformers' own sequence-classification model, so that what is saved loads there.
+
+A decoder's head reads the last token of a path; an encoder (BERT-like) has a head of its own, on whole padded rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from align.recipe.errors import UserError
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether the checkpoint reads in both directions, and predicts masked tokens instead of the next one."""
+    written = " ".join(config.architectures or ())
+    if "CausalLM" in written or "LMHeadModel" in written:
+        return False
+    return "MaskedLM" in written or (
+        type(config) in MODEL_FOR_MASKED_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+
+
+def with_head(causal: PreTrainedModel, outputs: int, seed: int) -> PreTrainedModel:
+    """The same decoder, without its output projection, under a new float32 head of `outputs` scores.
+
+    The head starts from N(0, 1 / (d + 1)), as in "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031).
+    """
+    config = causal.config
+    config.num_labels = outputs
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(f"model.base: transformers has no classification head for models of type {config.model_type}")
+    with torch.device("meta"):
+        model = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]._from_config(config)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"model.base: the head of {type(model).__name__} is not one linear layer, which align needs")
+    setattr(model, model.base_model_prefix, getattr(causal, causal.base_model_prefix))
+    width = model.score.in_features
+    draw = torch.Generator().manual_seed(seed)
+    model.score = nn.Linear(width, outputs, bias=False)
+    model.score.weight.data = torch.randn(outputs, width, generator=draw) / (width + 1) ** 0.5
+    return model.requires_grad_()

@@ -1,0 +1,74 @@
+"""Which examples share a row, and the row as a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from align.data.examples import Examples
+from align.data.packing import pack, pack_padded
+from align.data.trees import Forest, graft, plant
+from align.models.trunk import Trunk
+from align.training.plan import row_budget
+from align.training.screen import Screen
+
+
+class Batches:
+    """Rows in the trunk's layout, shared out over the processes."""
+
+    def __init__(self, trunk: Trunk, accelerator: Accelerator, row_tokens: int | str) -> None:
+        self.trunk, self.row_tokens = trunk, row_budget(row_tokens, trunk.device)
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+
+    def rows(self, examples: Examples, chosen: np.ndarray) -> list[list[int]]:
+        """This process's share of the rows of `chosen`, (k,) int64; every process has the same number."""
+        if self.trunk.packed:
+            rows = pack(examples.room[chosen].tolist(), self.row_tokens, self.world)
+        else:
+            lengths, paths = examples.longest[chosen].tolist(), examples.paths[chosen].tolist()
+            rows = pack_padded(lengths, self.row_tokens, self.world, paths)
+        return [[int(chosen[i]) for i in row] for row in rows[self.rank :: self.world]]
+
+    def distinct(self, examples: Examples, row: list[int], forest: Forest) -> int:
+        """Tokens of a row, each once: neither padding nor what branches repeat."""
+        if not forest.packed:
+            return int(examples.lengths[row].sum())
+        repeated = sum(max(len(tree) - 2, 0) for tree in forest.segments)
+        return int((forest.tree >= 0).sum()) - repeated
+
+    def each(
+        self,
+        examples: Examples,
+        chosen: np.ndarray,
+        function: Callable[[Trunk, Forest], Tensor],
+        screen: Screen,
+        what: str,
+    ) -> list[Tensor]:
+        """`function` of every chosen example, without gradient: in order, the lines of each one's paths, on the CPU.
+
+        function(trunk, forest) -> (P, …), one line a path. Every process gets all; `what` is shown meanwhile.
+        """
+        mine: dict[int, Tensor] = {}
+        training = self.trunk.training
+        self.trunk.eval()
+        with torch.no_grad():
+            for row in screen.track(self.rows(examples, chosen), what):
+                forest = self.plant(examples, row, alone=True)
+                lines, owner = function(self.trunk, forest).float().cpu(), forest.owner.cpu()
+                mine |= {i: lines[owner == number] for number, i in enumerate(row)}
+        self.trunk.train(training)
+        everyone = {i: lines for part in gather_object([mine]) for i, lines in part.items()}
+        return [everyone[int(i)] for i in chosen]
+
+    def plant(self, examples: Examples, row: list[int], alone: bool = False) -> Forest:
+        """A row as a batch, where it is empty one of example 0; `alone` leaves each example a tree of its own."""
+        trees = [examples.tree(i) for i in row or [0]]
+        if self.trunk.packed and not alone:
+            trees = graft(trees)
+        multiple = self.trunk.row_multiple if self.trunk.packed else 1
+        return plant(trees, packed=self.trunk.packed, multiple=multiple).to(self.trunk.device)

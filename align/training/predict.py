@@ -1,0 +1,207 @@
+"""Labels for new texts: `python -m align.classify --predict runs/spam/final FILE`.
+
+One line out for each row in, in their order, while the input is read; memory does not grow with it. A `.txt` file and
+standard input hold a text a line; other files hold rows, the text in the column that `--text` names. A row without
+text comes out without label, and stderr says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from align.data.files import data_files, read_file, text_lines
+from align.data.lines import Broken, lines_of
+from align.data.packing import pack, pack_padded
+from align.data.trees import Tree, plant
+from align.data.turns import Refused, a, filled, meant
+from align.models.base import META, load_base
+from align.models.trunk import Trunk
+from align.recipe.errors import UserError
+from align.recipe.schema import Lora, Model
+from align.training.classification import softmax
+from align.training.plan import row_budget
+
+WINDOW = 4096  # texts that are read and sorted into rows of like length at once
+
+
+class Text(NamedTuple):
+    """A row to classify: its line, and its text or why it has none."""
+
+    line: int
+    text: str | None
+    fault: str = ""
+
+
+class Classifier:
+    """A finished `final/` folder, ready to classify."""
+
+    def __init__(self, folder: Path) -> None:
+        about = _about(folder)
+        self.labels, self.threshold, self.max_length = about["labels"], about["threshold"], about["max_length"]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = Model.model_validate(about["model"])
+        if about["role"] == "model":  # the folder is the whole model; it computes in what it was trained in
+            model = model.model_copy(update={"base": str(folder), "adapter": None, "init": "pretrained", "config": {}})
+        lora = Lora.model_validate(about["lora"]) if about["lora"] else None
+        base = load_base(model, device, frozen=lora is not None, outputs=len(self.labels))
+        self.trunk = Trunk(base, model, lora, outputs=len(self.labels)).eval()
+        if lora:
+            if base.fingerprint != about["fingerprint"]:
+                raise UserError(
+                    f"{folder}: was trained on a trunk with fingerprint {about['fingerprint']}, but {model.base} has "
+                    f"{base.fingerprint}; put back the base that it was trained on"
+                )
+            set_peft_model_state_dict(self.trunk.causal, load_file(folder / "adapter_model.safetensors"))
+        else:  # the base came from the same files, but its head is new
+            self.trunk.plain.load_state_dict(load_file(folder / "model.safetensors"))
+        self.tokenizer, self.row_tokens = base.tokenizer, row_budget("auto", device)
+
+    @torch.inference_mode()
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, C) float64; texts beyond the length that the classifier was trained on are cut there."""
+        if not texts:
+            return np.zeros((0, len(self.labels)))
+        encoded = self.tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+        nothing = [self.tokenizer.eos_token_id]  # for a text of which the tokenizer makes no token
+        trees = [_tree(ids[: self.max_length] or nothing) for ids in encoded]
+        lengths = [len(tree.segments[0]) for tree in trees]
+        packed = self.trunk.packed
+        scores = np.zeros((len(texts), len(self.labels)), np.float32)
+        for row in (pack if packed else pack_padded)(lengths, self.row_tokens):
+            multiple = self.trunk.row_multiple if packed else 1
+            forest = plant([trees[i] for i in row], packed=packed, multiple=multiple)
+            scores[row] = self.trunk(forest.to(self.trunk.device)).float().cpu().numpy()
+        return softmax(scores)
+
+    def label(self, probabilities: np.ndarray) -> str:
+        """The label of one text, (C,), by the saved threshold if there is one."""
+        if self.threshold is not None:
+            return self.labels[int(probabilities[1] >= self.threshold)]
+        return self.labels[int(probabilities.argmax())]
+
+
+def predict_command(argv: Sequence[str]) -> None:
+    """`--predict FOLDER [FILE]`. What a user can mend goes to stderr, with exit status 2."""
+    parser = argparse.ArgumentParser("python -m align.classify", description=__doc__)
+    parser.add_argument("--predict", metavar="FOLDER", type=Path, required=True, help="final/ of a finished run")
+    parser.add_argument("file", nargs="?", help="what to classify; standard input where it is left out")
+    parser.add_argument("--text", metavar="COLUMN", default="text", help="column of the texts: a name, or column2")
+    parser.add_argument("--format", choices=WRITERS, default="csv", help="of the output (default: csv)")
+    options = parser.parse_args(argv)
+    try:
+        texts = _texts(options.file, options.text)
+        first = list(islice(texts, 1))  # a fault of the file is told before the model is loaded
+        _write(Classifier(options.predict), chain(first, texts), options.file or "<stdin>", options.format)
+    except UserError as error:
+        print("\n".join(error.problems), file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _write(classifier: Classifier, texts: Iterator[Text], name: str, format: str) -> None:
+    write = WRITERS[format](sys.stdout, classifier.labels)
+    without = 0
+    while window := list(islice(texts, WINDOW)):
+        known = iter(classifier.probabilities([row.text for row in window if row.text is not None]))
+        for row in window:
+            if row.text is None:
+                without += 1
+                print(f"{name}:{row.line}: {row.fault}", file=sys.stderr)
+            probabilities = None if row.text is None else next(known)
+            write(row.line, None if probabilities is None else classifier.label(probabilities), probabilities)
+        sys.stdout.flush()
+    if without:
+        print(f"{name}: {without:,} row{'s' * (without > 1)} without a label", file=sys.stderr)
+
+
+def _csv_writer(stream: TextIO, labels: list[str]) -> Callable[[int, str | None, np.ndarray | None], None]:
+    rows = csv.writer(stream, lineterminator="\n")
+    rows.writerow(["line", "label", *(f"p_{label}" for label in labels)])
+
+    def write(line: int, label: str | None, probabilities: np.ndarray | None) -> None:
+        shares = [""] * len(labels) if probabilities is None else [f"{p:.6g}" for p in probabilities]
+        rows.writerow([line, label or "", *shares])
+
+    return write
+
+
+def _jsonl_writer(stream: TextIO, labels: list[str]) -> Callable[[int, str | None, np.ndarray | None], None]:
+    def write(line: int, label: str | None, probabilities: np.ndarray | None) -> None:
+        shares = None
+        if probabilities is not None:
+            shares = {name: float(f"{p:.6g}") for name, p in zip(labels, probabilities, strict=True)}
+        record = {"line": line, "label": label, "probabilities": shares}
+        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    return write
+
+
+WRITERS = {"csv": _csv_writer, "jsonl": _jsonl_writer}
+
+
+def _texts(file: str | None, column: str) -> Iterator[Text]:
+    if file is None:
+        return _lines(lines_of(sys.stdin.buffer, "<stdin>"))
+    paths = data_files(file)
+    if len(paths) > 1:
+        raise UserError(f"{file}: is a folder; give one file")
+    name = paths[0].name.lower().removesuffix(".gz")
+    return _lines(text_lines(paths[0])) if name.endswith(".txt") else _rows(paths[0], column)
+
+
+def _lines(lines: Iterable[tuple[int, str]]) -> Iterator[Text]:
+    for number, line in lines:
+        yield _text(number, line.rstrip("\r\n"))
+
+
+def _rows(path: Path, column: str) -> Iterator[Text]:
+    known = False
+    for number, row in read_file(path, {"text": column}):
+        if isinstance(row, dict):
+            if not known and column not in row:
+                raise UserError(
+                    f"{path}: no column '{column}'{meant(column, row)}; it has {', '.join(row)}; name it with --text"
+                )
+            known = True
+            yield _text(number, row.get(column))
+        else:
+            reason = row.reason if isinstance(row, Broken) else f"expected a row of named columns, found {a(row)}"
+            yield Text(number, None, reason)
+
+
+def _text(number: int, value: Any) -> Text:
+    try:
+        return Text(number, filled("text", value))
+    except Refused as refused:
+        return Text(number, None, str(refused))
+
+
+def _tree(ids: list[int]) -> Tree:
+    return Tree((np.array(ids, np.int32),), (np.zeros(len(ids), bool),))
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """align.json of a classifier. Raises UserError for a folder that is none."""
+    try:
+        about = json.loads((folder / META).read_text("utf-8"))
+    except OSError:
+        raise UserError(f"--predict: {folder} has no {META}; give the final/ folder of a finished run") from None
+    except ValueError as error:
+        raise UserError(f"--predict: {folder / META} is damaged ({error})") from None
+    if about.get("stage") != "classify":
+        raise UserError(f"--predict: {folder} is the result of align.{about.get('stage')}, not of align.classify")
+    return about
