@@ -40,7 +40,7 @@ from align.training.checkpoint import write_atomic
 from align.training.classification import at_threshold, measured, mistakes, outcome, softmax, threshold_for
 from align.training.launch import run_stage
 from align.training.loop import Loop, Metrics, fit
-from align.training.meters import Sums
+from align.training.meters import Sums, interval
 from align.training.predict import predict_command
 from align.training.run import Run
 from align.training.session import SHOWN, Session
@@ -116,17 +116,18 @@ def loss(trunk: nn.Module, batch: Forest, weights: Tensor, smoothing: float) -> 
     total = (weights.to(logprobs.device)[number] * smoothed).sum()
     predicted, n = logprobs.argmax(-1), len(number)
     metrics: Metrics = {"loss": (total, n), "accuracy": ((predicted == number).sum(), n)}
-    if not trunk.training:
+    if not torch.is_grad_enabled():  # an evaluation
         taken, there = (torch.bincount(classes, minlength=len(weights)) for classes in (predicted, number))
         hits = torch.bincount(number[predicted == number], minlength=len(weights))
         metrics["class_f1"] = (2 * hits, taken + there)  # F1 is a ratio of sums
     return total, metrics
 
 
-def macro_f1(sums: Sums) -> dict[str, float]:
-    """Mean F1 of all classes that were there or predicted."""
+def derive(sums: Sums) -> dict[str, float]:
+    """Mean F1 of all classes that were there or predicted, and the 95 % interval of the accuracy."""
     each = [f1 for f1 in sums.means()["class_f1"] if f1 is not None]
-    return {"macro_f1": sum(each) / len(each)}
+    low, high = interval(*sums.sums()["accuracy"])
+    return {"macro_f1": sum(each) / len(each), "accuracy_low": low, "accuracy_high": high}
 
 
 def class_weights(numbers: np.ndarray) -> Tensor:
@@ -164,6 +165,7 @@ def conclude(loop: Loop, labels: list[str], test: Examples) -> dict[str, Any]:
             loop.session.say(f"no threshold on the eval rows gives {labels[1]} a precision of {wanted:g}")
     if "test" in known:
         record = {"step": loop.step, "split": "test", "examples": len(test)} | measured(*known["test"], labels)
+        record["accuracy_low"], record["accuracy_high"] = interval(record["accuracy"] * len(test), len(test))
         if threshold:
             record |= at_threshold(threshold.threshold, *known["test"])
         tell(loop, record)
@@ -175,8 +177,10 @@ def conclude(loop: Loop, labels: list[str], test: Examples) -> dict[str, Any]:
             "mistakes": [m for name, side in sides.items() for m in mistaken(loop, name, side, *known[name], labels)],
         }
         write_atomic(loop.run.folder / RESULTS, json.dumps(results, ensure_ascii=False))
-    names = dict(enumerate(labels))
-    loop.trunk.plain.config.update({"id2label": names, "label2id": {label: i for i, label in names.items()}})
+    config, names = loop.trunk.plain.config, dict(enumerate(labels))
+    config.update({"id2label": names, "label2id": {label: i for i, label in names.items()}})
+    if config.pad_token_id is None:  # without it, transformers classifies one text at a time
+        config.pad_token_id = loop.trunk.tokenizer.pad_token_id
     return {
         "labels": labels,
         "threshold": threshold and threshold.threshold,
@@ -188,7 +192,9 @@ def conclude(loop: Loop, labels: list[str], test: Examples) -> dict[str, Any]:
 
 def probabilities(loop: Loop, side: Examples, name: str) -> np.ndarray:
     """(n, C) float64, on every process."""
-    return softmax(torch.cat(loop.each(side, lambda trunk, forest: trunk(forest), f"scoring {name}")).numpy())
+    return softmax(
+        torch.cat(loop.each(side, np.arange(len(side)), lambda trunk, forest: trunk(forest), f"scoring {name}")).numpy()
+    )
 
 
 def mistaken(
@@ -243,7 +249,7 @@ def train(session: Session) -> None:
     weights = class_weights(numbers) if section.balance == "weights" else torch.ones(outputs)
     objective = partial(loss, weights=weights, smoothing=section.label_smoothing)
     judge = partial(conclude, labels=labels, test=test)
-    return fit(session, run, trunk, data, objective, derive=macro_f1, conclude=judge)
+    return fit(session, run, trunk, data, objective, derive=derive, conclude=judge)
 
 
 def show(session: Session, examples: Examples, tokenizer: Any, labels: list[str]) -> None:

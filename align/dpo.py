@@ -175,10 +175,10 @@ def baseline(loop: Loop, examples: Examples, chosen: np.ndarray, reference: Refe
     reference.baseline = max(float(ratios.mean()), 0.0)
 
 
-def derive(sums: Sums) -> dict[str, float]:
-    """The 95 % interval of the accuracy."""
+def derive(sums: Sums) -> dict[str, float | list[float]]:
+    """The 95 % interval of the accuracy, and the edges between the bins of `margin_share`."""
     low, high = interval(*sums.sums()["accuracy"])
-    return {"accuracy_low": low, "accuracy_high": high}
+    return {"accuracy_low": low, "accuracy_high": high, "margin_edges": MARGINS}
 
 
 def train(session: Session) -> None:

@@ -96,10 +96,10 @@ def loss(trunk: nn.Module, batch: Forest, reward: Reward) -> tuple[Tensor, Metri
     return losses.sum(), metrics
 
 
-def derive(sums: Sums) -> dict[str, float]:
-    """The 95 % interval of the accuracy."""
+def derive(sums: Sums) -> dict[str, float | list[float]]:
+    """The 95 % interval of the accuracy, and the edges between the bins of `margin_share`."""
     low, high = interval(*sums.sums()["accuracy"])
-    return {"accuracy_low": low, "accuracy_high": high}
+    return {"accuracy_low": low, "accuracy_high": high, "margin_edges": MARGINS}
 
 
 def normalisation(loop: Loop, session: Session) -> dict[str, Any]:

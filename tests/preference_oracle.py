@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +13,16 @@ from oracle import LORA, Told
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
+import align.dpo
+import align.reward
 from align.data.trees import Tree, plant
+from align.dpo import Dpo
 from align.models.trunk import Trunk
-from align.objectives import losses
+from align.objectives.losses import path_sums
+from align.reward import Reward
+from align.training.reference import Mismatched, Reference
 
 
 class Pair(NamedTuple):
@@ -27,33 +33,49 @@ class Pair(NamedTuple):
     rejected: list[int]
 
 
-def as_tree(pair: Pair) -> Tree:
-    """Prompt and two branches, best first, all of whose tokens are labels."""
-    segments = tuple(np.array(ids, np.int32) for ids in pair)
-    return Tree(segments, tuple(np.full(len(ids), b > 0) for b, ids in enumerate(segments)))
+class Answer(NamedTuple):
+    """Token ids of a single answer, and the verdict on it."""
+
+    prompt: list[int]
+    answer: list[int]
+    good: bool
+
+
+def as_tree(*segments: list[int], targets: tuple[float, ...] = ()) -> Tree:
+    """A prompt and its answers, best first; all tokens of the answers are labels."""
+    marks = tuple(np.full(len(ids), b > 0) for b, ids in enumerate(segments))
+    return Tree(tuple(np.array(ids, np.int32) for ids in segments), marks, targets)
 
 
 def dpo(trunk: Trunk, pairs: list[Pair], kind: str, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Our mean DPO loss of one batch, with its gradient still to be taken; IPO per token, as TRL has it."""
-    forest = plant([as_tree(pair) for pair in pairs], packed=trunk.packed)
-    with torch.no_grad(), trunk.adapters_off():
-        reference = trunk(forest)
-    rewards = losses.path_sums(trunk(forest) - reference, forest.path, forest.paths)
-    if kind == "ipo":
-        rewards = rewards / losses.path_counts(forest.path, forest.paths)
-    better, worse = losses.preference_pairs(forest.owner, adjacent=False)
-    ratio = rewards[better] - rewards[worse]
-    settings = {"label_smoothing": label_smoothing} if kind in ("sigmoid", "robust") else {}
-    return getattr(losses, kind)(ratio, beta, **settings).mean()
+    """`align.dpo.loss` of one batch as a mean, with its gradient still to be taken; IPO per token, as TRL has it."""
+    forest = plant([as_tree(*pair) for pair in pairs], packed=trunk.packed)
+    section = Dpo(loss=kind, beta=beta, label_smoothing=label_smoothing, length_normalized=kind == "ipo")
+    total, metrics = align.dpo.loss(trunk, forest, section, Reference(trunk))
+    assert metrics["loss"][1] == len(pairs)
+    return total / len(pairs)
 
 
 def reward(trunk: Trunk, pairs: list[Pair], margins: list[float], centring: float) -> Tensor:
-    """Our mean reward loss of one batch, with its gradient still to be taken."""
-    forest = plant([as_tree(pair) for pair in pairs], packed=trunk.packed)
-    scores = trunk(forest)[:, 0]
-    better, worse = (scores[paths] for paths in losses.preference_pairs(forest.owner, adjacent=False))
-    ranked = losses.bradley_terry(better, worse, torch.tensor(margins))
-    return (ranked + centring * losses.centring(better, worse)).mean()
+    """`align.reward.loss` of one batch as a mean, with its gradient still to be taken."""
+    trees = [as_tree(*pair, targets=(margin, 0.0)) for pair, margin in zip(pairs, margins, strict=True)]
+    total, metrics = align.reward.loss(trunk, plant(trees, packed=trunk.packed), Reward(centring=centring))
+    assert metrics["loss"][1] == len(pairs)
+    return total / len(pairs)
+
+
+def kto(trunk: Trunk, answers: list[Answer], beta: float, weights: tuple[float, float]) -> Tensor:
+    """`align.dpo.kto_loss` of one batch as a mean, with its gradient still to be taken."""
+    trees = [as_tree(prompt, answer, targets=(float(good),)) for prompt, answer, good in answers]
+    reference = Reference(trunk)
+    others = plant(Mismatched(SimpleNamespace(tree=trees.__getitem__), np.arange(len(trees))).trees)
+    with torch.no_grad():
+        ratios = path_sums(trunk(others), others.path, others.paths) - reference(others)
+    reference.baseline = max(ratios.mean().item(), 0.0)
+    assert reference.baseline > 0, "a baseline of 0 would prove little"
+    section = Dpo(loss="kto", beta=beta, desirable_weight=weights[0], undesirable_weight=weights[1])
+    total, _ = align.dpo.kto_loss(trunk, plant(trees), section, reference)
+    return total / len(trees)
 
 
 def told(trunk: Trunk, loss: Tensor) -> Told:
@@ -95,6 +117,45 @@ def trl_dpo(
     config = DPOConfig(**ON_CPU, output_dir=str(folder), loss_type=[kind], beta=beta, label_smoothing=label_smoothing)
     rows = [{f"{name}_ids": ids for name, ids in pair._asdict().items()} for pair in pairs]
     trainer = GivenDPO(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(**LORA),
+    )
+    return _told(trainer, rows, weights)
+
+
+class GivenKTO(KTOTrainer):
+    """Takes rows that are token ids already."""
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset
+
+
+def trl_kto(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: list[Answer],
+    weights: dict[str, Tensor],
+    folder: Path,
+    beta: float,
+    balance: tuple[float, float],
+) -> Told:
+    """`KTOTrainer.compute_loss` on one padded batch; the mismatched answer is the next row's, as ours is."""
+    rows = [
+        {"prompt_ids": own.prompt, "completion_ids": own.answer, "KL_completion_ids": other.answer, "label": own.good}
+        for own, other in zip(answers, answers[1:] + answers[:1], strict=True)
+    ]
+    config = KTOConfig(
+        **ON_CPU,
+        output_dir=str(folder),
+        per_device_train_batch_size=len(rows),
+        beta=beta,
+        desirable_weight=balance[0],
+        undesirable_weight=balance[1],
+    )
+    trainer = GivenKTO(
         model=model,
         args=config,
         train_dataset=Dataset.from_list(rows),

@@ -12,8 +12,9 @@ from typing import get_args, get_origin
 import pytest
 
 import align
+from align import dpo, reward, sft
 from align.recipe.help import arms, is_section, sections
-from align.sft import Recipe
+from align.recipe.schema import BaseRecipe, Source
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,8 +36,9 @@ def test_the_two_commands_stand_in_the_makefile_and_run_what_the_readme_spells_o
 
 def test_recipes_that_are_named_exist():
     for page in PAGES:
-        for recipe in re.findall(r"align\.sft (recipes/[\w./-]+\.yaml)", page.read_text("utf-8")):
+        for stage, recipe in re.findall(r"align\.(\w+) (recipes/[\w./-]+\.yaml)", page.read_text("utf-8")):
             assert (ROOT / recipe).is_file(), f"{named(page)}: {recipe}"
+            assert f"stage: {stage}\n" in (ROOT / recipe).read_text("utf-8"), f"{named(page)}: {recipe}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -62,20 +64,53 @@ def test_the_design_names_every_file_of_the_package():
     assert [name for name in files if f"`{name}`" not in text and f"/{name}`" not in text] == []
 
 
-def test_the_page_of_sft_lists_every_key_with_its_default():
-    text = (ROOT / "docs" / "sft.md").read_text("utf-8")
-    listed = dict(re.findall(r"^\| `([\w.]+)` \| `?([^|`]+)`? \|", text.partition("## Recipe")[2], re.MULTILINE))
-    wanted = {}
-    for section, kind in sections(Recipe):
-        if section == "data.eval.sources.0":
+def defaults(recipe: type[BaseRecipe]) -> dict[str, str]:
+    """Every key of a recipe with its default, as the pages write it. What sources hold is told once, under `data`."""
+    written = {}
+    for section, kind in sections(recipe):
+        within = section.startswith("data.")
+        if section == "data.eval.sources.0" or (kind is Source and not within):
             continue
         for key, field in kind.model_fields.items():
-            nested = (get_args(arm)[0] if get_origin(arm) is list else arm for arm in arms(field.annotation))
-            if not any(map(is_section, nested)):
+            nested = [get_args(arm)[0] if get_origin(arm) is list else arm for arm in arms(field.annotation)]
+            if not any(map(is_section, nested)) or (nested == [Source] and section not in ("data", "data.eval")):
                 default = "required" if field.is_required() else field.get_default(call_default_factory=True)
-                written = default if isinstance(default, str) else json.dumps(default)
-                wanted[f"{section}.{key}".lstrip(".")] = written
-    assert listed == wanted
+                name = f"{section}.{key}".lstrip(".")
+                written[name] = default if isinstance(default, str) else json.dumps(default)
+    return written
+
+
+def listed(page: str) -> dict[str, str]:
+    """Key -> default of the table under the heading Recipe."""
+    text = (ROOT / "docs" / page).read_text("utf-8").partition("## Recipe")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| `([\w.]+)` \| `?([^|`]+)`? \|", text, re.MULTILINE))
+
+
+def test_the_page_of_sft_lists_every_key_with_its_default():
+    assert listed("sft.md") == defaults(sft.Recipe)
+
+
+@pytest.mark.parametrize("stage", [reward, dpo], ids=lambda stage: stage.__name__)
+def test_the_page_of_another_stage_lists_its_own_keys_and_sft_has_the_others(stage):
+    name = stage.__name__.rpartition(".")[2]
+    wanted = defaults(stage.Recipe)
+    own = {key for key in wanted if key == "stage" or key.startswith(f"{name}.")}
+    assert listed(f"{name}.md") == {key: wanted[key] for key in own}
+    common = defaults(sft.Recipe)
+    assert {key: wanted[key] for key in wanted.keys() - own} == {key: common[key] for key in wanted.keys() - own}
+
+
+@pytest.mark.parametrize("stage", [reward, dpo], ids=lambda stage: stage.__name__)
+def test_the_page_of_a_stage_tells_every_number_that_it_logs(stage):
+    """Names as they stand in the stage's file: `"name": (sum, count)` and `metrics["name"]`."""
+    source = Path(stage.__file__).read_text("utf-8")
+    names = re.findall(r'^ +"([\w/]+)": \(', source, re.MULTILINE) + re.findall(r'metrics\["(\w+)"\]', source)
+    names += re.findall(r'"(\w+)": (?:low|high|MARGINS)', source) + ["kl_per_token"] * (stage is dpo)
+    page = (ROOT / "docs" / f"{stage.__name__.rpartition('.')[2]}.md").read_text("utf-8")
+    told = page.partition("## Numbers")[2].partition("\n## ")[0]
+    told = told.replace(", …", ", `rewards/undesirable`, `nll_per_token/undesirable`")
+    assert len(names) > 8
+    assert [name for name in names if f"`{name}`" not in told] == []
 
 
 def test_the_version_is_one():

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from data.voices import SMOLLM, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from align.sft import main
+from align import sft
 
 torch.set_num_threads(1)  # products this small are fastest so
 CITIES = ["France: Paris", "Italy: Rome", "Japan: Tokyo", "Peru: Lima", "Egypt: Cairo", "Cuba: Havana", "法国: 巴黎"]
@@ -33,19 +34,19 @@ class Told(NamedTuple):
     err: str
 
 
-def align(*argv: object) -> Told:
-    """Run `align.sft` in this process."""
+def align(*argv: object, stage: ModuleType = sft) -> Told:
+    """Run a stage in this process."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            main([str(word) for word in argv])
+            stage.main([str(word) for word in argv])
         except SystemExit as stop:
             status = stop.code
     return Told(status, out.getvalue(), err.getvalue())
 
 
 class World(NamedTuple):
-    """A folder with a base checkpoint and three files of rows; nothing in it changes."""
+    """A folder with a base checkpoint and files of rows; nothing in it changes."""
 
     folder: Path
 
@@ -64,6 +65,30 @@ class World(NamedTuple):
     @property
     def texts(self) -> Path:
         return self.folder / "texts.jsonl"
+
+    @property
+    def pairs(self) -> Path:
+        return self.folder / "pairs.jsonl"
+
+    @property
+    def held_pairs(self) -> Path:
+        return self.folder / "held_pairs.jsonl"
+
+    @property
+    def verdicts(self) -> Path:
+        return self.folder / "verdicts.jsonl"
+
+    @property
+    def held_verdicts(self) -> Path:
+        return self.folder / "held_verdicts.jsonl"
+
+    def preferences(self, path: Path, stage: ModuleType, **sections: Any) -> Path:
+        """A recipe of reward or dpo: on the verdicts where the loss is kto, else on the pairs."""
+        unpaired = sections.get("dpo", {}).get("loss") == "kto"
+        train, held = (self.verdicts, self.held_verdicts) if unpaired else (self.pairs, self.held_pairs)
+        data = {"train": [{"path": str(train)}], "eval": {"sources": [{"path": str(held)}]}}
+        given = {"data": data | sections.pop("data", {})} | sections
+        return self.recipe(path, stage=stage.__name__.removeprefix("align."), **given)
 
     def recipe(self, path: Path, **sections: Any) -> Path:
         """Write a recipe of 12 short steps beside its run folder; `sections` are merged into it."""
@@ -87,7 +112,10 @@ class World(NamedTuple):
 
 
 def make_world(folder: Path) -> World:
-    """A Llama of some 40,000 random weights with a byte-level tokenizer; 28 conversations, 7 to eval, 21 texts."""
+    """A Llama of some 40,000 random weights with a byte-level tokenizer; 28 conversations, 7 to eval, 21 texts.
+
+    And 21 preference pairs, 14 to eval, of which three are the wrong way round; and their answers one by one.
+    """
     world = World(folder)
     tokenizer = tiny_tokenizer(SMOLLM)
     config = LlamaConfig(
@@ -103,7 +131,28 @@ def make_world(folder: Path) -> World:
         asked = [f"{word} the capital of {city}" for word in words for city in CITIES]
         write_rows(path, [talk(text.split(":")[0], "It is" + text.split(":")[1]) for text in asked])
     write_rows(world.texts, [{"text": f"The capital of {city}. {word}."} for word in "abc" for city in CITIES])
+    for path, judged, words, wrong in (
+        (world.pairs, world.verdicts, ("Name", "Tell me", "Say"), ()),
+        (world.held_pairs, world.held_verdicts, ("I want", "And"), (2, 7, 11)),
+    ):
+        asked = [f"{word} the capital of {city}" for word in words for city in CITIES]
+        rows = [pair(text.split(":")[0], text.split(":")[1], i in wrong) for i, text in enumerate(asked)]
+        write_rows(path, rows)
+        write_rows(judged, [row for pair in rows for row in verdicts(pair)])
     return world
+
+
+def pair(question: str, city: str, wrong: bool = False) -> dict[str, Any]:
+    """A preference: the city named over not named, or the other way round; answers of several lengths."""
+    answers = [f"It is{city}, my dear." if len(question) % 2 else f"It is{city}.", f"No,{city[:3]} what?"]
+    chosen, rejected = reversed(answers) if wrong else answers
+    return {"prompt": question, "chosen": chosen, "rejected": rejected}
+
+
+def verdicts(pair: dict[str, Any]) -> list[dict[str, Any]]:
+    """Both answers of a pair as rows of their own, for KTO."""
+    answers = (pair["chosen"], True), (pair["rejected"], False)
+    return [{"prompt": pair["prompt"], "completion": answer, "label": label} for answer, label in answers]
 
 
 def talk(question: str, *answers: str) -> dict[str, Any]:
@@ -137,6 +186,12 @@ def metrics(run: Path, split: str | None = None) -> list[dict[str, Any]]:
     ]
 
 
+def flat(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record, those of lists one by one; -1 for None, of an empty bin."""
+    named = {name: value if isinstance(value, list) else [value] for name, value in record.items() if name != "split"}
+    return {f"{name}[{i}]": -1.0 if x is None else x for name, values in named.items() for i, x in enumerate(values)}
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """What a run trained."""
     (file,) = (run / "final").glob("*.safetensors")
@@ -149,29 +204,32 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 class Child:
-    """`align.sft` in a process of its own, forked where everything is already imported.
+    """A stage in a process of its own, forked where everything is already imported.
 
     `rank` makes it one of several processes, with the environment that `accelerate launch` would give it.
     """
 
     _context = multiprocessing.get_context("forkserver")
-    _context.set_forkserver_preload(["align.sft"])
+    _context.set_forkserver_preload(["align.sft", "align.reward", "align.dpo"])
 
-    def __init__(self, folder: Path, *argv: object, rank: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *argv: object, stage: ModuleType = sft, rank: dict[str, str] | None = None
+    ) -> None:
         self.log = folder / f"child{(rank or {}).get('RANK', '')}.log"
         env = {"ALIGN_CACHE": os.environ["ALIGN_CACHE"], "HF_HUB_OFFLINE": "1", **(rank or {})}
         words = [str(word) for word in argv]
-        self.process = self._context.Process(target=_child, args=(words, env, str(self.log)))
+        self.process = self._context.Process(target=_child, args=(stage.main, words, env, str(self.log)))
         for path in (self.log, self.log.with_suffix(".err")):
             path.write_text("")
         self.process.start()
 
     @classmethod
-    def pair(cls, folder: Path, port: int, *argv: object) -> list[Child]:
+    def pair(cls, folder: Path, port: int, *argv: object, stage: ModuleType = sft) -> list[Child]:
         """Two processes of one run."""
         shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        return [cls(folder, *argv, rank=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(2)]
+        ranks = [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
+        return [cls(folder, *argv, stage=stage, rank=rank) for rank in ranks]
 
     def wait(self) -> Told:
         """Its end."""
@@ -193,7 +251,7 @@ class Child:
         return True
 
 
-def _child(argv: list[str], env: dict[str, str], log: str) -> None:
+def _child(main: Callable[[list[str]], None], argv: list[str], env: dict[str, str], log: str) -> None:
     os.environ.update(env)
     for number, path in ((1, log), (2, str(Path(log).with_suffix(".err")))):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)

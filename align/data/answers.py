@@ -167,11 +167,18 @@ def _whole(given: Talk, talk: Talk) -> Talk:
     """The whole conversation: what answers begins with an assistant's turn; else it holds the prompt itself."""
     if not given or talk[0].message["role"] == "assistant" or len(talk) == 1:
         return given + talk
-    *head, answer = talk
-    longer, shorter = (given, head) if len(given) > len(head) else (head, given)
-    if _bare(longer[-len(shorter) :]) != _bare(shorter):
+    (system, asked), (own_system, head) = _parted(given), _parted(talk[:-1])
+    longer, shorter = sorted((head, asked), key=len, reverse=True)
+    same = not (system and own_system) or _bare(system) == _bare(own_system)
+    if not same or _bare(longer[len(longer) - len(shorter) :]) != _bare(shorter):
         raise Refused(f"{talk[0].content_at}: expected the turns of the prompt before the answer, found others")
-    return [*longer, answer]
+    return [*(system or own_system), *longer, talk[-1]]
+
+
+def _parted(talk: Talk) -> tuple[Talk, Talk]:
+    """The system's turn, where it comes first, and the others."""
+    count = int(bool(talk) and talk[0].message["role"] == "system")
+    return talk[:count], talk[count:]
 
 
 def _without_prompt(row: dict[str, Any], talks: dict[str, Talk]) -> tuple[dict[str, Talk], bool]:
@@ -190,7 +197,7 @@ def _without_prompt(row: dict[str, Any], talks: dict[str, Talk]) -> tuple[dict[s
 def _worth(row: dict[str, Any], answers: list[Any]) -> list[float]:
     """A number for each answer, lower for a better one: of its score or rank, or else its place."""
     for name, sign in (("score", -1.0), ("rank", 1.0)):
-        column = from_json(f"{name}s", row.get(f"{name}s"))
+        column = from_json(f"{name}s", row.get(f"{name}s") or None)
         inside = [answer.get(name) if isinstance(answer, dict) else None for answer in answers]
         if column is not None:
             if not isinstance(column, list) or len(column) != len(answers):
@@ -211,7 +218,7 @@ def _number(at: str, value: Any) -> float:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) < 1e38:  # a float32 holds no more
         raise Refused(f"{at}: expected a finite number, found {a(value)}")
     return number
 

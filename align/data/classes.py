@@ -38,7 +38,7 @@ class Sides(NamedTuple):
 
 def classes(labels: Sequence[str]) -> Reading:
     """Texts with one of `labels`; the tree's target is the label's place among them."""
-    return Reading(f"classes, {json.dumps(list(labels))}", _formats(labels), partial(_render, labels=labels))
+    return Reading(f"classes, {json.dumps(labels)}", formats(labels), partial(_render, labels=labels))
 
 
 def find_labels(sources: Sequence[Source]) -> list[str]:
@@ -49,7 +49,7 @@ def find_labels(sources: Sequence[Source]) -> list[str]:
     found: set[str] = set()
     rows = 0
     for source in sources:
-        for row in read_rows(source, _formats(None)):
+        for row in read_rows(source, formats(None)):
             if isinstance(row, Row):
                 found.add(row.label)
                 rows += 1
@@ -116,7 +116,8 @@ def counts(examples: Examples, classes: int) -> np.ndarray:
     return np.bincount(class_numbers(examples), minlength=classes)
 
 
-def _formats(labels: Sequence[str] | None) -> Formats:
+def formats(labels: Sequence[str] | None) -> Formats:
+    """Rows with a text and one of `labels`, or any label where these are not yet known."""
     return {"classes": Shape(("text", "label"), (), (), partial(_read, labels))}
 
 

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
-from align.models.lora import LoraLinear, Product, product, product_backward
+from align.models.lora import LoraLinear, Product, joined, parted, product, product_backward
 
 
 def fuse(model: nn.Module) -> None:
     """Give every module that qualifies its fused forward."""
     verdicts: dict[tuple[type, type | None], bool] = {}
     for module in model.modules():
+        _join(module, ("q_proj", "k_proj", "v_proj"))
+        _join(module, ("gate_proj", "up_proj"))
         forward = _norm_forward if _is_norm(module) else _mlp_forward if _is_gated_mlp(module) else None
         if forward is None:
             continue
@@ -31,6 +33,79 @@ def fuse(model: nn.Module) -> None:
             verdicts[kind] = _agrees(module, forward)
         if verdicts[kind]:
             module.forward = MethodType(forward, module)
+
+
+class Joined:
+    """Layers that are given one input, such as query, key and value: their weights stacked, computed as one product.
+
+    The first of them that is called computes all; each of the others takes its part if it is given the same tensor.
+    The layers' own weights become views of the stacked ones.
+    """
+
+    def __init__(self, layers: list[LoraLinear]) -> None:
+        self.layers = layers
+        bases = [layer.get_base_layer() for layer in layers]
+        self.weight = torch.cat([base.weight.data for base in bases])
+        self.bias = None if bases[0].bias is None else torch.cat([base.bias.data for base in bases])
+        self.sizes = [len(base.weight) for base in bases]
+        for base, rows in zip(bases, self.weight.split(self.sizes), strict=True):
+            base.weight.data = rows
+        self.given: Tensor | None = None
+        self.ready: dict[LoraLinear, Tensor] = {}
+
+    def products(self) -> list[Product] | None:
+        """Of all layers; None if one of them cannot be joined now."""
+        found = [layer.plain_product() for layer in self.layers]
+        return None if any(p is None for p in found) else found
+
+    def of(self, layer: LoraLinear, x: Tensor) -> Tensor | None:
+        """The layer's output for x; None if it has to be computed alone."""
+        if self.given is not x or layer not in self.ready:
+            self.given, self.ready = x, {}
+            if all(part.disable_adapters and not part.merged for part in self.layers):
+                outputs = nn.functional.linear(x, self.weight, self.bias).split(self.sizes, -1)
+            elif products := self.products():
+                outputs = _JoinedProduct.apply(x, self, *(t for p in products for t in (p.a, p.b)))
+            else:
+                return None
+            self.ready = dict(zip(self.layers, outputs, strict=True))
+        out = self.ready.pop(layer)
+        if not self.ready:
+            self.given = None
+        return out
+
+
+def _join(module: nn.Module, names: tuple[str, ...]) -> None:
+    layers = [getattr(module, name, None) for name in names]
+    if not all(type(layer) is LoraLinear for layer in layers):
+        return
+    bases = [layer.get_base_layer() for layer in layers]
+    like = {(b.weight.shape[1], b.weight.dtype, b.bias is None, type(b)) for b in bases}
+    if len(like) == 1 and type(bases[0]) is nn.Linear:
+        group = Joined(layers)
+        for layer in layers:
+            layer.group = group
+
+
+class _JoinedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, *_trained):
+        parts = group.products()
+        operands = joined(parts, group.weight, group.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        out, low = product(rows, operands)
+        ctx.save_for_backward(rows, low, operands.a, operands.b)
+        ctx.group, ctx.parts, ctx.shape = group, parts, x.shape
+        return out.view(*x.shape[:-1], -1).split(group.sizes, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        rows, low, a, b = ctx.saved_tensors
+        above = torch.cat([part.reshape(len(rows), -1) for part in upstream], -1)
+        operands = Product(ctx.group.weight, ctx.group.bias, a, b, 1.0)
+        grad_x, grad_a, grad_b = product_backward(above, rows, low, operands)
+        return grad_x.view(ctx.shape), None, *parted(grad_a, grad_b, ctx.parts)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -79,7 +154,7 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         x, weight, scale = ctx.saved_tensors
-        unit = x.float().mul_(scale)
+        unit = x * scale  # float32
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = (upstream.float() * unit).flatten(0, -2).sum(0).to(weight.dtype)
@@ -90,44 +165,41 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
-    products = [part.plain_product() for part in (self.gate_proj, self.up_proj, self.down_proj)]
-    if any(p is None for p in products) or not torch.is_grad_enabled():
+    group, down = getattr(self.gate_proj, "group", None), self.down_proj.plain_product()
+    parts = group.products() if group else None
+    if parts is None or down is None or not torch.is_grad_enabled():
         return type(self).forward(self, x)
-    return _GatedMlp.apply(x, *(value for p in products for value in p))
+    trained = (t for p in (*parts, down) for t in (p.a, p.b))
+    return _GatedMlp.apply(x, group, parts, down, *trained)
 
 
 class _GatedMlp(torch.autograd.Function):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202), each with its LoRA."""
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202), each with its LoRA; gate and up as one product."""
 
     @staticmethod
-    def forward(ctx, x, *values):
-        gate_product, up_product, down_product = (Product(*values[i : i + 5]) for i in (0, 5, 10))
+    def forward(ctx, x, group, parts, down, *_trained):
         rows = x.reshape(-1, x.shape[-1])
-        gate, gate_low = product(rows, gate_product)  # (n, h), (n, r)
-        up, up_low = product(rows, up_product)
-        out, down_low = product(nn.functional.silu(gate).mul_(up), down_product)
-        tensors = [value for p in (gate_product, up_product, down_product) for value in p[:4]]
-        ctx.save_for_backward(rows, gate, up, gate_low, up_low, down_low, *tensors)
-        ctx.shape, ctx.scales = x.shape, [p.scale for p in (gate_product, up_product, down_product)]
+        operands = joined(parts, group.weight, group.bias)
+        both, low = product(rows, operands)  # (n, 2h): gate, up
+        gate, up = both.chunk(2, -1)
+        out, down_low = product(nn.functional.silu(gate).mul_(up), down)
+        ctx.save_for_backward(rows, both, low, down_low, operands.a, operands.b, down.a, down.b)
+        ctx.shape, ctx.group, ctx.parts, ctx.down = x.shape, group, parts, down
         return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        rows, gate, up, gate_low, up_low, down_low, *tensors = ctx.saved_tensors
-        gate_product, up_product, down_product = (
-            Product(*tensors[4 * i : 4 * i + 4], scale) for i, scale in enumerate(ctx.scales)
-        )
+        rows, both, low, down_low, a, b, down_a, down_b = ctx.saved_tensors
+        group, down = ctx.group, ctx.down._replace(a=down_a, b=down_b)
         above = upstream.reshape(-1, upstream.shape[-1])
+        gate, up = both.chunk(2, -1)
         active = nn.functional.silu(gate)
-        grad_mid, down_a, down_b = product_backward(above, active * up, down_low, down_product)
-        grad_up = active.mul_(grad_mid)
-        grad_gate = torch.ops.aten.silu_backward(grad_mid.mul_(up), gate)
-        grad_x, up_a, up_b = product_backward(grad_up, rows, up_low, up_product)
-        grad_x, gate_a, gate_b = product_backward(grad_gate, rows, gate_low, gate_product, onto=grad_x)
-        return (
-            grad_x.view(ctx.shape),
-            *(None, None, gate_a, gate_b, None),
-            *(None, None, up_a, up_b, None),
-            *(None, None, down_a, down_b, None),
-        )
+        grad_mid, *grad_down = product_backward(above, active * up, down_low, down)
+        grads = torch.empty_like(both)
+        grad_gate, grad_up = grads.chunk(2, -1)
+        torch.mul(active, grad_mid, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad_mid.mul_(up), gate, grad_input=grad_gate)
+        operands = Product(group.weight, group.bias, a, b, 1.0)
+        grad_x, grad_a, grad_b = product_backward(grads, rows, low, operands)
+        return grad_x.view(ctx.shape), None, None, None, *parted(grad_a, grad_b, ctx.parts), *grad_down

@@ -34,8 +34,14 @@ class Product(NamedTuple):
 class LoraLinear(lora.Linear):
     """peft's layer with `product` for its forward where one plain adapter is active."""
 
+    group = None  # of layers that are computed together (see align.models.fused)
+
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(…, i) -> (…, o)."""
+        if self.group is not None and not args and not kwargs:
+            out = self.group.of(self, x)
+            if out is not None:
+                return out
         operands = None if args or kwargs else self.plain_product()
         return super().forward(x, *args, **kwargs) if operands is None else _LoraProduct.apply(x, *operands)
 
@@ -50,6 +56,32 @@ class LoraLinear(lora.Linear):
         base = self.get_base_layer()
         weight = base.weight.T if isinstance(base, Conv1D) else base.weight
         return Product(weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+
+
+def joined(parts: list[Product], weight: Tensor, bias: Tensor | None) -> Product:
+    """Products of one input as one product, its outputs side by side: the As stacked, the scaled Bs on a diagonal.
+
+    `weight` (sum of o, i) and `bias` are those of the parts, stacked.
+    """
+    a = torch.cat([part.a for part in parts])
+    b = a.new_zeros(len(weight), len(a))
+    row = column = 0
+    for part in parts:
+        height, width = part.b.shape
+        torch.mul(part.b, part.scale, out=b[row : row + height, column : column + width])
+        row, column = row + height, column + width
+    return Product(weight, bias, a, b, 1.0)
+
+
+def parted(grad_a: Tensor, grad_b: Tensor, parts: list[Product]) -> list[Tensor]:
+    """Gradients of a joined product's A and B as those of its parts, A and B in turn."""
+    gradients, row, column = [], 0, 0
+    for part in parts:
+        height, width = part.b.shape
+        own = grad_b[row : row + height, column : column + width]
+        gradients += [grad_a[column : column + width], own * part.scale]
+        row, column = row + height, column + width
+    return gradients
 
 
 def product(rows: Tensor, operands: Product) -> tuple[Tensor, Tensor]:

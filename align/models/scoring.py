@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     PretrainedConfig,
@@ -21,11 +20,9 @@ from align.recipe.errors import UserError
 def is_encoder(config: PretrainedConfig) -> bool:
     """Whether the checkpoint reads in both directions, and predicts masked tokens instead of the next one."""
     written = " ".join(config.architectures or ())
-    if "CausalLM" in written or "LMHeadModel" in written:
+    if config.is_encoder_decoder or "CausalLM" in written or "LMHeadModel" in written:
         return False
-    return "MaskedLM" in written or (
-        type(config) in MODEL_FOR_MASKED_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    )
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 def with_head(causal: PreTrainedModel, outputs: int, seed: int) -> PreTrainedModel:

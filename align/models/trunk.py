@@ -125,7 +125,7 @@ class Trunk(nn.Module):
                 return self.plain(**inputs).logits.float()
         with self._autocast():
             last = self.hidden(forest).flatten(0, 1)[forest.ends]  # (P, d)
-        return self.plain.score(last.float())
+        return self.plain.score(last.to(torch.promote_types(last.dtype, torch.float32)))
 
     def hidden(self, forest: Forest) -> Tensor:
         """Final hidden states, (R, L, d)."""
@@ -164,6 +164,8 @@ class Trunk(nn.Module):
         the stage.
         """
         named = {name.removeprefix("causal."): tensor.contiguous() for name, tensor in weights.items()}
+        if not self.adapted:  # what was frozen belongs to a whole model too
+            named = {name: p.detach() for name, p in self.causal.named_parameters()} | named
         more = {"save_embedding_layers": False} if self.adapted else {}
         self.causal.save_pretrained(folder, state_dict=named, **more)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card

@@ -46,19 +46,21 @@ def linear_kl(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
+    other_head: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """KL(p || q) over the whole vocabulary at each position, (n,), in nats, without gradient.
 
-    p and q are the softmax of the same projection (see `linear_logprobs`) of `hidden` and of `other`, both (n, d).
+    p and q are the softmax of the projection (see `linear_logprobs`) of `hidden` and of `other`, both (n, d);
+    `other_head` is weight and bias of the latter where they are not the same.
     """
     assert hidden.shape == other.shape, (hidden.shape, other.shape)
     assert hidden.ndim == 2, hidden.shape
     kl = torch.empty(len(hidden), dtype=_wide(weight), device=hidden.device)
-    ours, theirs = _Chunks(hidden, weight), _Chunks(other, weight)
+    ours, theirs, head = _Chunks(hidden, weight), _Chunks(other, weight), (weight, bias)
     for part in ours.parts:
         p, q = (
-            _capped(chunks.logits(states[part], weight, bias), scale, softcap).log_softmax(-1)
-            for chunks, states in ((ours, hidden), (theirs, other))
+            _capped(chunks.logits(states[part], *head), scale, softcap).log_softmax(-1)
+            for chunks, states, head in ((ours, hidden, head), (theirs, other, other_head or head))
         )
         kl[part] = (p.exp() * (p - q)).sum(-1)
     return kl

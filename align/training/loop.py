@@ -45,7 +45,7 @@ class Hooks(NamedTuple):
 
     before: Callable[[Loop, Examples, np.ndarray], None] = lambda loop, examples, chosen: None
     """Before a step's or an evaluation's loss, with all its examples."""
-    derive: Callable[[Sums], dict[str, float]] = lambda sums: {}
+    derive: Callable[[Sums], dict[str, Any]] = lambda sums: {}
     """What follows from the sums of a whole evaluation."""
     conclude: Callable[[Loop], dict[str, Any]] = lambda loop: {}
     """After the last step; what it returns stands in the result's align.json."""

@@ -19,7 +19,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 MOST_POINTS = 2000
 COLOURS = 6
@@ -37,12 +37,14 @@ class Curve(NamedTuple):
     steps: np.ndarray  # (points,) int64, ascending
     values: np.ndarray  # (points,) float64
     dots: bool = False  # few points, each worth a mark: evaluations
+    band: np.ndarray | None = None  # (points, 2) float64, the 95 % interval of each value; nan where unknown
 
     @property
     def finite(self) -> Curve:
         """Only the points that can be drawn."""
         kept = np.isfinite(self.values)
-        return self._replace(steps=self.steps[kept], values=self.values[kept])
+        band = None if self.band is None else self.band[kept]
+        return self._replace(steps=self.steps[kept], values=self.values[kept], band=band)
 
 
 class Panel(NamedTuple):
@@ -60,8 +62,10 @@ def curves_panel(title: str, curves: Sequence[Curve]) -> Panel:
         return Panel(title, None, captions)
     figure, axes = _axes()
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    for i, (_, steps, values, dots) in enumerate(curve.finite for curve in curves):
+    for i, (_, steps, values, dots, band) in enumerate(curve.finite for curve in curves):
         colour = _SERIES[i % COLOURS]
+        if band is not None:
+            axes.fill_between(steps, *band.T, color=colour, alpha=0.18, lw=0)
         # Thin is every point, thick its running mean; a curve that does not zigzag has none.
         noisy = not dots and len(steps) >= 100 and np.abs(np.diff(values)).sum() > 4 * np.ptp(values)
         mark = "o" if dots or len(steps) == 1 else None
@@ -82,6 +86,48 @@ def histogram_panel(title: str, edges: Sequence[float], counts: Sequence[int]) -
     caption = f"{amount(sum(counts))} examples of {value(edges[0])} to {value(edges[-1])} tokens; "
     caption += f"most, {amount(counts[top])}, have {value(edges[top])} to {value(edges[top + 1])}"
     return Panel(title, _svg(figure, f"{title}. {caption}"), [caption])
+
+
+def shares_panel(title: str, edges: np.ndarray, shares: dict[int, np.ndarray]) -> Panel:
+    """Histograms by step: shares (bins,) over (bins - 1,) edges, all drawn equally wide, the outer ones open."""
+    figure, axes = _axes()
+    captions = []
+    zero = np.searchsorted(edges, 0.0)
+    for i, (step, share) in enumerate(shares.items()):
+        drawn = np.nan_to_num(share)
+        axes.stairs(drawn, np.arange(len(drawn) + 1), fill=True, color=_SERIES[i % COLOURS], alpha=0.3)
+        axes.stairs(drawn, np.arange(len(drawn) + 1), color=_SERIES[i % COLOURS], lw=1.5)
+        below = f"{percent(drawn[: zero + 1].sum())} below 0; " if zero < len(edges) and edges[zero] == 0 else ""
+        top = int(np.argmax(drawn))
+        captions.append(f"step {step}: {below}most, {percent(drawn[top])}, {_bin(edges, top)}")
+    every = -(-len(edges) // 9)
+    named = np.arange(zero % every, len(edges), every)  # with 0, where there is one
+    axes.set_xticks(named + 1, [value(edges[i]).replace("-", "−") for i in named])
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.set_ylim(bottom=0)
+    return Panel(title, _svg(figure, f"{title}. {'. '.join(captions)}"), captions)
+
+
+def _bin(edges: np.ndarray, i: int) -> str:
+    if i == 0:
+        return f"below {value(edges[0])}"
+    return f"from {value(edges[i - 1])} " + (f"to {value(edges[i])}" if i < len(edges) else "on")
+
+
+def calibration_panel(title: str, points: dict[int, np.ndarray]) -> Panel:
+    """Curves by step: points (bins, 2), how sure and how often right; on the diagonal both are the same."""
+    figure, axes = _axes()
+    captions = []
+    kept = {step: both[np.isfinite(both).all(1)] for step, both in points.items()}
+    start = 0.5 if all((both[:, 0] >= 0.5).all() for both in kept.values()) else 0.0
+    axes.plot([start, 1], [start, 1], color=_INK, lw=0.8, ls="--", alpha=0.6)
+    for i, (step, both) in enumerate(kept.items()):
+        axes.plot(*both.T, color=_SERIES[i % COLOURS], lw=1.5, marker="o", markersize=3)
+        told = ", ".join(f"{percent(right)} right where {percent(sure)} sure" for sure, right in both)
+        captions.append(f"step {step}: {told or 'nothing counted'}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    return Panel(title, _svg(figure, f"{title}. {'. '.join(captions)}"), captions)
 
 
 def value(x: float) -> str:
@@ -123,9 +169,14 @@ def change(before: float, after: float) -> str:
     return f"{100 * (after - before) / abs(before):+.1f} %".replace("-", "−")
 
 
+def percent(share: float) -> str:
+    """A share in per cent."""
+    return f"{100 * share:.1f} %"
+
+
 def _course(curve: Curve) -> str:
     """First, last, lowest and highest."""
-    _, steps, values, _ = curve.finite
+    _, steps, values, _, band = curve.finite
     said = []
     if len(steps):
         said = [f"{value(values[0])} at step {steps[0]}"]
@@ -133,6 +184,8 @@ def _course(curve: Curve) -> str:
         low, high = values.argmin(), values.argmax()
         said[0] += f" → {value(values[-1])} at step {steps[-1]}"
         said.append(f"lowest {value(values[low])} at {steps[low]}, highest {value(values[high])} at {steps[high]}")
+    if band is not None and len(band) and np.isfinite(band[-1]).all():
+        said.append(f"95 % interval at the end {value(band[-1, 0])} to {value(band[-1, 1])}")
     if lost := len(curve.steps) - len(steps):
         said.append(f"{lost} not finite, not drawn")
     return "; ".join(said)

@@ -12,6 +12,7 @@ import csv
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers.utils import logging
 
 from align.data.files import data_files, read_file, text_lines
 from align.data.lines import Broken, lines_of
@@ -101,6 +103,9 @@ def predict_command(argv: Sequence[str]) -> None:
     parser.add_argument("--text", metavar="COLUMN", default="text", help="column of the texts: a name, or column2")
     parser.add_argument("--format", choices=WRITERS, default="csv", help="of the output (default: csv)")
     options = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         texts = _texts(options.file, options.text)
         first = list(islice(texts, 1))  # a fault of the file is told before the model is loaded

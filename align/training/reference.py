@@ -47,7 +47,9 @@ class Reference:
     def divergence(self, forest: Forest) -> dict[str, tuple[Tensor | float, float]]:
         """KL(policy || reference) over the whole vocabulary, summed over the labels of the batch last asked for."""
         assert self._states is not None, "the reference is asked for its log-probabilities first"
-        kl = linear_kl(self.policy.states(forest), self._states, **self.policy.projection())
+        with self._model() as model:
+            head = model.projection()["weight"], model.projection()["bias"]
+        kl = linear_kl(self.policy.states(forest), self._states, **self.policy.projection(), other_head=head)
         self._states = None
         return {"kl_per_token": (kl.sum(), len(kl))}
 

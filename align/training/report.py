@@ -3,11 +3,12 @@
 Reads what is there of
 
 - recipe.yaml, environment.json;
-- metrics.jsonl: `{"step": int, "split": "train" | "eval", name: number, …}`. Every metric is drawn, those
-  with a common prefix before "/" in one plot, but for counters of work and time;
+- metrics.jsonl: `{"step": int, "split": "train" | "eval", name: number or list, …}`. Every metric is drawn as
+  `panels.py` says, but for counters of work and time;
 - summary.json: what the run cost: `tokens_seen`, `train_seconds`, `peak_memory_bytes`, `mfu`, …, or null;
 - data.json: `{"train" | "eval": {"examples", "tokens", "trained_tokens", "lengths": {"edges", "counts"}},
   "summary": [line, …]}`; ledger.jsonl: `{"file", "line", "action", "reason"}`;
+- classification.json: a classifier's held-out rows, as `classification_plots.py` draws them;
 - samples.jsonl: `{"step", "prompt", "response"}`, step 0 before training and the last step after.
 
 The same folder gives the same page, byte for byte.
@@ -27,28 +28,11 @@ import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from align.training.classification_plots import classification_section
 from align.training.meters import SPIKE_SIGMAS, SPIKE_WINDOW, SPREAD_STEPS, loss_stability
-from align.training.plots import (
-    COLOURS,
-    Curve,
-    Panel,
-    amount,
-    change,
-    curves_panel,
-    duration,
-    histogram_panel,
-    size,
-    value,
-)
+from align.training.panels import Metrics, curves, distributions, records
+from align.training.plots import COLOURS, Curve, amount, change, duration, percent, size, value
 
-TITLES = {
-    "loss": "Loss",
-    "perplexity": "Perplexity",
-    "learning_rate": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "tokens_per_second": "Tokens per second per device",
-}
-NOT_DRAWN = {"step", "split", "epoch", "tokens", "tokens_seen", "step_seconds", "elapsed_seconds", "eval_seconds"}
 LEDGER_ROWS = 50
 
 
@@ -65,7 +49,9 @@ def write_report(run: Path) -> Path:
             settings=_settings(recipe),
             facts=facts(metrics, _json(run / "summary.json")),
             words=words(metrics),
-            panels=[*panels(metrics), *length_panels(data)],
+            curves=curves(metrics),
+            distributions=distributions(metrics, data),
+            classification=classification_section(_json(run / "classification.json")),
             data=data,
             ledger=Ledger.read(run / "ledger.jsonl"),
             samples=samples(run / "samples.jsonl"),
@@ -78,38 +64,6 @@ def write_report(run: Path) -> Path:
     beside.write_bytes(html.encode("utf-8", "replace"))  # JSON can hold half a surrogate pair, UTF-8 cannot
     os.replace(beside, target)
     return target
-
-
-class Metrics(NamedTuple):
-    """metrics.jsonl by split, step and name. A step logged again after a resume counts once."""
-
-    splits: dict[str, dict[int, dict[str, float]]]
-    unreadable: int
-
-    @classmethod
-    def read(cls, path: Path) -> Metrics:
-        splits: dict[str, dict[int, dict[str, float]]] = {}
-        unreadable = 0
-        for row in _rows(path):
-            if row is None or not isinstance(row.get("step"), int) or not isinstance(row.get("split"), str):
-                unreadable += 1
-                continue
-            numbers = {k: float(v) for k, v in row.items() if type(v) in (int, float)}
-            splits.setdefault(row["split"], {}).setdefault(row["step"], {}).update(numbers)
-        return cls({split: dict(sorted(steps.items())) for split, steps in splits.items()}, unreadable)
-
-    def curve(self, split: str, name: str, label: str = "") -> Curve:
-        """One metric of one split; without points where it was not logged."""
-        points = [(step, row[name]) for step, row in self.splits.get(split, {}).items() if name in row]
-        steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
-        return Curve(label, steps.astype(np.int64), values, dots=split != "train")
-
-    def names(self) -> list[str]:
-        """Every drawn metric: the well-known first, the others in order of appearance."""
-        rows = (row for steps in self.splits.values() for row in steps.values())
-        logged = dict.fromkeys(name for row in rows for name in row)
-        known = [name for name in TITLES if name in logged]
-        return known + [name for name in logged if name not in TITLES and name not in NOT_DRAWN]
 
 
 class Fact(NamedTuple):
@@ -130,6 +84,13 @@ def facts(metrics: Metrics, summary: dict[str, Any]) -> list[Fact]:
         shown.append(Fact("Eval perplexity", f"{value(before)} → {value(after)}", note))
     elif len(ppl.steps):
         shown.append(Fact("Eval perplexity", value(ppl.values[0]), f"at step {ppl.steps[0]}"))
+    right = metrics.curve("eval", "accuracy").finite
+    if right.band is not None and len(right.steps):
+        course = " → ".join(map(percent, right.values[[0, -1]] if len(right.steps) > 1 else right.values))
+        shown.append(Fact("Eval accuracy", course, f"{_interval(right)}; step {right.steps[-1]}"))
+    kl = metrics.curve("eval", "kl_per_token").finite
+    if len(kl.steps):
+        shown.append(Fact("KL to the reference", value(kl.values[-1]), f"nats per token, eval; step {kl.steps[-1]}"))
     loss = metrics.curve("train", "loss")
     if len(loss.steps):
         note = f"at step {loss.steps[-1]}; {value(loss.values[0])} at step {loss.steps[0]}"
@@ -159,6 +120,7 @@ def words(metrics: Metrics) -> list[str]:
         verb = "fell" if ppl.values[-1] < ppl.values[0] else "rose"
         course = f"{verb} from {before} to {after}" if before != after else f"began and ended at {before}"
         said.append(f"Perplexity on the held-out rows {course}.")
+    said += _preferences(metrics)
     loss = metrics.curve("train", "loss")
     if len(broken := loss.steps[~np.isfinite(loss.values)]):
         said.append(f"Train losses that are not finite: {len(broken)}, the first at step {broken[0]}.")
@@ -177,26 +139,29 @@ def words(metrics: Metrics) -> list[str]:
     return said
 
 
-def panels(metrics: Metrics) -> list[Panel]:
-    """One plot per metric, or per prefix before "/", with its curves of every split."""
-    groups: dict[str, list[Curve]] = {}
-    for name in metrics.names():
-        group, _, short = name.partition("/")
-        for split in sorted(metrics.splits, reverse=True):  # train before eval
-            curve = metrics.curve(split, name, f"{short}, {split}" if short else split)
-            if len(curve.steps):
-                groups.setdefault(group, []).append(curve)
-    titles = {group: group.replace("_", " ").capitalize() for group in groups} | TITLES
-    return [curves_panel(titles[group], curves) for group, curves in groups.items()]
+def _preferences(metrics: Metrics) -> Iterator[str]:
+    """What held-out pairs, or labelled answers, say."""
+    right = metrics.curve("eval", "accuracy").finite
+    if right.band is not None and len(right.steps) and len(metrics.curve("eval", "margin").steps):
+        low, high = right.band[-1]
+        chance = ", which does not rule out chance" if low <= 0.5 <= high else ""
+        yield f"Of the held-out pairs {percent(right.values[-1])} are ranked rightly ({_interval(right)}){chance}."
+    for better, worse in (("chosen", "rejected"), ("desirable", "undesirable")):
+        own, other = (metrics.curve("eval", f"nll_per_token/{side}").finite for side in (better, worse))
+        if min(len(own.steps), len(other.steps)) < 2:
+            continue
+        (before, after), (start, end) = -own.values[[0, -1]], -other.values[[0, -1]]
+        course = f"{value(before)} to {value(after)} nats a token ({worse}: {value(start)} to {value(end)})"
+        if after > before:
+            yield f"The {better} answers of the held-out rows became more likely: {course}."
+        elif after < before:
+            warning = "a margin can grow so while the model leaves both kinds of answers behind"
+            yield f"The {better} answers of the held-out rows became less likely: {course}; {warning}."
 
 
-def length_panels(data: dict[str, Any]) -> list[Panel]:
-    """A histogram of example lengths per split that data.json knows."""
-    return [
-        histogram_panel(f"Tokens in one {split} example", **data[split]["lengths"])
-        for split in ("train", "eval")
-        if sum(data.get(split, {}).get("lengths", {}).get("counts", []))
-    ]
+def _interval(share: Curve) -> str:
+    low, high = share.band[-1]
+    return f"95 % interval {percent(low)} to {percent(high)}" if low <= high else "95 % interval unknown"
 
 
 class Ledger(NamedTuple):
@@ -210,7 +175,7 @@ class Ledger(NamedTuple):
     def read(cls, path: Path) -> Ledger:
         counter: Counter[tuple[str, str]] = Counter()
         first = []
-        for row in filter(None, _rows(path)):
+        for row in filter(None, records(path)):
             reason = re.sub(r"\d[\d,.]*\d|\d", "N", str(row.get("reason", "")))
             counter[str(row.get("action", "")), reason] += 1
             if len(first) < LEDGER_ROWS:
@@ -229,7 +194,7 @@ class Sample(NamedTuple):
 
 def samples(path: Path) -> list[Sample]:
     """The first and the last answers to each prompt, prompts in the order in which they were given."""
-    rows = [row for row in _rows(path) if row and isinstance(row.get("step"), int)]
+    rows = [row for row in records(path) if row and isinstance(row.get("step"), int)]
     last = max((row["step"] for row in rows), default=0)
     answers = {(str(row.get("prompt", "")), row["step"]): str(row.get("response", "")) for row in rows}
     prompts = dict.fromkeys(prompt for prompt, _ in answers)
@@ -278,19 +243,3 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(_text(path) or "{}")
     except ValueError:  # torn by a kill
         return {}
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The objects of a JSON lines file; None for any other line, save a last one that a kill has torn."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if isinstance(row, dict):
-                yield row
-            elif line.endswith(b"\n"):
-                yield None

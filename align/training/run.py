@@ -24,7 +24,7 @@ from align.training.meters import environment
 
 OWN = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "ledger.jsonl", "data.json", "samples.jsonl",
-    "summary.json", "report.html", "tensorboard", "checkpoints", "final",
+    "summary.json", "report.html", "classification.json", "tensorboard", "checkpoints", "final",
 )  # fmt: skip
 # What may change between one start and the next: none of it touches the numbers.
 FREE = {"run": ..., "log": ..., "train": {"save_every", "keep"}}

@@ -288,3 +288,41 @@ def test_fuzz_mutated_files_give_rows_faults_or_user_errors(tmp_path_factory, da
         assert all(isinstance(row, Row | Fault) for row in rows)
         assert all(1 <= row.line <= content.count(b"\n") + 1 for row in rows) or name.endswith(".gz")
     assert all(name in problem for problem in problems)
+
+
+PLACED = {"label": "column1", "text": "column2"}
+
+
+def placed(folder: Path, name: str, content: str | bytes) -> list:
+    return list(read_file(put(folder, name, content), PLACED))
+
+
+def test_columns_named_by_place_need_no_header(tmp_path):
+    rows = [(1, {"column1": "ham", "column2": "hi, you"}), (3, {"column1": "spam", "column2": "win"})]
+    assert placed(tmp_path, "a.csv", 'ham,"hi, you"\n\nspam,win\n') == rows
+    assert placed(tmp_path, "a.tsv", "ham\thi, you\n\nspam\twin\n") == rows
+
+
+@pytest.mark.parametrize("header", ["label,text", "column1,column2", "label , column2"])
+def test_a_header_with_the_formats_names_or_places_is_no_row(tmp_path, header):
+    assert placed(tmp_path, "a.csv", f"{header}\nham,hi\n") == [(2, {"column1": "ham", "column2": "hi"})]
+
+
+def test_quotes_of_a_raw_table_are_letters(tmp_path):
+    content = 'ham\t"hi" he said\nspam\t"win\nham\tbye"\n'
+    texts = [row["column2"] for _, row in placed(tmp_path, "a.tsv", content)]
+    assert texts == ['"hi" he said', '"win', 'bye"']
+    assert "where quotes are letters, name columns by place" in refusal(tmp_path, "b.tsv", "label\ttext\n" + content)
+
+
+def test_a_raw_row_of_another_width_is_broken_alone(tmp_path):
+    assert placed(tmp_path, "a.tsv", "ham\thi\nspam\nham\ta\tb\n")[1:] == [
+        (2, Broken("expected 2 cells as in the first row, found 1")),
+        (3, Broken("expected 2 cells as in the first row, found 3")),
+    ]
+
+
+def test_a_table_may_have_no_extension_if_tabs_part_its_first_line(tmp_path):
+    assert data_files(str(put(tmp_path, "Collection", "ham\thi\n"))) == [tmp_path / "Collection"]
+    assert placed(tmp_path, "Collection", "ham\thi\r\n") == [(1, {"column1": "ham", "column2": "hi"})]
+    assert "no extension" in refusal(tmp_path, "Other", "ham hi\n")

@@ -131,11 +131,17 @@ def test_moments_of_parts_add_up():
     assert variance.item() == pytest.approx(values[mask].double().var().item(), rel=1e-9)
 
 
-def test_equal_values_whiten_to_0():
-    values, mask = torch.full((4,), 0.1), torch.ones(4, dtype=torch.bool)
+@pytest.mark.parametrize(("value", "count"), [(0.1, 4), (-777.7, 5003), (1e5 / 3, 5003)])
+def test_equal_values_whiten_to_0(value, count):
+    """Rounding must not leave a variance below 0."""
+    values, mask = torch.full((count,), value), torch.ones(count, dtype=torch.bool)
     mean, variance = mean_variance(moments(values, mask))
+    assert variance >= 0
     assert whiten(values, mask, mean, variance).abs().max() < 1e-3
-    assert mean_variance(moments(values, torch.arange(4) == 2))[1] == 0  # a single one
+
+
+def test_a_single_value_has_no_spread():
+    assert mean_variance(moments(torch.tensor([5.0, 7.0]), torch.tensor([False, True]))) == (7.0, 0.0)
 
 
 # KL

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from align.data.formats import Row, read_rows
 from align.data.mixture import prepare
-from align.data.render import render_rows
+from align.data.render import conversations, render_rows
 from align.data.templates import chat_tokenizer
 from align.recipe.errors import UserError
 from align.recipe.schema import Data, Source
@@ -48,7 +48,7 @@ def test_all_rows_render(tokenizer, file, limit, count):
     source = Source(path=str(SHARED / "data" / file), limit=limit)
     rows = [row for row in read_rows(source) if isinstance(row, Row)]
     assert len(rows) == count
-    for row, ((ids,), (trained,)) in zip(rows, render_rows(rows, tokenizer, "assistant"), strict=True):
+    for row, ((ids,), (trained,), _) in zip(rows, render_rows(rows, tokenizer, "assistant"), strict=True):
         edges = np.flatnonzero(np.diff(np.concatenate([[False], trained, [False]]))).reshape(-1, 2)
         said = [message for message in row.messages if message["role"] == "assistant"]
         assert len(edges) == len(said), f"{row.file}:{row.line}"
@@ -60,11 +60,11 @@ def test_all_rows_render(tokenizer, file, limit, count):
 
 def test_rows_that_cannot_be_taken_are_named(tokenizer, tmp_path):
     with pytest.raises(UserError) as error:
-        prepare(Data(train=[Source(path=ZH)], max_length=1_000_000), tokenizer, "assistant", 0, tmp_path)
+        prepare(Data(train=[Source(path=ZH)], max_length=1_000_000), tokenizer, conversations("assistant"), 0, tmp_path)
     places = [problem.split(": ")[0] for problem in error.value.problems[:-1]]
     assert places == [f"{ZH}:59", f"{ZH}:781"]
     data = Data(train=[Source(path=ZH)], max_length=2048, overlong="drop", invalid="drop", eval={"fraction": 0.1})
-    made = prepare(data, tokenizer, "assistant", 0, tmp_path)
+    made = prepare(data, tokenizer, conversations("assistant"), 0, tmp_path)
     assert len(made.train) + len(made.eval) + made.ledger.count("dropped") == 1000
     assert made.ledger.dropped["invalid"] == 2
     assert max(made.train.lengths) <= 2048

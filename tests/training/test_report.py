@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from align.training.panels import Metrics
 from align.training.plots import amount, change, duration, running_mean, size, thinned, value
-from align.training.report import Metrics, write_report
+from align.training.report import write_report
 
 EVIL = "<script>alert('row')</script><img src=x onerror=alert(1)>"
 
@@ -112,19 +113,96 @@ def test_numbers_shown_are_those_of_the_metrics(run):
 def test_every_other_metric_is_drawn_and_told(run):
     page = report(run)
     labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
-    starts = [
-        "Loss by",
-        "Perplexity by",
-        "Learning rate by",
-        "Gradient norm by",
-        "Tokens per second per device by",
-    ]
-    starts += ["Accuracy by", "Margins by", "Tokens in one train example"]
+    starts = ["Loss by", "Perplexity by", "Accuracy by", "Learning rate by", "Gradient norm by"]
+    starts += ["Tokens per second per device by", "Margins by", "Tokens in one train example"]
     assert [label[: len(start)] for label, start in zip(labels, starts, strict=True)] == starts
     assert "train: 2.75 at step 1 → 2.5 at step 2" in labels[0]
     assert "eval: 3 at step 0 → 2 at step 2" in labels[0]
     assert "chosen, eval: 1.5 at step 2. rejected, eval: -1.25 at step 2" in labels[6]
     assert "42 examples of 0 to 128 tokens; most, 30, have 0 to 64" in labels[7]
+
+
+def preferred(step: int, **metrics) -> dict:
+    """An evaluation of pairs with its lists, as the reward stage writes it."""
+    return evaluation(step, margin=0.1 * step, margin_edges=[-1.0, 0.0, 2.5], **metrics)
+
+
+@pytest.fixture
+def preferences(tmp_path: Path) -> Path:
+    """Pairs, evaluated three times."""
+    at_start = {"calibration_confidence": [0.55, None], "calibration_accuracy": [0.25, None]}
+    at_end = {"calibration_confidence": [0.6, 0.9375], "calibration_accuracy": [0.5, 1.0]}
+    rows = [
+        preferred(0, accuracy=0.5, accuracy_low=0.25, accuracy_high=0.75, margin_share=[0.5, 0, 0.5, 0], **at_start),
+        preferred(4, accuracy=0.625, accuracy_low=0.4, accuracy_high=0.8, margin_share=[1, 0, 0, 0], **at_start),
+        preferred(8, accuracy=0.875, accuracy_low=0.75, accuracy_high=0.9, margin_share=[0, 0.25, 0, 0.75], **at_end),
+    ]
+    lines(tmp_path / "metrics.jsonl", rows)
+    return tmp_path
+
+
+def test_pairs_are_told_with_their_interval_margins_and_calibration(preferences):
+    page = report(preferences)
+    assert "Eval accuracy 50.0 % → 87.5 % 95 % interval 75.0 % to 90.0 %; step 8" in page.text
+    assert "Of the held-out pairs 87.5 % are ranked rightly (95 % interval 75.0 % to 90.0 %)." in page.text
+    labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
+    assert [label.partition(".")[0] for label in labels] == [
+        "Accuracy by step",
+        "Margin by step",
+        "Margin: shares of the eval rows",
+        "Calibration: how often right, by how sure",
+    ]
+    assert "highest 0.875 at 8; 95 % interval at the end 0.75 to 0.9" in labels[0]
+    assert "step 0: 50.0 % below 0; most, 50.0 %, below -1." in labels[2]
+    assert "step 8: 25.0 % below 0; most, 75.0 %, from 2.5 on" in labels[2]
+    assert "step 4" not in labels[2]
+    assert "step 0: 25.0 % right where 55.0 % sure." in labels[3]
+    assert "step 8: 50.0 % right where 60.0 % sure, 100.0 % right where 93.8 % sure" in labels[3]
+
+
+def test_an_interval_that_holds_chance_is_told(tmp_path):
+    lines(tmp_path / "metrics.jsonl", [preferred(0, accuracy=0.5, accuracy_low=0.25, accuracy_high=0.75)])
+    assert "(95 % interval 25.0 % to 75.0 %), which does not rule out chance." in report(tmp_path).text
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (1.75, "became less likely: -1.25 to -1.75 nats a token (rejected: -2 to -2.5)"),
+        (1.0, "became more likely: -1.25 to -1 nats a token (rejected: -2 to -2.5)"),
+        (1.25, None),
+    ],
+)
+def test_a_likelihood_of_chosen_answers_that_falls_is_told_in_words(tmp_path, end, said):
+    rows = [
+        evaluation(step, **{"nll_per_token/chosen": chosen, "nll_per_token/rejected": rejected})
+        for step, chosen, rejected in ((0, 1.25, 2.0), (5, 0.5, 9.0), (9, end, 2.5))
+    ]
+    lines(tmp_path / "metrics.jsonl", rows)
+    text = report(tmp_path).text
+    assert (f"The chosen answers of the held-out rows {said}" in text) if said else ("became" not in text)
+    assert ("leaves both kinds of answers behind" in text) == (end > 1.25)
+
+
+BROKEN = [
+    {"margin_share": []},
+    {"margin_share": [0.5, 0.5]},
+    {"margin_share": "half", "margin_edges": {"a": 1}},
+    {"margin_share": [None] * 4, "calibration_confidence": [0.5]},
+    {"margin_share": [0.25, 0.25, 0.25, 0.25], "margin_edges": [1.0]},
+    {"calibration_confidence": [0.5, 0.75], "calibration_accuracy": [1.0]},
+    {"calibration_confidence": [None], "calibration_accuracy": [float("nan")]},
+    {"class_f1": [0.5, None], "margin_share": [[1.0], [2.0]]},
+]
+
+
+@pytest.mark.parametrize("entries", BROKEN, ids=str)
+def test_lists_that_do_not_fit_together_stop_no_report(preferences, entries):
+    with (preferences / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(preferred(9, loss=0.25) | entries) + "\n")
+    page = report(preferences)
+    assert "eval: 0.25 at step 9" in page.text
+    assert not re.search(r"\b(nan|inf)\b", write_report(preferences).read_text("utf-8"))
 
 
 def test_data_ledger_samples_recipe_and_environment_are_told(run):
