@@ -85,6 +85,8 @@ class Recipe(BaseRecipe):
         if dpo.reference == "cached" and dpo.loss in (*WITHOUT_REFERENCE, "kto"):
             why = "compares mismatched answers too" if dpo.loss == "kto" else "has no reference"
             raise ValueError(f"`dpo.reference: cached` is not for the loss {dpo.loss}, which {why}; leave it out")
+        if dpo.loss == "kto" and self.batch.examples < 2:
+            raise ValueError("`batch.examples`: kto takes its baseline from a step's other answers; give it 2 or more")
         if dpo.sft_weight and dpo.loss in ("orpo", "kto"):
             raise ValueError(f"`dpo.sft_weight` is not for the loss {dpo.loss}; leave it out")
         if self.lora and self.lora.dropout and dpo.loss == "kto":

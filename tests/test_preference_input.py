@@ -151,6 +151,7 @@ def test_a_recipe_of_another_stage(world, here):
         (dpo, {"dpo": {"loss": "kto", "reference": "cached"}}, "`dpo.reference: cached` is not for the loss kto"),
         (dpo, {"dpo": {"loss": "simpo", "reference": "cached"}}, "`dpo.reference: cached` is not for the loss simpo"),
         (dpo, {"dpo": {"loss": "orpo", "sft_weight": 0.1}}, "`dpo.sft_weight` is not for the loss orpo"),
+        (dpo, {"dpo": {"loss": "kto"}, "batch": {"examples": 1}}, "`batch.examples`: kto takes its baseline from"),
         (dpo, {"dpo": {"loss": "kto"}, "lora": {"dropout": 0.1}}, "`lora.dropout` makes the baseline of kto random"),
     ],
 )

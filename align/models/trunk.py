@@ -105,7 +105,7 @@ class Trunk(nn.Module):
 
     def states(self, forest: Forest) -> Tensor:
         """Final hidden state of the position that predicts each label, (n, d), in `dtype`."""
-        with self._autocast():
+        with self.autocast():
             return self.hidden(forest).flatten(0, 1)[forest.where].to(self.dtype)
 
     def projection(self) -> dict[str, Tensor | float | None]:
@@ -121,9 +121,9 @@ class Trunk(nn.Module):
     def _scores(self, forest: Forest) -> Tensor:
         if not hasattr(self.plain, "score"):  # an encoder: one path a row, under a head of its own
             inputs = {"input_ids": forest.tokens, "attention_mask": (forest.tree >= 0).long()}
-            with self._autocast():
+            with self.autocast():
                 return self.plain(**inputs).logits.float()
-        with self._autocast():
+        with self.autocast():
             last = self.hidden(forest).flatten(0, 1)[forest.ends]  # (P, d)
         return self.plain.score(last.to(torch.promote_types(last.dtype, torch.float32)))
 
@@ -151,11 +151,21 @@ class Trunk(nn.Module):
         self._set_attention(self.own_attention)
         self.eval()
         try:
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self.autocast():
                 yield self.plain
         finally:
             self.train(training)
             self._set_attention(FOREST if self.packed else self.own_attention)
+
+    @contextmanager
+    def attending(self, name: str):
+        """Another attention function for a while."""
+        before = self.plain.config._attn_implementation
+        self._set_attention(name)
+        try:
+            yield self
+        finally:
+            self._set_attention(before)
 
     def save(self, folder: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Write a result that plain peft and transformers load into an empty or new folder.
@@ -174,7 +184,8 @@ class Trunk(nn.Module):
         meta = {"role": role, "base": self.base_name, "fingerprint": self.fingerprint, **about}
         (folder / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 
-    def _autocast(self):
+    def autocast(self):
+        """The context in which the trunk computes."""
         if self.autocast_dtype in (None, torch.float32):
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
@@ -196,7 +207,7 @@ class Trunk(nn.Module):
         training = self.training
         self.eval()
         self._set_attention(self.own_attention)
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             row = plant([Tree((ids.numpy().astype(np.int32),), (np.ones(len(ids), bool),))], packed=False)
             ours = self(row.to(self.device))
             logits = self.plain(input_ids=ids[None].to(self.device), use_cache=False).logits[0, :-1].float()

@@ -57,7 +57,7 @@ def test_most_families_have_a_head():
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
-@pytest.mark.parametrize("family", [family for family in HEADS if family in ATTENTION])
+@pytest.mark.parametrize("family", HEADS)
 def test_trees_score_as_padded_paths_do(family, lora):
     """Values, and gradients of adapter and head alike."""
     packed, padded = scorer(family, lora), scorer(family, lora, layout="padded")
@@ -76,14 +76,13 @@ def test_trees_score_as_padded_paths_do(family, lora):
 @pytest.mark.parametrize("family", HEADS)
 def test_scores_are_those_of_plain_transformers_and_peft(family):
     """One path at a time, read at its last token, without any layer of ours."""
-    lora = LORA.model_copy(update={"targets": ["in_proj"]}) if family == "mamba" else LORA
-    trunk = scorer(family, lora, outputs=3)
+    trunk = scorer(family, outputs=3)
     with torch.no_grad():
         found = trunk(plant(TREES, packed=trunk.packed))
     config = tiny_model(family).config
     config.num_labels, config.pad_token_id = 3, None
     plain = AutoModelForSequenceClassification.from_config(config)
-    plain = get_peft_model(plain, LoraConfig(r=4, lora_alpha=8, target_modules=lora.targets, task_type="SEQ_CLS"))
+    plain = get_peft_model(plain, LoraConfig(r=4, lora_alpha=8, target_modules=LORA.targets, task_type="SEQ_CLS"))
     plain.load_state_dict(trunk.causal.state_dict())
     plain.eval()
     paths = [torch.from_numpy(tokens.astype(np.int64))[None] for t in TREES for tokens, _ in t.paths()]
@@ -109,18 +108,12 @@ def test_what_changes_in_one_branch_stays_there(family):
         assert set(torch.nonzero(after != before).flatten().tolist()) == touched
 
 
-def test_recurrent_layers_take_the_padded_layout():
-    family = next(family for family in RECURRENT if family in HEADS)
-    assert scorer(family, None).layout == "padded"
-
-
 def test_the_head_follows_the_seed_and_trains_beside_the_adapter():
-    first, again, other = (with_head(tiny_model("llama"), 2, seed).score.weight for seed in (1, 1, 2))
+    first, again, other = (with_head(tiny_model("llama"), 2, seed).score.weight.detach() for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.std() == pytest.approx((SIZES["hidden_size"] + 1) ** -0.5, rel=0.4)
     trained = {name for name, p in scorer("llama").named_parameters() if p.requires_grad}
-    assert {name.rpartition(".")[2] for name in trained if "lora" not in name} == {"weight"}
     assert [name for name in trained if "lora" not in name] == [
         "causal.base_model.model.score.modules_to_save.default.weight"
     ]
@@ -174,8 +167,8 @@ def test_an_encoder_writes_nothing(tmp_path):
     assert not is_encoder(tiny_model("llama").config)
     with pytest.raises(UserError, match="reads in both directions and predicts no next token"):
         load_base(section, torch.device("cpu"), frozen=True)
+    base = load_base(section, torch.device("cpu"), frozen=True, outputs=2)
     with pytest.raises(UserError, match="takes the padded layout alone"):
-        base = load_base(section, torch.device("cpu"), frozen=True, outputs=2)
         Trunk(base, section.model_copy(update={"layout": "tree"}), None, outputs=2)
 
 

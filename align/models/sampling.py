@@ -1,0 +1,66 @@
+"""How the next token is chosen from logits: filters of the distribution, and draws that a seed fixes.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Sampling(NamedTuple):
+    """What a response may be. The defaults draw from the model's own distribution."""
+
+    max_new: int  # most tokens of a response, its end-of-turn token included
+    min_new: int = 0  # no end before so many
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_k: int = 0  # only the k likeliest; 0: all
+    top_p: float = 1.0  # only the likeliest that together hold this share (Holtzman et al. 2019, arXiv 1904.09751)
+    min_p: float = 0.0  # only those with this share of the likeliest's probability (arXiv 2407.01082)
+    repetition_penalty: float = 1.0  # logits of what was said are divided by it (Keskar et al. 2019, arXiv 1909.05858)
+    stop: tuple[str, ...] = ()  # texts that end a response; they stay in it
+
+
+def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
+    """logits (B, V) float32 -> (B, V), divided by the temperature, -inf where a token may not be drawn."""
+    assert logits.ndim == 2, logits.shape
+    assert sampling.temperature > 0, sampling.temperature
+    logits = logits / sampling.temperature
+    if sampling.top_k and sampling.top_k < logits.shape[1]:
+        least = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.min_p:
+        least = logits.amax(-1, keepdim=True) + torch.log(torch.tensor(sampling.min_p))
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(descending=True, stable=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # what likelier tokens hold already
+        out = torch.zeros_like(before, dtype=torch.bool).scatter_(1, order, before >= sampling.top_p)
+        logits = logits.masked_fill(out, -torch.inf)
+    return logits
+
+
+def penalised(logits: Tensor, said: Tensor, penalty: float) -> Tensor:
+    """logits (B, V) where said (B, V) bool: divided by the penalty if above 0, else multiplied."""
+    assert logits.shape == said.shape, (logits.shape, said.shape)
+    return torch.where(said, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """logits (B, V), uniform (B,) float64 in [0, 1) -> (B,) int64: the token at which the cumulated share passes it.
+
+    A row's token depends on its own logits and number alone, whatever other rows there are.
+    """
+    assert uniform.shape == logits.shape[:1], (uniform.shape, logits.shape)
+    shares = logits.double().softmax(-1).cumsum(-1)
+    tokens = torch.searchsorted(shares, (uniform * shares[:, -1])[:, None], right=True)[:, 0]
+    return tokens.clamp(max=logits.shape[1] - 1)
+
+
+def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
+    """(count,) float64 in [0, 1): a function of the key alone, such as (seed, step, prompt, sample)."""
+    return np.random.default_rng(list(key)).random(count)
