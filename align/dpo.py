@@ -172,6 +172,9 @@ def baseline(loop: Loop, examples: Examples, chosen: np.ndarray, reference: Refe
     def log_ratios(trunk: Trunk, forest: Forest) -> Tensor:
         return path_sums(trunk(forest), forest.path, forest.paths) - reference(forest)
 
+    if len(chosen) < 2:  # there is no other answer
+        reference.baseline = 0.0
+        return
     others = Mismatched(examples, chosen)
     ratios = torch.cat(loop.each(others, np.arange(len(others)), log_ratios, "baseline"))
     reference.baseline = max(float(ratios.mean()), 0.0)

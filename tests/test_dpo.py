@@ -11,7 +11,7 @@ import pytest
 import torch
 from plain import Policy, merged
 from transformers import AutoModelForCausalLM
-from world import align, flat, lines, metrics, tree, weights
+from world import align, flat, lines, metrics, tree, weights, write_rows
 
 from align import dpo
 
@@ -300,3 +300,18 @@ def test_accuracy_stays_the_same_while_it_trains(world, here, finished, section)
     for found, reference in zip(metrics(run, "eval"), metrics(finished, "eval"), strict=True):
         assert found["accuracy"] == reference["accuracy"]
         assert flat(found) == pytest.approx(flat(reference), rel=1e-3, abs=1e-3)
+
+
+def test_kto_without_another_kind_or_another_answer(world, here):
+    """Steps of two may hold one kind alone: of the other nothing is told, and never NaN. A single row has no z0."""
+    one = write_rows(here / "one.jsonl", lines(world.held_verdicts)[:1])
+    data = {"eval": {"sources": [{"path": str(one)}]}}
+    run = train(world, here, dpo={"loss": "kto"}, batch={"examples": 2}, data=data, train={"steps": 6})
+    assert "NaN" not in (run / "metrics.jsonl").read_text()
+    kinds = [sum(name.startswith("rewards/") for name in record) for record in metrics(run, "train")]
+    assert set(kinds) == {1, 2}
+    before, *_, after = metrics(run, "eval")
+    assert {name for name in after if name.startswith("rewards/")} == {"rewards/desirable"}
+    assert (before["loss"], after["kl_baseline"]) == (0.5, 0.0)
+    assert after["loss"] == pytest.approx(1 / (1 + math.exp(after["rewards/desirable"])), rel=1e-5)
+    assert after["rewards/desirable"] != 0

@@ -75,7 +75,9 @@ def prepare(
         _some(held, "eval", read, ledger)
         prompts = joined([part.store.prompt[part.rows] for part in held])
         train = [
-            ledger.drop(
+            part
+            if data.eval.overlap == "keep"
+            else ledger.drop(
                 part,
                 np.isin(part.store.prompt[part.rows], prompts),
                 "in eval",

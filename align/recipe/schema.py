@@ -99,6 +99,9 @@ class Eval(Section):
     """Sources of their own, all of whose rows are evaluated."""
     max_rows: PositiveInt | None = None
     """Evaluate at most this many (seeded choice)."""
+    overlap: Literal["drop", "keep"] = "drop"
+    """With sources: what happens to training rows whose prompt is in them too. `keep` is for sets in which many rows
+    share one prompt."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Eval:

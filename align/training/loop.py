@@ -150,7 +150,7 @@ class Loop:
                 sums.add(name, value, count)
         sums.add("stop", float(stop))
         merged = sums.merged(self.accelerator)
-        means, (_, count) = merged.means(), merged.sums()["loss"]
+        means, (_, count) = _counted(merged), merged.sums()["loss"]
         asked, distinct = means.pop("stop") > 0, int(merged.sums()["distinct"][0])
         del means["distinct"]
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
@@ -208,7 +208,7 @@ class Loop:
                 for name, (value, count) in metrics.items() if row else ():
                     sums.add(name, value, count)
         merged = sums.merged(self.accelerator)
-        record = {"step": self.step, "split": "eval", **merged.means()}
+        record = {"step": self.step, "split": "eval", **_counted(merged)}
         if not math.isfinite(record["loss"]):
             if self.step:
                 self._save()
@@ -305,3 +305,9 @@ class Loop:
         numbers = {f"{record['split']}/{k}": v for k, v in named.items() if k != "step"}
         for tracker in self.trackers:
             tracker.log(numbers, step=record["step"])
+
+
+def _counted(sums: Sums) -> dict[str, float | list[float | None]]:
+    """The means of what was there: a step may have no undesirable answer."""
+    counts = sums.sums()
+    return {name: mean for name, mean in sums.means().items() if name not in counts or counts[name][1]}

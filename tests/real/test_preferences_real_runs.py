@@ -40,7 +40,7 @@ def test_a_real_set_trains_and_accounts_for_every_row(name, here):
         data={
             "train": [{"path": str(path), "limit": 120}],
             "eval": {"fraction": 0.1, "max_rows": 8},
-            "max_length": 256,
+            "max_length": 400,
             "overlong": "drop",
             "invalid": "drop",
         },
