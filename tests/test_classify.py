@@ -208,6 +208,18 @@ def test_smoothing_is_the_cross_entropy_with_the_smoothed_target():
     assert torch.allclose(total, stock, rtol=1e-6)
 
 
+def test_an_evaluation_counts_what_f1_is_made_of():
+    scores = torch.eye(3)[[0, 0, 1, 1]]  # predicted 0, 0, 1, 1 where 0, 1, 1, 2 is true
+    batch = type("Batch", (), {"targets": torch.tensor([0.0, 1.0, 1.0, 2.0])})
+    trunk = torch.nn.Identity()
+    trunk.forward = lambda _: scores
+    assert "class_f1" not in loss(trunk, batch, torch.ones(3), smoothing=0.0)[1]
+    with torch.no_grad():
+        found = loss(trunk, batch, torch.ones(3), smoothing=0.0)[1]
+    assert [part.tolist() for part in found["class_f1"]] == [[2, 2, 0], [3, 4, 1]]
+    assert found["accuracy"] == (2, 4)
+
+
 def test_undersampling_is_told_and_in_the_ledger(world, here):
     rows = ROWS + [{"label": "ham", "text": f"Tell me {n}"} for n in range(30)]
     sections = {"classify": {"balance": "undersample"}, "train": {"steps": 1}}
@@ -343,6 +355,19 @@ def test_a_probability_does_not_depend_on_what_is_asked_with_it(run):
         shares(predicted(run / "final", stdin=text))[0] for text in ("Name it", "Say the city, and all that is in it")
     ]
     assert np.abs(together - alone).max() < 2e-6
+
+
+def test_texts_are_cut_where_they_were_in_training(run, here):
+    shutil.copytree(run / "final", here / "final")
+    about = json.loads((here / "final" / "align.json").read_text())
+    (here / "final" / "align.json").write_text(json.dumps(about | {"max_length": 3}))
+    ids = AutoTokenizer.from_pretrained(run / "final")("Name the city and all of it")["input_ids"]
+    cut = AutoTokenizer.from_pretrained(run / "final").decode(ids[:3])
+    rows = predicted(here / "final", stdin=f"Name the city and all of it\n{cut}\nName the city of Say\n")
+    assert len(ids) > 3
+    assert shares(rows)[0] == pytest.approx(shares(rows)[1], abs=2e-6)
+    whole = predicted(run / "final", stdin="Name the city and all of it\n")
+    assert shares(whole)[0] != pytest.approx(shares(rows)[0], abs=1e-4)
 
 
 def test_the_saved_threshold_decides(run, here):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import is_bnb_available
@@ -29,6 +29,7 @@ from align.models.scoring import is_encoder, with_head
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
 
+SCORING = ("reward", "classify")  # stages whose results have no output projection
 META = "align.json"  # beside a saved adapter: stage, role, fingerprint of the trunk it was trained on
 WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
@@ -91,6 +92,9 @@ def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int =
     With `outputs` it has a head of as many scores in place of the output projection.
     """
     folder = base_folder(section)
+    stage = _about(folder, "model.base").get("stage")
+    if outputs is None and stage in SCORING:
+        raise UserError(f"model.base: {section.base} is a result of stage {stage}, which only scores texts")
     dtype = compute_dtype(section.dtype, device) if frozen else torch.float32
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
@@ -161,16 +165,21 @@ def _load_model(
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # an encoder's new head is drawn here
-            return kind.from_pretrained(
+            model, told = kind.from_pretrained(
                 folder,
                 config=config,
                 dtype="auto" if not section.quantize else compute_dtype(section.dtype, device),
                 use_safetensors=True,
                 trust_remote_code=section.trust_remote_code,
+                output_loading_info=True,
                 **options,
             )
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise UserError(f"model.base: {section.base} cannot be loaded ({_first_line(error)})") from None
+    lacking = sorted(told["missing_keys"]) if kind is AutoModelForCausalLM else []
+    if lacking:  # a reward model or classifier, say: its output projection would be random
+        raise UserError(f"model.base: {section.base} is no whole language model: it lacks {', '.join(lacking[:3])}")
+    return model
 
 
 def _new_model(section: Model, config: object, seed: int, kind: type) -> tuple[PreTrainedModel, str]:
@@ -200,11 +209,10 @@ def adapter_folder(name: str) -> Path:
 
 def merge_adapter(model: PreTrainedModel, folder: Path, fingerprint: str) -> tuple[PreTrainedModel, str]:
     """base + merged adapter, in float32."""
-    weights, meta = folder / "adapter_model.safetensors", folder / META
-    try:
-        trained_on = json.loads(meta.read_text("utf-8")).get("fingerprint")
-    except ValueError as error:
-        raise UserError(f"model.adapter: {meta} is damaged ({_first_line(error)})") from None
+    weights, about = folder / "adapter_model.safetensors", _about(folder, "model.adapter")
+    trained_on = about.get("fingerprint")
+    if about.get("stage") in SCORING:
+        raise UserError(f"model.adapter: {folder} is a result of stage {about['stage']}, which only scores texts")
     if trained_on != fingerprint:
         raise UserError(
             f"model.adapter: {folder} was trained on a trunk with fingerprint {trained_on}, but model.base has "
@@ -220,6 +228,15 @@ def merge_adapter(model: PreTrainedModel, folder: Path, fingerprint: str) -> tup
         raise UserError(f"model.adapter: {folder} cannot be loaded ({_first_line(error)})") from None
     digest = hashlib.sha256(fingerprint.encode() + weights.read_bytes()).hexdigest()[:16]
     return adapted.merge_and_unload(), digest
+
+
+def _about(folder: Path, key: str) -> dict[str, Any]:
+    """What align.json tells of a result; nothing of any other checkpoint."""
+    meta = folder / META
+    try:
+        return dict(json.loads(meta.read_text("utf-8"))) if meta.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{key}: {meta} is damaged ({_first_line(error)})") from None
 
 
 def weights_fingerprint(folder: Path, sample: int = 4096) -> str:

@@ -153,6 +153,11 @@ def test_three_sides_share_no_text_and_lose_no_row(tmp_path):
     assert sides.data.summary[-1].startswith(f"test: {len(sides.test)} rows")
 
 
+def test_each_share_is_of_all_rows(tmp_path):
+    sides = prepared(tmp_path, many(50, 50), Eval(fraction=0.25), eval={"fraction": 0.5})
+    assert [len(part) for part in (sides.data.train, sides.data.eval, sides.test)] == [25, 50, 25]
+
+
 def test_a_class_number_is_the_place_among_the_labels(tmp_path):
     train = prepared(tmp_path, [("spam", "win"), ("ham", "hello"), ("spam", "prize")]).data.train
     assert class_numbers(train).tolist() == [1, 0, 1]

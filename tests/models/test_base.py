@@ -302,3 +302,19 @@ def test_only_weights_are_cast(folder):
     assert frequencies
     for name, buffer in frequencies.items():
         assert torch.equal(buffer, fresh[name]), name
+
+
+@pytest.mark.parametrize("stage", ["reward", "classify"])
+def test_what_scores_texts_is_no_start_for_a_policy(stage, folder, tmp_path):
+    section, device = Model(base=str(folder), dtype="float32"), torch.device("cpu")
+    base = load_base(section, device, frozen=False, outputs=2)
+    scoring = Trunk(base, section, None, outputs=2)
+    scoring.save(tmp_path / "whole", {n: p.detach() for n, p in scoring.named_parameters()}, {"stage": stage})
+    lora = Lora(r=2, alpha=2)
+    adapted = Trunk(load_base(section, device, frozen=True, outputs=2), section, lora, outputs=2)
+    trained = {n: p.detach() for n, p in adapted.named_parameters() if p.requires_grad}
+    adapted.save(tmp_path / "adapter", trained, {"stage": stage})
+    with pytest.raises(UserError, match=f"adapter is a result of stage {stage}, which only scores texts"):
+        load_base(section.model_copy(update={"adapter": str(tmp_path / "adapter")}), device, frozen=True)
+    with pytest.raises(UserError, match=f"whole is a result of stage {stage}, which only scores texts"):
+        load_base(section.model_copy(update={"base": str(tmp_path / "whole")}), device, frozen=True)
