@@ -18,7 +18,13 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizerFast,
+)
 from world import Child, Told, lines, metrics, tree, weights, write_rows
 from world import align as world_align
 
@@ -316,14 +322,17 @@ def test_final_gives_the_same_probabilities_with_transformers_alone(world, here,
 
 
 def test_an_encoder_reads_through_the_same_recipe(world, here):
+    pieces = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, *(f"##{piece}" for piece in pieces), "name", "say"]
     config = BertConfig(
-        vocab_size=1000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        pad_token_id=2,
-    )  # fmt: skip
-    BertForMaskedLM(config).save_pretrained(here / "bert")
-    AutoTokenizer.from_pretrained(world.base).save_pretrained(here / "bert")
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertForMaskedLM(config).save_pretrained(here / "bert")
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(here / "bert")
     sections = {"model": {"base": "bert"}, "lora": None, "classify": {"train": "all"}}
-    told = align(recipe(world, here / "r.yaml", **sections), "optim.learning_rate=0.003", "train.steps=30")
+    told = align(recipe(world, here / "r.yaml", **sections), "optim.learning_rate=0.005", "train.steps=60")
     assert told.status == 0, told.err
     assert "padded layout" in told.out
     assert metrics(here / "run", "test")[-1]["accuracy"] > 0.9
@@ -365,9 +374,9 @@ def test_texts_are_cut_where_they_were_in_training(run, here):
     cut = AutoTokenizer.from_pretrained(run / "final").decode(ids[:3])
     rows = predicted(here / "final", stdin=f"Name the city and all of it\n{cut}\nName the city of Say\n")
     assert len(ids) > 3
-    assert shares(rows)[0] == pytest.approx(shares(rows)[1], abs=2e-6)
+    assert shares(rows)[0] == pytest.approx(shares(rows)[1], rel=1e-3)
     whole = predicted(run / "final", stdin="Name the city and all of it\n")
-    assert shares(whole)[0] != pytest.approx(shares(rows)[0], abs=1e-4)
+    assert shares(whole)[0, 0] != pytest.approx(shares(rows)[0, 0], rel=1e-3)
 
 
 def test_the_saved_threshold_decides(run, here):

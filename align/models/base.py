@@ -79,6 +79,8 @@ def load_tokenizer(section: Model) -> Tokenizer:
         raise UserError(f"model.base: no tokenizer can be loaded from {folder} ({_first_line(error)})") from None
     if not tokenizer.is_fast:
         raise UserError(f"model.base: {section.base} has no fast tokenizer (tokenizer.json), which align needs")
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
+        tokenizer.eos_token = tokenizer.sep_token  # BERT's end every text with it
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.base: the tokenizer of {section.base} names no eos token; set it in its config")
     if tokenizer.pad_token_id is None:

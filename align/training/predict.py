@@ -55,8 +55,8 @@ class Classifier:
         self.labels, self.threshold, self.max_length = about["labels"], about["threshold"], about["max_length"]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = Model.model_validate(about["model"])
-        if about["role"] == "model":  # the folder is the whole model; it computes in what it was trained in
-            model = model.model_copy(update={"base": str(folder), "adapter": None, "init": "pretrained", "config": {}})
+        if about["role"] == "model":  # the folder is the whole model: made from its config, then filled
+            model = model.model_copy(update={"base": str(folder), "adapter": None, "init": "random", "config": {}})
         lora = Lora.model_validate(about["lora"]) if about["lora"] else None
         base = load_base(model, device, frozen=lora is not None, outputs=len(self.labels))
         self.trunk = Trunk(base, model, lora, outputs=len(self.labels)).eval()
@@ -67,7 +67,7 @@ class Classifier:
                     f"{base.fingerprint}; put back the base that it was trained on"
                 )
             set_peft_model_state_dict(self.trunk.causal, load_file(folder / "adapter_model.safetensors"))
-        else:  # the base came from the same files, but its head is new
+        else:
             self.trunk.plain.load_state_dict(load_file(folder / "model.safetensors"))
         self.tokenizer, self.row_tokens = base.tokenizer, row_budget("auto", device)
 
