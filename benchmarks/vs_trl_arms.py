@@ -126,7 +126,7 @@ def run_trl_sft(spec: dict) -> dict:
     recipe, tokenizer, trees = examples_of(spec)
     rows = [
         {"input_ids": tokens.tolist(), "completion_mask": trained.astype(int).tolist()}
-        for (tokens,), (trained,), _ in trees
+        for (tokens,), (trained,), *_ in trees
     ]
     setting, options = spec["setting"], common_arguments(spec)
     if "pack" in setting:

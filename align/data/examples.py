@@ -131,7 +131,7 @@ def cut(tree: Tree, limit: int) -> Tree:
 
 def unusable(tree: Tree, limit: int) -> str | None:
     """Why nothing can be learnt of the tree cut to `limit` tokens; None if something can."""
-    (stem, *branches), trained, _ = cut(tree, limit)
+    (stem, *branches), trained, *_ = cut(tree, limit)
     if branches and not all(marks.any() for marks in trained[1:]):
         return f"its prompt of {len(tree.segments[0])} tokens leaves no room for an answer in {limit}"
     if not tree.targets and not any(marks.any() for marks in trained):

@@ -19,22 +19,39 @@ from torch import Tensor
 
 
 class Tree(NamedTuple):
-    """One example: `segments[0]` is the stem, the others are branches that continue it, each from the stem's end."""
+    """One example: `segments[0]` is the stem, the others continue it, or each other.
 
-    segments: tuple[np.ndarray, ...]  # each (length,) int32 token ids; branches may not be empty
+    A segment stands after the one that it continues and after all that continue its elder sisters (depth first).
+    """
+
+    segments: tuple[np.ndarray, ...]  # each (length,) int32 token ids; none but the stem of one text may be empty
     trained: tuple[np.ndarray, ...]  # each (length,) bool, True where the token is a label (to be predicted)
     targets: tuple[float, ...] = ()  # one for each path, what is known of it: a margin, a verdict, a class; or none
+    parents: tuple[int, ...] = ()  # of each segment but the stem, which one it continues; empty: all of them the stem
+    owners: tuple[int, ...] = ()  # one for each path, which example of the batch it is of; empty: this tree's number
+
+    def parent(self, segment: int) -> int | None:
+        """The segment that one continues; None for the stem."""
+        if segment == 0:
+            return None
+        return self.parents[segment - 1] if self.parents else 0
+
+    @property
+    def leaves(self) -> list[int]:
+        """Segments that nothing continues, in order: the ends of the paths."""
+        continued = {self.parent(i) for i in range(len(self.segments))}
+        return [i for i in range(len(self.segments)) if i not in continued]
 
     @property
     def path_count(self) -> int:
-        """Root-to-leaf paths: one for each branch, or the stem alone."""
-        return max(len(self.segments) - 1, 1)
+        """Root-to-leaf paths."""
+        return len(self.leaves)
 
     @property
     def packed_segments(self) -> tuple[int, ...]:
-        """Lengths as laid out in a row: the stem gives its last token to the head of every branch."""
-        stem, *branches = (len(segment) for segment in self.segments)
-        return (stem - 1, *(1 + length for length in branches)) if branches else (stem,)
+        """Lengths as laid out in a row: what is continued gives its last token to the head of all that continue it."""
+        continued = {self.parent(i) for i in range(len(self.segments))}
+        return tuple(len(part) + (i > 0) - (i in continued) for i, part in enumerate(self.segments))
 
     @property
     def packed_length(self) -> int:
@@ -46,16 +63,20 @@ class Tree(NamedTuple):
         """Labels in all segments; the first token of all has nothing before it to be predicted from."""
         return sum(int(trained.sum()) for trained in self.trained) - bool(self.trained[0][0])
 
+    def lineage(self, segment: int) -> list[int]:
+        """The segments of the path that ends with this one, from the stem on."""
+        above = self.parent(segment)
+        return [segment] if above is None else [*self.lineage(above), segment]
+
     def paths(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Every root-to-leaf path as (tokens, trained); the stem's labels count in the first path alone."""
-        (stem, *branches), (stem_trained, *branch_trained) = self.segments, self.trained
-        if not branches:
-            return [(stem, stem_trained)]
-        stems = [stem_trained] + [np.zeros_like(stem_trained)] * (len(branches) - 1)
-        return [
-            (np.concatenate([stem, branch]), np.concatenate([marks, trained]))
-            for branch, trained, marks in zip(branches, branch_trained, stems, strict=True)
-        ]
+        """Every root-to-leaf path as (tokens, trained); labels that paths share count in the first of them alone."""
+        found, counted = [], set()
+        for leaf in self.leaves:
+            line = self.lineage(leaf)
+            marks = [self.trained[i] if i not in counted else np.zeros_like(self.trained[i]) for i in line]
+            counted.update(line)
+            found.append((np.concatenate([self.segments[i] for i in line]), np.concatenate(marks)))
+        return found
 
 
 class Forest(NamedTuple):
@@ -64,14 +85,15 @@ class Forest(NamedTuple):
     tokens: Tensor  # (R, L) int64
     positions: Tensor  # (R, L) int64, along each path
     tree: Tensor  # (R, L) int64, which tree a token belongs to; -1 is padding
-    branch: Tensor  # (R, L) int64, 0 in a stem, 1, 2, … in its branches; all 0 when padded
+    segment: Tensor  # (R, L) int64, which packed segment a token belongs to; all 0 when padded
     where: Tensor  # (n,) int64, flat index into R * L of the position that predicts each label
     labels: Tensor  # (n,) int64, the token to predict
     path: Tensor  # (n,) int64, the path (0 … P - 1) that each label belongs to
     ends: Tensor  # (P,) int64, flat index into R * L of each path's last token
-    owner: Tensor  # (P,) int64, which tree a path belongs to
+    owner: Tensor  # (P,) int64, which example of the batch a path is of
     targets: Tensor  # (P,) float32, what is known of each path; 0 where nothing is
-    segments: tuple[tuple[int, ...], ...] | None  # packed lengths, stem first, tree by tree; None when padded
+    segments: tuple[int, ...] | None  # packed lengths, tree by tree; None when padded
+    parents: tuple[int, ...] = ()  # the segment that each packed segment continues; -1 for a stem
 
     @property
     def packed(self) -> bool:
@@ -100,44 +122,46 @@ def plant(trees: Sequence[Tree], *, packed: bool = True, multiple: int = 1) -> F
 
 
 def _plant_packed(trees: Sequence[Tree], multiple: int) -> Forest:
-    tokens, positions, tree_ids, branch_ids = [], [], [], []
+    tokens, positions, tree_ids, segment_ids = [], [], [], []
     where, labels, path, ends = [], [], [], []
+    lengths, parents = [], []
     start = 0
     for t, tree in enumerate(trees):
-        (stem, *branches), (stem_trained, *branch_trained) = tree.segments, tree.trained
-        assert len(stem), "a stem has at least one token"
-        # Each packed segment with its marks shifted: position i predicts token i + 1 where that is trained.
-        parts = [(stem, stem_trained[1:], 0)]
-        if branches:
-            parts[0] = (stem[:-1], stem_trained[1:-1], 0)
-            if stem_trained[-1] and len(stem) > 1:
-                # The label at the stem's end is predicted by the token before it, still in the stem.
-                parts[0] = (stem[:-1], stem_trained[1:], 0)
-            parts += [
-                (np.concatenate([stem[-1:], branch]), trained, len(stem) - 1)
-                for branch, trained in zip(branches, branch_trained, strict=True)
-            ]
-        for b, (part, marks, offset) in enumerate(parts):
-            following = np.concatenate([part[1:], stem[-1:]]) if b == 0 and branches else part[1:]
+        assert all(map(len, tree.segments)), "a segment has at least one token"
+        base, leaves, depth = len(lengths), tree.leaves, [0]  # depth: tokens before each segment on its path
+        for i, (part, marks) in enumerate(zip(tree.segments, tree.trained, strict=True)):
+            above = tree.parent(i)
+            if above is None:
+                line, marks = part, marks[1:]
+            else:
+                depth.append(depth[above] + len(tree.segments[above]))
+                line = np.concatenate([tree.segments[above][-1:], part])  # the token that predicts the first of it
+            leaf = next(n for n, end in enumerate(leaves) if end >= i)  # the first path through this segment
             marked = np.flatnonzero(marks)
             where.append(start + marked)
-            labels.append(following[marked])
-            path.append(np.full(len(marked), len(ends) + max(b - 1, 0)))
-            tokens.append(part)
-            positions.append(np.arange(offset, offset + len(part)))
-            tree_ids.append(np.full(len(part), t))
-            branch_ids.append(np.full(len(part), b))
-            start += len(part)
-        lengths = tree.packed_segments
-        ends += (start - 1 - np.cumsum((0, *lengths[:0:-1]))[: tree.path_count])[::-1].tolist()
+            labels.append(line[1:][marked])
+            path.append(np.full(len(marked), len(ends) + leaf))
+            line = line[: tree.packed_segments[i]]
+            tokens.append(line)
+            positions.append(np.arange(len(line)) + depth[i] - (i > 0))
+            tree_ids.append(np.full(len(line), t))
+            segment_ids.append(np.full(len(line), len(lengths)))
+            lengths.append(len(line))
+            parents.append(-1 if above is None else base + above)
+            start += len(line)
+        edges = np.cumsum(lengths)
+        ends += [int(edges[base + leaf]) - 1 for leaf in leaves]
     fill = -start % multiple
-    tokens.append(np.zeros(fill, np.int64))
-    positions.append(np.arange(fill))
-    tree_ids.append(np.full(fill, -1))
-    branch_ids.append(np.zeros(fill, np.int64))
-    row = [_long(parts)[None] for parts in (tokens, positions, tree_ids, branch_ids)]
-    segments = tuple(tree.packed_segments for tree in trees) + (((fill,),) if fill else ())
-    return Forest(*row, _long(where), _long(labels), _long(path), _long([ends]), *_about(trees), segments)
+    if fill:
+        tokens.append(np.zeros(fill, np.int64))
+        positions.append(np.arange(fill))
+        tree_ids.append(np.full(fill, -1))
+        segment_ids.append(np.full(fill, len(lengths)))
+        lengths.append(fill)
+        parents.append(-1)
+    row = [_long(parts)[None] for parts in (tokens, positions, tree_ids, segment_ids)]
+    about = _about(trees)
+    return Forest(*row, *map(_long, (where, labels, path, [ends])), *about, tuple(lengths), tuple(parents))
 
 
 def _plant_padded(trees: Sequence[Tree], multiple: int) -> Forest:
@@ -163,7 +187,8 @@ def _plant_padded(trees: Sequence[Tree], multiple: int) -> Forest:
 def _about(trees: Sequence[Tree]) -> tuple[Tensor, Tensor]:
     """Owner and target of every path."""
     assert all(len(tree.targets) in (0, tree.path_count) for tree in trees)
-    owner = [t for t, tree in enumerate(trees) for _ in range(tree.path_count)]
+    assert len({bool(tree.owners) for tree in trees}) == 1, "either all trees name their owners, or none"
+    owner = [n for t, tree in enumerate(trees) for n in tree.owners or (t,) * tree.path_count]
     targets = [target for tree in trees for target in tree.targets or (0.0,) * tree.path_count]
     return _long([owner]), torch.tensor(targets, dtype=torch.float32)
 
@@ -181,60 +206,65 @@ class TreeMask:
         self._block_masks: dict[int | None, object] = {}
 
     @cached_property
+    def related(self) -> Tensor:
+        """(S, S) bool, True where the row's segment is the column's or continues it, at whatever remove."""
+        related = np.eye(len(self.forest.parents), dtype=bool)
+        for i, above in enumerate(self.forest.parents):
+            if above >= 0:
+                related[i] |= related[above]
+        return torch.from_numpy(related).to(self.forest.tokens.device)
+
+    @cached_property
     def dense(self) -> Tensor:
         """(1, 1, L, L) bool, True where the row's token may attend to the column's."""
-        return self._dense(self.forest.tree[0], self.forest.branch[0])[None, None]
-
-    @staticmethod
-    def _dense(tree: Tensor, branch: Tensor) -> Tensor:
-        index = torch.arange(len(tree), device=tree.device)
-        same = tree[:, None] == tree[None]
-        own = (branch[None] == 0) | (branch[:, None] == branch[None])
-        return same & own & (index[:, None] >= index[None])
+        segment = self.forest.segment[0]
+        index = torch.arange(len(segment), device=segment.device)
+        return (self.related[segment[:, None], segment[None]] & (index[:, None] >= index[None]))[None, None]
 
     def block_mask(self, window: int | None = None) -> object:
         """A FlexAttention `BlockMask`; with `window`, only tokens less than `window` positions back."""
         if window not in self._block_masks:
             from torch.nn.attention.flex_attention import create_block_mask
 
-            tree, branch, positions = self.forest.tree[0], self.forest.branch[0], self.forest.positions[0]
+            related, segment, positions = self.related, self.forest.segment[0], self.forest.positions[0]
 
             def mask(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                own = (branch[key] == 0) | (branch[query] == branch[key])
-                seen = (query >= key) & (tree[query] == tree[key]) & own
+                seen = (query >= key) & related[segment[query], segment[key]]
                 return seen if window is None else seen & (positions[query] - positions[key] < window)
 
             length = self.forest.tokens.shape[1]
-            self._block_masks[window] = create_block_mask(mask, 1, 1, length, length, device=tree.device)
+            self._block_masks[window] = create_block_mask(mask, 1, 1, length, length, device=segment.device)
         return self._block_masks[window]
 
 
 def graft(trees: Sequence[Tree], least: int = 8) -> list[Tree]:
     """Make one tree of all that begin alike, such as with the same system prompt: it is then computed once.
 
-    Only trees without branches, and only what none of them has to predict, is shared; below `least` tokens it is not
-    worth a branch. The loss over all labels stays what it was; the order of labels may change.
+    Only what none of them has to predict is shared; below `least` tokens it is not worth a branch. The loss over all
+    labels stays what it was; the order of labels and paths may change, and `owners` tell which of `trees` each is of.
     """
     groups: dict[object, list[Tree]] = {}
     for number, tree in enumerate(trees):
-        alone = len(tree.segments) > 1 or len(tree.segments[0]) <= least or tree.trained[0][:least].any()
+        tree = tree._replace(owners=(number,) * tree.path_count)
+        alone = len(tree.segments[0]) <= least or tree.trained[0][:least].any()
         groups.setdefault(number if alone else tree.segments[0][:least].tobytes(), []).append(tree)
-    return [grafted for group in groups.values() for grafted in _graft(group)]
+    return [group[0] if len(group) == 1 else _graft(group) for group in groups.values()]
 
 
-def _graft(group: list[Tree]) -> list[Tree]:
-    if len(group) == 1:
-        return group
-    free = min(int(tree.trained[0].argmax()) if tree.trained[0].any() else len(tree.trained[0]) for tree in group)
-    shortest = min(min(len(tree.segments[0]) for tree in group) - 1, free)
-    heads = np.stack([tree.segments[0][:shortest] for tree in group])
+def _graft(group: list[Tree]) -> Tree:
+    stems, marks = [tree.segments[0] for tree in group], [tree.trained[0] for tree in group]
+    free = min(int(trained.argmax()) if trained.any() else len(trained) for trained in marks)
+    shortest = min(min(map(len, stems)) - 1, free)
+    heads = np.stack([stem[:shortest] for stem in stems])
     differing = np.flatnonzero((heads != heads[0]).any(0))
     shared = int(differing[0]) if len(differing) else shortest
-    first = group[0].segments[0]
-    return [
-        Tree(
-            (first[:shared], *(tree.segments[0][shared:] for tree in group)),
-            (np.zeros(shared, bool), *(tree.trained[0][shared:] for tree in group)),
-            tuple(target for tree in group for target in tree.targets),
-        )
-    ]
+    segments, trained, targets, parents = [stems[0][:shared]], [np.zeros(shared, bool)], [], []
+    for tree in group:
+        own = len(segments)  # where this tree's stem now stands
+        parents += [0, *(own + tree.parent(i) for i in range(1, len(tree.segments)))]
+        segments += [tree.segments[0][shared:], *tree.segments[1:]]
+        trained += [tree.trained[0][shared:], *tree.trained[1:]]
+        targets += tree.targets or (0.0,) * tree.path_count
+    known = tuple(targets) if any(tree.targets for tree in group) else ()
+    owners = tuple(number for tree in group for number in tree.owners)
+    return Tree(tuple(segments), tuple(trained), known, tuple(parents), owners)

@@ -11,7 +11,6 @@ Shapes: H query heads, G key/value heads, T tokens in the row, D head size; m qu
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -34,24 +33,28 @@ class Block(NamedTuple):
     spans: tuple[tuple[int, int], ...]
 
 
-def forest_blocks(segments: tuple[tuple[int, ...], ...]) -> list[Block]:
-    """Cut every segment of every tree into query blocks; a branch sees its stem and itself."""
-    blocks, start = [], 0
-    for stem, *branches in segments:
-        stem_span = (start, start + stem)
-        ends = [start, start + stem]
-        for branch in branches:
-            ends.append(ends[-1] + branch)
-        for number, (begin, end) in enumerate(pairwise(ends)):
-            for first in range(begin, end, QUERY_BLOCK):
-                last = min(first + QUERY_BLOCK, end)
-                before = () if number == 0 or not stem else (stem_span,)
-                own = (begin, last)
-                if before and before[0][1] == begin:  # the first branch follows its stem: one span
-                    before, own = (), (stem_span[0], last)
-                blocks.append(Block(first, last, (*before, own)))
-        start = ends[-1]
+def forest_blocks(segments: tuple[int, ...], parents: tuple[int, ...]) -> list[Block]:
+    """Cut every segment into query blocks, which see the segments that theirs continues, and their own up to there."""
+    blocks, begin = [], 0
+    before: list[tuple[tuple[int, int], ...]] = []  # of each segment, the spans that it and its ancestors take
+    for length, parent in zip(segments, parents, strict=True):
+        end = begin + length
+        above = () if parent < 0 else before[parent]
+        for first in range(begin, end, QUERY_BLOCK):
+            last = min(first + QUERY_BLOCK, end)
+            blocks.append(Block(first, last, _joined(above, begin, last)))
+        before.append(_joined(above, begin, end))
+        begin = end
     return blocks
+
+
+def _joined(spans: tuple[tuple[int, int], ...], begin: int, end: int) -> tuple[tuple[int, int], ...]:
+    """The spans and one more, as one with the last where they touch."""
+    if begin == end:
+        return spans
+    if spans and spans[-1][1] == begin:
+        return (*spans[:-1], (spans[-1][0], end))
+    return (*spans, (begin, end))
 
 
 class ForestMask:
@@ -60,7 +63,7 @@ class ForestMask:
     def __init__(self, forest: Forest) -> None:
         self.tree_mask = TreeMask(forest)
         self.positions = forest.positions[0]
-        self.blocks = forest_blocks(forest.segments)
+        self.blocks = forest_blocks(forest.segments, forest.parents)
 
 
 def forest_attention(

@@ -38,7 +38,8 @@ class Batches:
         """Tokens of a row, each once: neither padding nor what branches repeat."""
         if not forest.packed:
             return int(examples.lengths[row].sum())
-        repeated = sum(max(len(tree) - 2, 0) for tree in forest.segments)
+        continued = [above for above in forest.parents if above >= 0]
+        repeated = len(continued) - len(set(continued))
         return int((forest.tree >= 0).sum()) - repeated
 
     def each(
@@ -58,17 +59,17 @@ class Batches:
         self.trunk.eval()
         with torch.no_grad():
             for row in screen.track(self.rows(examples, chosen), what):
-                forest = self.plant(examples, row, alone=True)
+                forest = self.plant(examples, row)
                 lines, owner = function(self.trunk, forest).float().cpu(), forest.owner.cpu()
                 mine |= {i: lines[owner == number] for number, i in enumerate(row)}
         self.trunk.train(training)
         everyone = {i: lines for part in gather_object([mine]) for i, lines in part.items()}
         return [everyone[int(i)] for i in chosen]
 
-    def plant(self, examples: Examples, row: list[int], alone: bool = False) -> Forest:
-        """A row as a batch, where it is empty one of example 0; `alone` leaves each example a tree of its own."""
+    def plant(self, examples: Examples, row: list[int]) -> Forest:
+        """A row as a batch, where it is empty one of example 0."""
         trees = [examples.tree(i) for i in row or [0]]
-        if self.trunk.packed and not alone:
+        if self.trunk.packed:
             trees = graft(trees)
         multiple = self.trunk.row_multiple if self.trunk.packed else 1
         return plant(trees, packed=self.trunk.packed, multiple=multiple).to(self.trunk.device)

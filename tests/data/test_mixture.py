@@ -73,7 +73,7 @@ def test_every_tree_is_the_rendered_row(folder, tokenizer):
     rows = list(read_rows(Source(path="chat.jsonl")))
     assert len(examples) == len(rows)
     for i, row in enumerate(rows):
-        (tokens,), (trained,), _ = examples.tree(i)
+        (tokens,), (trained,), *_ = examples.tree(i)
         expected = render(row, tokenizer, "assistant")
         np.testing.assert_array_equal(tokens, expected.segments[0])
         np.testing.assert_array_equal(trained, expected.trained[0])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.data.packing import pack, pack_padded
-from align.data.trees import Tree, TreeMask, graft, plant
+from align.data.trees import Forest, Tree, TreeMask, graft, plant
 
 LENGTH = st.integers(1, 6)
 TREES = st.lists(
@@ -49,7 +49,7 @@ def test_a_text_is_a_row_that_predicts_its_next_token():
     assert rows(forest.where) == [0, 1]
     assert rows(forest.labels) == [11, 12]
     assert rows(forest.path) == [0, 0]
-    assert forest.segments == ((3,),)
+    assert forest.segments == (3,)
     assert forest.paths == 1
 
 
@@ -57,11 +57,11 @@ def test_the_stem_lends_its_last_token_to_every_branch():
     forest = plant([PAIR])
     assert rows(forest.tokens) == [[20, 21, 22, 23, 24, 25, 23, 26, 27, 28]]
     assert rows(forest.positions) == [[0, 1, 2, 3, 4, 5, 3, 4, 5, 6]]
-    assert rows(forest.branch) == [[0, 0, 0, 1, 1, 1, 2, 2, 2, 2]]
+    assert rows(forest.segment) == [[0, 0, 0, 1, 1, 1, 2, 2, 2, 2]]
     assert rows(forest.labels) == [22, 24, 25, 26, 28]
     assert rows(forest.where) == [1, 3, 4, 6, 8]
     assert rows(forest.path) == [0, 0, 0, 1, 1]
-    assert forest.segments == ((3, 3, 4),)
+    assert (forest.segments, forest.parents) == ((3, 3, 4), (-1, 0, 0))
     assert forest.paths == 2
 
 
@@ -78,7 +78,7 @@ def test_a_stem_of_one_token_stands_in_its_branches_alone():
     assert rows(forest.tokens) == [[40, 41, 42]]
     assert rows(forest.labels) == [41, 42]
     assert rows(forest.where) == [0, 1]
-    assert forest.segments == ((0, 3),)
+    assert (forest.segments, forest.parents) == ((0, 3), (-1, 0))
 
 
 def test_a_forest_goes_end_to_end_and_is_filled_to_a_multiple():
@@ -86,13 +86,13 @@ def test_a_forest_goes_end_to_end_and_is_filled_to_a_multiple():
     assert rows(forest.tokens) == [[10, 11, 12, 30, 31, 32, 31, 33, 40, 41, 42, 0]]
     assert rows(forest.positions) == [[0, 1, 2, 0, 1, 2, 1, 2, 0, 1, 2, 0]]
     assert rows(forest.tree) == [[0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, -1]]
-    assert rows(forest.branch) == [[0, 0, 0, 0, 1, 1, 2, 2, 1, 1, 1, 0]]
+    assert rows(forest.segment) == [[0, 0, 0, 1, 2, 2, 3, 3, 5, 5, 5, 6]]
     assert rows(forest.where) == [0, 1, 3, 4, 6, 8, 9]
     assert rows(forest.labels) == [11, 12, 31, 32, 33, 41, 42]
     assert rows(forest.path) == [0, 0, 1, 1, 2, 3, 3]
-    assert forest.segments == ((3,), (1, 2, 2), (0, 3), (1,))
+    assert (forest.segments, forest.parents) == ((3, 1, 2, 2, 0, 3, 1), (-1, -1, 1, 1, -1, 4, -1))
     assert forest.paths == 4
-    assert plant([TEXT], multiple=3).segments == ((3,),)
+    assert plant([TEXT], multiple=3).segments == (3,)
 
 
 def test_padded_rows_are_paths():
@@ -212,9 +212,57 @@ def test_only_what_nobody_has_to_predict_is_shared():
     assert [len(segment) for segment in one.segments] == [15, 6, 6]
     assert one.label_count == example(1, 20).label_count + example(2, 15).label_count
     apart = [example(1, 20), example(2, 5)]  # only five tokens are free: not worth a branch
-    assert graft(apart) == apart
-    branched = Tree((opening, opening[:2]), (np.zeros(20, bool), np.ones(2, bool)))
-    assert graft([branched, branched]) == [branched, branched]
+    assert [tree.segments for tree in graft(apart)] == [tree.segments for tree in apart]
+    assert [tree.owners for tree in graft(apart)] == [(0,), (1,)]
+
+
+def test_pairs_that_begin_alike_share_their_beginning():
+    opening = list(range(50, 62))
+    first = tree(([*opening, 1, 2], "." * 14), ([3], "x"), ([4, 5], "xx"))._replace(targets=(0.5, 0.0))
+    other = tree(([9] * 10, "." * 10), ([8], "x"))
+    second = tree(([*opening, 6], "." * 13), ([7, 8], "xx"), ([9], "x"))
+    one, alone = graft([first, other, second])
+    assert [part.tolist() for part in one.segments] == [opening, [1, 2], [3], [4, 5], [6], [7, 8], [9]]
+    assert one.parents == (0, 1, 1, 0, 4, 4)
+    assert one.owners == (0, 0, 2, 2)
+    assert one.targets == (0.5, 0.0, 0.0, 0.0)
+    assert alone.owners == (1,)
+    forest = plant([one, alone])
+    assert rows(forest.owner) == [0, 0, 2, 2, 1]
+    assert rows(forest.tokens[0, forest.ends]) == [3, 5, 8, 9, 8]
+    assert rows(forest.positions[0, forest.ends]) == [14, 15, 14, 13, 10]
+    assert rows(forest.labels) == [3, 4, 5, 7, 8, 9, 8]
+    assert rows(forest.path) == [0, 1, 1, 2, 2, 3, 4]
+    assert rows(forest.tokens[0]) == [*opening[:-1], 61, 1, 2, 3, 2, 4, 5, 61, 6, 7, 8, 6, 9, *[9] * 9, 9, 8]
+
+
+@given(TREES, st.integers(0, 3))
+def test_grafted_trees_have_the_labels_of_each_alone(parts, kinds):
+    """Every label is predicted from the same path, whatever shares its beginning."""
+    draw = np.random.default_rng(0)
+    openings = [draw.integers(1, 99, 9).tolist() for _ in range(kinds + 1)]
+    trees = []
+    for number, t in enumerate(parts):
+        made = tree(*((draw.integers(1, 9, n).tolist(), ["."[m:] or "x" for m in marks]) for n, marks in t))
+        opening = np.array(openings[number % len(openings)], np.int32)
+        stem = np.concatenate([opening, made.segments[0]])
+        marks = np.concatenate([np.zeros(9, bool), made.trained[0]])
+        trees.append(made._replace(segments=(stem, *made.segments[1:]), trained=(marks, *made.trained[1:])))
+
+    def told(forest: Forest) -> list[tuple]:
+        dense = TreeMask(forest).dense[0, 0]
+        found = []
+        for where, label, path in zip(forest.where, forest.labels, forest.path, strict=True):
+            seen = torch.nonzero(dense[where])[:, 0]
+            assert torch.equal(forest.positions[0, seen], torch.arange(len(seen)))
+            found.append((int(forest.owner[path]), rows(forest.tokens[0, seen]), int(label)))
+        return sorted(found)
+
+    grafted = graft(trees)
+    assert told(plant(grafted)) == told(plant(trees))
+    assert len(grafted) == min(len(openings), len(trees))
+    apart = plant(grafted, packed=False)
+    assert rows(apart.labels) == rows(plant(grafted).labels)
 
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(10, 80), st.integers(1, 4))

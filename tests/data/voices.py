@@ -132,7 +132,7 @@ def make_row(messages=None, text=None, tools=None) -> Row:
 
 def trained_runs(tree, tokenizer) -> list[str]:
     """The decoded runs of trained tokens."""
-    (ids,), (trained,), _ = tree
+    (ids,), (trained,), *_ = tree
     edges = np.flatnonzero(np.diff(np.concatenate([[False], trained, [False]])))
     return [tokenizer.decode(ids[a:b]) for a, b in edges.reshape(-1, 2)]
 

@@ -93,7 +93,7 @@ def test_blocks_cover_the_dense_mask_and_nothing_else(shapes, multiple, most):
     forest = plant([tree(stem, *branches) for stem, branches in shapes], multiple=multiple)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "QUERY_BLOCK", most)
-        blocks = forest_blocks(forest.segments)
+        blocks = forest_blocks(forest.segments, forest.parents)
     seen = torch.zeros(forest.tokens.shape[1], forest.tokens.shape[1], dtype=torch.int64)
     queries = []
     for block in blocks:

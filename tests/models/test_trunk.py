@@ -200,14 +200,17 @@ def test_targets_that_take_no_adapter_are_told(family, targets, said):
 def test_one_stem_for_trees_that_begin_alike_changes_no_loss_and_no_gradient():
     trunk = tiny_trunk("llama", Lora(r=4, alpha=8))
     opening = tree(12, seed=1, share=0.0).segments[0]
-    alike = [tree(n, seed=n) for n in (5, 9, 2)]
+    alike = [tree(*lengths, seed=len(lengths)) for lengths in ((5,), (9, 3, 4), (2, 6), (4, 1, 2, 3))]
     trees = [
-        Tree((np.concatenate([opening, t.segments[0]]),), (np.concatenate([np.zeros(12, bool), t.trained[0]]),))
+        Tree(
+            (np.concatenate([opening, t.segments[0]]), *t.segments[1:]),
+            (np.concatenate([np.zeros(12, bool), t.trained[0]]), *t.trained[1:]),
+        )
         for t in alike
     ]
     trees += FORESTS["texts"]
     grafted = graft(trees)
-    assert [len(t.segments) for t in grafted] == [4, 1, 1, 1]
+    assert [len(t.segments) for t in grafted] == [11, 1, 1, 1]
     assert sum(t.packed_length for t in grafted) < sum(t.packed_length for t in trees)
     one_by_one, shared = trunk(plant(trees)), trunk(plant(grafted))
     expected = gradients(trunk, one_by_one)

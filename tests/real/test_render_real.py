@@ -48,7 +48,7 @@ def test_all_rows_render(tokenizer, file, limit, count):
     source = Source(path=str(SHARED / "data" / file), limit=limit)
     rows = [row for row in read_rows(source) if isinstance(row, Row)]
     assert len(rows) == count
-    for row, ((ids,), (trained,), _) in zip(rows, render_rows(rows, tokenizer, "assistant"), strict=True):
+    for row, ((ids,), (trained,), *_) in zip(rows, render_rows(rows, tokenizer, "assistant"), strict=True):
         edges = np.flatnonzero(np.diff(np.concatenate([[False], trained, [False]]))).reshape(-1, 2)
         said = [message for message in row.messages if message["role"] == "assistant"]
         assert len(edges) == len(said), f"{row.file}:{row.line}"
