@@ -6,7 +6,7 @@ chat: .venv/installed
 	.venv/bin/accelerate launch -m align.sft recipes/chat.yaml
 
 test: .venv/installed
-	.venv/bin/python -m pytest --ignore=tests/real
+	.venv/bin/python -m pytest --ignore=tests/real -n 2 --dist loadfile
 
 # The tests on published data sets, which skip what is not beside the project in ../shared.
 test-real: .venv/installed

@@ -107,7 +107,10 @@ def test_every_problem_at_once_in_the_order_of_the_file(problems):
         log: {trackers: [tensorbord]}
         train:
         """
-    formats = "'auto', 'alpaca', 'sharegpt', 'messages', 'prompt_completion' or 'text'"
+    formats = (
+        "'auto', 'alpaca', 'sharegpt', 'messages', 'prompt_completion', 'text', 'pairs', 'transcripts', 'ranked', "
+        "'labelled' or 'classes'"
+    )
     trackers = "'tensorboard', 'wandb', 'trackio' or 'mlflow'"
     optim = "learning_rate, schedule, warmup, min_ratio, weight_decay, beta1, beta2, eps, max_grad_norm"
     assert problems(text, "train.keep=1.5") == [
