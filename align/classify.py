@@ -143,7 +143,7 @@ def choose(trunk: Trunk, section: Classify) -> None:
     below_head = f"{trunk.plain.base_model_prefix}."
     chosen = [p for name, p in trunk.plain.named_parameters() if not name.startswith(below_head)]
     if section.train == "last_blocks":
-        blocks = trunk._layers()
+        blocks = trunk.layers
         chosen += blocks[-(section.blocks or 1) :].parameters()
         inside = {id(p) for p in blocks.parameters()}
         around = [(name, p) for name, p in trunk.decoder.named_parameters() if id(p) not in inside]

@@ -59,7 +59,7 @@ class Trunk(nn.Module):
         self.layout, self.layout_reason = self._layout(model.layout)
         self._set_attention(FOREST if self.packed else self.own_attention)
         if model.compile:
-            for layer in self._layers():
+            for layer in self.layers:
                 layer.compile(dynamic=True)
 
     @property
@@ -193,7 +193,9 @@ class Trunk(nn.Module):
     def _set_attention(self, name: str) -> None:
         self.plain.set_attn_implementation(name)
 
-    def _layers(self) -> list[nn.Module]:
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's blocks, in order."""
         return max((m for m in self.decoder.modules() if isinstance(m, nn.ModuleList)), key=len)
 
     @property

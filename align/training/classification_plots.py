@@ -14,7 +14,7 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 from align.training.classification import by_class
-from align.training.plots import _GRID, _SERIES, COLOURS, Panel, _axes, _svg, amount, value
+from align.training.plots import COLOURS, GRID, SERIES, Panel, amount, new_axes, svg_of, value
 
 SHOWN = (  # figures of the headline, where there are such
     ("accuracy", "Accuracy"), ("f1", "F1"), ("macro_f1", "Macro F1"), ("precision", "Precision"), ("recall", "Recall"),
@@ -72,15 +72,15 @@ def _unit_panel(
     captions = [f"{label}: {up} over {across}" for label in curves]
     if not curves:
         return Panel(title, None, captions)
-    figure, axes = _axes()
+    figure, axes = new_axes()
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     if diagonal:
-        axes.plot([0, 1], [0, 1], color=_GRID, lw=1.5)
+        axes.plot([0, 1], [0, 1], color=GRID, lw=1.5)
     for i, (x, y) in enumerate(curves.values()):
         mark = {"marker": "o", "markersize": 4} if dots else {}
-        axes.plot(x, y, color=_SERIES[i % COLOURS], lw=1.6, **mark)
-    return Panel(title, _svg(figure, f"{title}. {up} over {across}"), captions)
+        axes.plot(x, y, color=SERIES[i % COLOURS], lw=1.6, **mark)
+    return Panel(title, svg_of(figure, f"{title}. {up} over {across}"), captions)
 
 
 def _facts(figures: dict[str, float | None], labels: list[str], threshold: dict[str, float] | None) -> list[dict]:

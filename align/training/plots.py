@@ -25,9 +25,9 @@ MOST_POINTS = 2000
 COLOURS = 6
 
 # Colours that matplotlib draws with, each replaced by a variable in the finished SVG.
-_INK, _GRID = "#010101", "#010102"
-_SERIES = [f"#0102{i:02x}" for i in range(COLOURS)]
-_VARIABLES = {_INK: "var(--ink)", _GRID: "var(--grid)"} | {c: f"var(--c{i})" for i, c in enumerate(_SERIES)}
+_INK, GRID = "#010101", "#010102"
+SERIES = [f"#0102{i:02x}" for i in range(COLOURS)]
+_VARIABLES = {_INK: "var(--ink)", GRID: "var(--grid)"} | {c: f"var(--c{i})" for i, c in enumerate(SERIES)}
 
 
 class Curve(NamedTuple):
@@ -60,10 +60,10 @@ def curves_panel(title: str, curves: Sequence[Curve]) -> Panel:
     captions = [f"{curve.label}: {_course(curve)}" for curve in curves]
     if not any(len(curve.finite.steps) for curve in curves):
         return Panel(title, None, captions)
-    figure, axes = _axes()
+    figure, axes = new_axes()
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     for i, (_, steps, values, dots, band) in enumerate(curve.finite for curve in curves):
-        colour = _SERIES[i % COLOURS]
+        colour = SERIES[i % COLOURS]
         if band is not None:
             axes.fill_between(steps, *band.T, color=colour, alpha=0.18, lw=0)
         # Thin is every point, thick its running mean; a curve that does not zigzag has none.
@@ -73,30 +73,30 @@ def curves_panel(title: str, curves: Sequence[Curve]) -> Panel:
         axes.plot(*thinned(steps, values), color=colour, **look)
         if noisy:
             axes.plot(*thinned(steps, running_mean(values, len(values) // 50)), color=colour, lw=1.8)
-    return Panel(title, _svg(figure, f"{title} by step. {'. '.join(captions)}"), captions)
+    return Panel(title, svg_of(figure, f"{title} by step. {'. '.join(captions)}"), captions)
 
 
 def histogram_panel(title: str, edges: Sequence[float], counts: Sequence[int]) -> Panel:
     """A histogram of (bins,) counts over (bins + 1,) edges."""
-    figure, axes = _axes()
-    axes.stairs(counts, edges, fill=True, color=_SERIES[0], alpha=0.8)
+    figure, axes = new_axes()
+    axes.stairs(counts, edges, fill=True, color=SERIES[0], alpha=0.8)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     top = int(np.argmax(counts))
     caption = f"{amount(sum(counts))} examples of {value(edges[0])} to {value(edges[-1])} tokens; "
     caption += f"most, {amount(counts[top])}, have {value(edges[top])} to {value(edges[top + 1])}"
-    return Panel(title, _svg(figure, f"{title}. {caption}"), [caption])
+    return Panel(title, svg_of(figure, f"{title}. {caption}"), [caption])
 
 
 def shares_panel(title: str, edges: np.ndarray, shares: dict[int, np.ndarray]) -> Panel:
     """Histograms by step: shares (bins,) over (bins - 1,) edges, all drawn equally wide, the outer ones open."""
-    figure, axes = _axes()
+    figure, axes = new_axes()
     captions = []
     zero = np.searchsorted(edges, 0.0)
     for i, (step, share) in enumerate(shares.items()):
         drawn = np.nan_to_num(share)
-        axes.stairs(drawn, np.arange(len(drawn) + 1), fill=True, color=_SERIES[i % COLOURS], alpha=0.3)
-        axes.stairs(drawn, np.arange(len(drawn) + 1), color=_SERIES[i % COLOURS], lw=1.5)
+        axes.stairs(drawn, np.arange(len(drawn) + 1), fill=True, color=SERIES[i % COLOURS], alpha=0.3)
+        axes.stairs(drawn, np.arange(len(drawn) + 1), color=SERIES[i % COLOURS], lw=1.5)
         below = f"{percent(drawn[: zero + 1].sum())} below 0; " if zero < len(edges) and edges[zero] == 0 else ""
         top = int(np.argmax(drawn))
         captions.append(f"step {step}: {below}most, {percent(drawn[top])}, {_bin(edges, top)}")
@@ -105,7 +105,7 @@ def shares_panel(title: str, edges: np.ndarray, shares: dict[int, np.ndarray]) -
     axes.set_xticks(named + 1, [value(edges[i]).replace("-", "−") for i in named])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.set_ylim(bottom=0)
-    return Panel(title, _svg(figure, f"{title}. {'. '.join(captions)}"), captions)
+    return Panel(title, svg_of(figure, f"{title}. {'. '.join(captions)}"), captions)
 
 
 def _bin(edges: np.ndarray, i: int) -> str:
@@ -116,18 +116,18 @@ def _bin(edges: np.ndarray, i: int) -> str:
 
 def calibration_panel(title: str, points: dict[int, np.ndarray]) -> Panel:
     """Curves by step: points (bins, 2), how sure and how often right; on the diagonal both are the same."""
-    figure, axes = _axes()
+    figure, axes = new_axes()
     captions = []
     kept = {step: both[np.isfinite(both).all(1)] for step, both in points.items()}
     start = 0.5 if all((both[:, 0] >= 0.5).all() for both in kept.values()) else 0.0
     axes.plot([start, 1], [start, 1], color=_INK, lw=0.8, ls="--", alpha=0.6)
     for i, (step, both) in enumerate(kept.items()):
-        axes.plot(*both.T, color=_SERIES[i % COLOURS], lw=1.5, marker="o", markersize=3)
+        axes.plot(*both.T, color=SERIES[i % COLOURS], lw=1.5, marker="o", markersize=3)
         told = ", ".join(f"{percent(right)} right where {percent(sure)} sure" for sure, right in both)
         captions.append(f"step {step}: {told or 'nothing counted'}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    return Panel(title, _svg(figure, f"{title}. {'. '.join(captions)}"), captions)
+    return Panel(title, svg_of(figure, f"{title}. {'. '.join(captions)}"), captions)
 
 
 def value(x: float) -> str:
@@ -209,21 +209,21 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def _axes() -> tuple[Figure, Axes]:
+def new_axes() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.6, 2.5), layout="constrained")  # points of text stay readable at a phone's width
     axes = figure.add_subplot()
-    axes.grid(color=_GRID, lw=0.6)
+    axes.grid(color=GRID, lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_GRID)
-    axes.tick_params(color=_GRID, labelcolor=_INK, labelsize=10, length=0)
+    axes.spines["bottom"].set_color(GRID)
+    axes.tick_params(color=GRID, labelcolor=_INK, labelsize=10, length=0)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_offset_text().set(color=_INK, size=10)
     return figure, axes
 
 
-def _svg(figure: Figure, description: str) -> Markup:
+def svg_of(figure: Figure, description: str) -> Markup:
     """The figure as an inline SVG element without metadata, ids that nothing refers to, or any address."""
     page = StringIO()
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
