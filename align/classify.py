@@ -239,8 +239,8 @@ def train(session: Session) -> None:
         session.say(line)
     if session.show:
         return show(session, data.train, tokenizer, labels)
-    if run.finished and not session.fresh:
-        return session.say(f"{run.final} is already there: nothing to do (--fresh starts over)")
+    if not session.unfinished(run):
+        return None
     frozen, outputs = recipe.lora is not None, len(labels)
     base = load_base(recipe.model, session.accelerator.device, frozen=frozen, seed=recipe.seed, outputs=outputs)
     trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed, outputs)

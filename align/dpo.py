@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from align.data.examples import Examples
 from align.data.preferences import labelled, preferences
 from align.data.trees import Forest
-from align.models.base import load_base, load_tokenizer
+from align.models.base import load_base
 from align.models.trunk import Trunk
 from align.objectives import losses
 from align.objectives.losses import path_counts, path_sums, preference_pairs
@@ -36,7 +36,6 @@ from align.training.launch import run_stage
 from align.training.loop import Loop, Metrics, fit
 from align.training.meters import Sums, buckets, interval, wins
 from align.training.reference import KnownReference, Mismatched, Reference, with_known_reference
-from align.training.run import Run
 from align.training.session import Session
 
 MARGINS = [-2.0, -1.5, -1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0, 1.5, 2.0]  # edges of the histogram
@@ -189,16 +188,11 @@ def derive(sums: Sums) -> dict[str, float | list[float]]:
 def train(session: Session) -> None:
     """The stage, from recipe to `final/`."""
     recipe = session.recipe
-    run = Run(recipe)
-    run.check(session.fresh)
-    with session.accelerator.main_process_first():  # the first fetches what is not there yet
-        tokenizer = load_tokenizer(recipe.model)
     unpaired = recipe.dpo.loss == "kto"
-    data = session.prepare(tokenizer, labelled() if unpaired else preferences())
-    if session.show:
-        return session.show_examples(data, tokenizer)
-    if run.finished and not session.fresh:
-        return session.say(f"{run.final} is already there: nothing to do (--fresh starts over)")
+    begun = session.begin(labelled() if unpaired else preferences())
+    if begun is None:
+        return
+    run, data = begun
     base = load_base(recipe.model, session.accelerator.device, frozen=recipe.lora is not None, seed=recipe.seed)
     trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
     if recipe.dpo.reference == "cached":
@@ -207,7 +201,7 @@ def train(session: Session) -> None:
         reference = Reference(trunk, _frozen_copy(session) if needs_copy(recipe) else None)
     hooks = {"before": partial(baseline, reference=reference)} if unpaired else {"derive": derive}
     step = partial(kto_loss if unpaired else loss, dpo=recipe.dpo, reference=reference)
-    return fit(session, run, trunk, data, step, **hooks)
+    fit(session, run, trunk, data, step, **hooks)
 
 
 def needs_copy(recipe: Recipe) -> bool:

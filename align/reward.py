@@ -25,14 +25,13 @@ from torch import Tensor, nn
 
 from align.data.preferences import demonstrations, preferences
 from align.data.trees import Forest
-from align.models.base import load_base, load_tokenizer
+from align.models.base import load_base
 from align.models.trunk import Trunk
 from align.objectives.losses import bradley_terry, centring, preference_pairs
 from align.recipe.schema import BaseRecipe, Section, Source
 from align.training.launch import run_stage
 from align.training.loop import Loop, Metrics, fit
 from align.training.meters import Sums, buckets, interval, wins
-from align.training.run import Run
 from align.training.session import Session
 
 MARGINS = [-4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]  # edges of the histogram
@@ -121,19 +120,14 @@ def normalisation(loop: Loop, session: Session) -> dict[str, Any]:
 def train(session: Session) -> None:
     """The stage, from recipe to `final/`."""
     recipe = session.recipe
-    run = Run(recipe)
-    run.check(session.fresh)
-    with session.accelerator.main_process_first():  # the first fetches what is not there yet
-        tokenizer = load_tokenizer(recipe.model)
-    data = session.prepare(tokenizer, preferences())
-    if session.show:
-        return session.show_examples(data, tokenizer)
-    if run.finished and not session.fresh:
-        return session.say(f"{run.final} is already there: nothing to do (--fresh starts over)")
+    begun = session.begin(preferences())
+    if begun is None:
+        return
+    run, data = begun
     device, frozen = session.accelerator.device, recipe.lora is not None
     base = load_base(recipe.model, device, frozen=frozen, seed=recipe.seed, outputs=1)
     trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed, outputs=1)
-    return fit(
+    fit(
         session,
         run,
         trunk,

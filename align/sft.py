@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from align.data.render import conversations
 from align.data.trees import Forest
-from align.models.base import load_base, load_tokenizer
+from align.models.base import load_base
 from align.models.trunk import Trunk
 from align.recipe.schema import BaseRecipe, Section
 from align.training.launch import run_stage
 from align.training.loop import Metrics, fit
 from align.training.meters import perplexity
-from align.training.run import Run
 from align.training.session import Session
 
 
@@ -54,18 +53,13 @@ def loss(trunk: nn.Module, batch: Forest) -> tuple[Tensor, Metrics]:
 def train(session: Session) -> None:
     """The stage, from recipe to `final/`."""
     recipe = session.recipe
-    run = Run(recipe)
-    run.check(session.fresh)
-    with session.accelerator.main_process_first():  # the first fetches what is not there yet
-        tokenizer = load_tokenizer(recipe.model)
-    data = session.prepare(tokenizer, conversations(recipe.sft.loss_on))
-    if session.show:
-        return session.show_examples(data, tokenizer)
-    if run.finished and not session.fresh:
-        return session.say(f"{run.final} is already there: nothing to do (--fresh starts over)")
+    begun = session.begin(conversations(recipe.sft.loss_on))
+    if begun is None:
+        return
+    run, data = begun
     base = load_base(recipe.model, session.accelerator.device, frozen=recipe.lora is not None, seed=recipe.seed)
     trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
-    return fit(session, run, trunk, data, loss, derive=lambda sums: {"perplexity": perplexity(*sums.sums()["loss"])})
+    fit(session, run, trunk, data, loss, derive=lambda sums: {"perplexity": perplexity(*sums.sums()["loss"])})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

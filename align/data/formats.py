@@ -230,6 +230,10 @@ def system_of(row: dict[str, Any]) -> list[Turn]:
 
 def _talk(last: str, read: Callable[[dict[str, Any]], list[Turn]], row: dict[str, Any]) -> Row:
     """A conversation; `last` is the column that its last answer stands in."""
+    if row.get("label") is False:  # KTO's shape: the answer is an example of what not to say
+        raise Refused(
+            "label: false marks the answer as undesirable, so it is not learnt; align.dpo does with dpo.loss=kto"
+        )
     turns = system_of(row) + read(row)
     kept = turns[: max((i for i, t in enumerate(turns, 1) if t.message["role"] == "assistant"), default=0)]
     if not kept:

@@ -28,7 +28,7 @@ from align.data.render import prompt_key
 from align.data.trees import Tree
 from align.recipe.schema import Source
 
-VERSION = 3  # of the store's files and of what the code above makes of a row: raise it when either changes
+VERSION = 4  # of the store's files and of what the code above makes of a row: raise it when either changes
 BATCH = 512  # rows that are rendered and tokenised at once
 COLUMNS = {
     "segments": "q",

@@ -195,7 +195,7 @@ class Loop:
         )
 
     def _evaluate(self, screen: Screen) -> None:
-        """Means over all held-out examples, whatever the batches; perplexity = exp(mean loss)."""
+        """Means over all held-out examples, whatever the batches."""
         examples = self.data.eval
         if not len(examples):
             return

@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from align.data.mixture import Prepared, counting, prepare
 from align.data.reading import Reading
 from align.data.render import show
+from align.models.base import load_tokenizer
 from align.models.demo import cache_folder
 from align.recipe.schema import BaseRecipe, Data
+from align.training.run import Run
 
 SHOWN = 3  # examples that --show prints
 
@@ -31,6 +33,25 @@ class Session:
     def first(self) -> bool:
         """Whether this process is the one that writes and speaks."""
         return self.accelerator.is_main_process
+
+    def begin(self, reading: Reading) -> tuple[Run, Prepared] | None:
+        """The run's folder and its data; None where there is nothing to train: after `--show`, or in a finished run."""
+        run = Run(self.recipe)
+        run.check(self.fresh)
+        with self.accelerator.main_process_first():  # the first fetches what is not there yet
+            tokenizer = load_tokenizer(self.recipe.model)
+        data = self.prepare(tokenizer, reading)
+        if self.show:
+            self.show_examples(data, tokenizer)
+            return None
+        return (run, data) if self.unfinished(run) else None
+
+    def unfinished(self, run: Run) -> bool:
+        """Whether there is something left to do; says so where there is not."""
+        if run.finished and not self.fresh:
+            self.say(f"{run.final} is already there: nothing to do (--fresh starts over)")
+            return False
+        return True
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, reading: Reading, section: Data | None = None) -> Prepared:
         """The run's data, or another section's; the first process tokenises, the others then find it in the cache."""

@@ -457,3 +457,13 @@ def test_fuzz_only_canonical_rows_or_faults_come_out(case):
     else:
         assert isinstance(result, Fault)
         assert result.reason
+
+
+@pytest.mark.parametrize("row", [{"messages": HI}, {"prompt": "Hi!", "completion": "Go away."}])
+def test_an_answer_marked_as_undesirable_is_not_learnt(row):
+    format = "messages" if "messages" in row else "prompt_completion"
+    assert convert(row | {"label": False}, format, "f", 1).reason.startswith(
+        "label: false marks the answer as undesirable"
+    )
+    assert isinstance(convert(row | {"label": True}, format, "f", 1), Row)
+    assert isinstance(convert(row | {"label": 0}, format, "f", 1), Row)  # a column of another meaning
