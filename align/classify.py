@@ -39,11 +39,12 @@ from align.recipe.schema import BaseRecipe, Eval, Fraction, PositiveInt, Section
 from align.training.checkpoint import write_atomic
 from align.training.classification import at_threshold, measured, mistakes, outcome, softmax, threshold_for
 from align.training.launch import run_stage
-from align.training.loop import Loop, Metrics, fit
+from align.training.loop import Loop, Metrics
 from align.training.meters import Sums, interval
 from align.training.predict import predict_command
 from align.training.run import Run
 from align.training.session import SHOWN, Session
+from align.training.supervised import fit
 
 RESULTS, MISTAKES = "classification.json", 50  # for the report; of each side
 

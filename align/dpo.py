@@ -33,10 +33,11 @@ from align.objectives import losses
 from align.objectives.losses import path_counts, path_sums, preference_pairs
 from align.recipe.schema import BaseRecipe, Section
 from align.training.launch import run_stage
-from align.training.loop import Loop, Metrics, fit
+from align.training.loop import Loop, Metrics
 from align.training.meters import Sums, buckets, interval, wins
 from align.training.reference import KnownReference, Mismatched, Reference, with_known_reference
 from align.training.session import Session
+from align.training.supervised import fit
 
 MARGINS = [-2.0, -1.5, -1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0, 1.5, 2.0]  # edges of the histogram
 WITHOUT_REFERENCE = ("simpo", "orpo")

@@ -30,9 +30,10 @@ from align.models.trunk import Trunk
 from align.objectives.losses import bradley_terry, centring, preference_pairs
 from align.recipe.schema import BaseRecipe, Section, Source
 from align.training.launch import run_stage
-from align.training.loop import Loop, Metrics, fit
+from align.training.loop import Loop, Metrics
 from align.training.meters import Sums, buckets, interval, wins
 from align.training.session import Session
+from align.training.supervised import fit
 
 MARGINS = [-4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]  # edges of the histogram
 CONFIDENCES = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95]  # edges of the calibration's bins

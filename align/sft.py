@@ -24,9 +24,10 @@ from align.models.base import load_base
 from align.models.trunk import Trunk
 from align.recipe.schema import BaseRecipe, Section
 from align.training.launch import run_stage
-from align.training.loop import Metrics, fit
+from align.training.loop import Metrics
 from align.training.meters import perplexity
 from align.training.session import Session
+from align.training.supervised import fit
 
 
 class Sft(Section):

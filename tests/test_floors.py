@@ -81,7 +81,7 @@ def test_the_house_is_not_empty():
         ("align.data.trees", "from . import store", 0),
         ("align.data.trees", "from align import sft", 1),
         ("align.dpo", "from align.sft import loss", 1),
-        ("align.dpo", "from align.training.loop import fit", 0),
+        ("align.dpo", "from align.training.supervised import fit", 0),
         ("align.training.loop", "import align.sft", 1),
         ("align.pipeline", "from align.sft import main\nfrom align.plan import cost", 0),
         ("align.sft", "from align.pipeline import main", 1),

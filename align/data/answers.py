@@ -81,7 +81,7 @@ def _labelled(row: dict[str, Any]) -> Row:
     if row.get("completion") is not None or not (spoken["conversations"] or spoken["messages"]):
         made = _compared(row, {"completion": _answer("completion", row.get("completion"))})
     else:
-        made = _compared({"tools": row.get("tools")}, {"the last turn": _prompt(spoken)})
+        made = _compared({"tools": row.get("tools")}, {"the last turn": prompt_turns(spoken)})
     verdict = VERDICTS.get(str(row.get("label")).strip().lower())
     if verdict is None:
         raise Refused(f"label: expected true or false, 1 or 0, desirable or undesirable, found {a(row.get('label'))}")
@@ -90,7 +90,7 @@ def _labelled(row: dict[str, Any]) -> Row:
 
 def _compared(row: dict[str, Any], talks: dict[str, Talk]) -> Row:
     """The row of these answers, the best first, by their names; each bare or as a whole conversation."""
-    given, repairs = _prompt(row), ()
+    given, repairs = prompt_turns(row), ()
     talks, cut = _without_prompt(row, talks)
     if cut:
         repairs = ("cut off the prompt, which the answers repeated",)
@@ -127,7 +127,7 @@ def _check(prompt: Talk, answers: dict[str, Turn]) -> None:
             raise Refused(f"{name}: expected another answer than {same[0]}, found the same")
 
 
-def _prompt(row: dict[str, Any]) -> Talk:
+def prompt_turns(row: dict[str, Any]) -> Talk:
     """The turns of the prompt's column, after the `system` column's; none where there is no such column."""
     column = next((name for name in PROMPTS if row.get(name) not in (None, "", [])), None)
     if column is None:

@@ -79,7 +79,12 @@ def read_rows(source: Source, formats: Formats | None = None) -> Iterator[Row | 
 
     Raises UserError: before the first row for every file whose beginning fails, later where a file breaks.
     """
-    formats = formats or FORMATS
+    for _, row in read_records(source, formats or FORMATS):
+        yield row
+
+
+def read_records(source: Source, formats: Formats) -> Iterator[tuple[Any, Row | Fault]]:
+    """The same with each row's record as the file has it, its columns under the format's names."""
     rows = (_converted(source, found, formats) for found in find(source, formats))
     yield from islice(chain.from_iterable(rows), source.limit)
 
@@ -208,8 +213,8 @@ class Shape(NamedTuple):
     @property
     def wanted(self) -> str:
         """The columns that it needs, in words."""
-        one = f" and one of {_list(self.either)}" if self.either else ""
-        return _list(self.needs) + one + (f" with {'/'.join(self.keys)}" if self.keys else "")
+        parts = [_list(self.needs)] * bool(self.needs) + [f"one of {_list(self.either)}"] * bool(self.either)
+        return " and ".join(parts) + (f" with {'/'.join(self.keys)}" if self.keys else "")
 
     def named(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with its columns under the format's own names."""
@@ -279,10 +284,10 @@ def _keyed(rows: Iterable[dict[str, Any]], shape: Shape) -> bool:
     return False
 
 
-def _converted(source: Source, found: Found, formats: Formats) -> Iterator[Row | Fault]:
+def _converted(source: Source, found: Found, formats: Formats) -> Iterator[tuple[Any, Row | Fault]]:
     for line, value in _records(source, found.file):
         row = _renamed(value, source.columns) if isinstance(value, dict) else value
-        yield convert(row, found.format, found.file, line, formats)
+        yield row, convert(row, found.format, found.file, line, formats)
 
 
 def _records(source: Source, file: str) -> Iterator[Record]:

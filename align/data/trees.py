@@ -9,6 +9,7 @@ Shapes: R rows (1 when packed), L tokens in a row, n labels, P paths (a tree wit
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -128,7 +129,8 @@ def _plant_packed(trees: Sequence[Tree], multiple: int) -> Forest:
     start = 0
     for t, tree in enumerate(trees):
         assert all(map(len, tree.segments)), "a segment has at least one token"
-        base, leaves, depth = len(lengths), tree.leaves, [0]  # depth: tokens before each segment on its path
+        base, leaves, packed = len(lengths), tree.leaves, tree.packed_segments
+        depth = [0]  # tokens before each segment on its path
         for i, (part, marks) in enumerate(zip(tree.segments, tree.trained, strict=True)):
             above = tree.parent(i)
             if above is None:
@@ -136,12 +138,12 @@ def _plant_packed(trees: Sequence[Tree], multiple: int) -> Forest:
             else:
                 depth.append(depth[above] + len(tree.segments[above]))
                 line = np.concatenate([tree.segments[above][-1:], part])  # the token that predicts the first of it
-            leaf = next(n for n, end in enumerate(leaves) if end >= i)  # the first path through this segment
+            leaf = bisect_left(leaves, i)  # the first path through this segment
             marked = np.flatnonzero(marks)
             where.append(start + marked)
             labels.append(line[1:][marked])
             path.append(np.full(len(marked), len(ends) + leaf))
-            line = line[: tree.packed_segments[i]]
+            line = line[: packed[i]]
             tokens.append(line)
             positions.append(np.arange(len(line)) + depth[i] - (i > 0))
             tree_ids.append(np.full(len(line), t))

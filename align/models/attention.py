@@ -23,6 +23,7 @@ from align.data.trees import Forest, TreeMask
 
 NAME = "align_forest"
 QUERY_BLOCK = 256  # queries at a time: a causal block then skips most of the keys after it
+SHARED_BLOCK = 64  # segments that are together no longer than this share a block: many small products cost more
 
 
 class Block(NamedTuple):
@@ -31,6 +32,7 @@ class Block(NamedTuple):
     start: int
     stop: int
     spans: tuple[tuple[int, int], ...]
+    shared: bool = False  # by several segments, which do not all see each other
 
 
 def forest_blocks(segments: tuple[int, ...], parents: tuple[int, ...]) -> list[Block]:
@@ -45,7 +47,28 @@ def forest_blocks(segments: tuple[int, ...], parents: tuple[int, ...]) -> list[B
             blocks.append(Block(first, last, _joined(above, begin, last)))
         before.append(_joined(above, begin, end))
         begin = end
-    return blocks
+    return _shared(blocks)
+
+
+def _shared(blocks: list[Block]) -> list[Block]:
+    """Neighbours that see the same keys before the first of them as one block, as long as they are short."""
+    merged: list[Block] = []
+    for block in blocks:
+        last = merged[-1] if merged else None
+        if (
+            last is not None
+            and block.stop - last.start <= SHARED_BLOCK
+            and _before(block.spans, last.start) == _before(last.spans, last.start)
+        ):
+            spans = _joined(_before(last.spans, last.start), last.start, block.stop)
+            merged[-1] = Block(last.start, block.stop, spans, shared=True)
+        else:
+            merged.append(block)
+    return merged
+
+
+def _before(spans: tuple[tuple[int, int], ...], place: int) -> tuple[tuple[int, int], ...]:
+    return tuple((first, min(last, place)) for first, last in spans if first < place)
 
 
 def _joined(spans: tuple[tuple[int, int], ...], begin: int, end: int) -> tuple[tuple[int, int], ...]:
@@ -64,6 +87,18 @@ class ForestMask:
         self.tree_mask = TreeMask(forest)
         self.positions = forest.positions[0]
         self.blocks = forest_blocks(forest.segments, forest.parents)
+        self._biases: dict[int, Tensor] = {}
+
+    def shared_bias(self, block: Block, dtype: torch.dtype) -> Tensor:
+        """(m, n): 0 where a query of a shared block sees a key, else -inf."""
+        if block.start not in self._biases:
+            segment = self.tree_mask.forest.segment[0]
+            queries = torch.arange(block.start, block.stop)
+            keys = torch.cat([torch.arange(first, last) for first, last in block.spans])
+            seen = self.tree_mask.related[segment[queries][:, None], segment[keys][None]]
+            bias = torch.zeros(seen.shape, dtype=dtype)
+            self._biases[block.start] = bias.masked_fill_(~(seen & (queries[:, None] >= keys)), float("-inf"))
+        return self._biases[block.start]
 
 
 def forest_attention(
@@ -104,7 +139,7 @@ def _causal_bias(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
 
 
 def _bias(block: Block, keys: int, mask: ForestMask, window: int | None, dtype: torch.dtype) -> Tensor:
-    bias = _causal_bias(block.stop - block.start, keys, dtype)
+    bias = mask.shared_bias(block, dtype) if block.shared else _causal_bias(block.stop - block.start, keys, dtype)
     if window is None:
         return bias
     positions = torch.cat([mask.positions[first:last] for first, last in block.spans])

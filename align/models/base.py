@@ -94,7 +94,7 @@ def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int =
     With `outputs` it has a head of as many scores in place of the output projection.
     """
     folder = base_folder(section)
-    stage = _about(folder, "model.base").get("stage")
+    stage = about_result(folder, "model.base").get("stage")
     if outputs is None and stage in SCORING:
         raise UserError(f"model.base: {section.base} is a result of stage {stage}, which only scores texts")
     dtype = compute_dtype(section.dtype, device) if frozen else torch.float32
@@ -200,18 +200,18 @@ def _new_model(section: Model, config: object, seed: int, kind: type) -> tuple[P
     return model.float(), hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
-def adapter_folder(name: str) -> Path:
-    """The folder of an earlier run's adapter."""
+def adapter_folder(name: str, key: str = "model.adapter", of: str = "a finished SFT run") -> Path:
+    """The folder of an earlier run's adapter; `key` names it in the recipe."""
     folder = Path(name).expanduser()
     for file in (META, "adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).is_file():
-            raise UserError(f"model.adapter: {folder} has no {file}; give the `final/` folder of a finished SFT run")
+            raise UserError(f"{key}: {folder} has no {file}; give the `final/` folder of {of}")
     return folder
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path, fingerprint: str) -> tuple[PreTrainedModel, str]:
     """base + merged adapter, in float32."""
-    weights, about = folder / "adapter_model.safetensors", _about(folder, "model.adapter")
+    weights, about = folder / "adapter_model.safetensors", about_result(folder, "model.adapter")
     trained_on = about.get("fingerprint")
     if about.get("stage") in SCORING:
         raise UserError(f"model.adapter: {folder} is a result of stage {about['stage']}, which only scores texts")
@@ -232,7 +232,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, fingerprint: str) -> tup
     return adapted.merge_and_unload(), digest
 
 
-def _about(folder: Path, key: str) -> dict[str, Any]:
+def about_result(folder: Path, key: str) -> dict[str, Any]:
     """What align.json tells of a result; nothing of any other checkpoint."""
     meta = folder / META
     try:

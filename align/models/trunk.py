@@ -53,8 +53,11 @@ class Trunk(nn.Module):
             fuse(causal)
         device = next(causal.parameters()).device
         self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, device)
+        self.acts_as: str | None = "default"  # the adapter in use; None: the bare trunk
         if model.gradient_checkpointing:
-            causal.gradient_checkpointing_enable({"use_reentrant": False})
+            # The backward pass computes again what some role has computed, whatever role acts by then.
+            again = {"context_fn": lambda: (nullcontext(), self.acting(self.acts_as))} if self.adapted else {}
+            causal.gradient_checkpointing_enable({"use_reentrant": False, **again})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
         self.layout, self.layout_reason = self._layout(model.layout)
         self._set_attention(FOREST if self.packed else self.own_attention)
@@ -108,14 +111,14 @@ class Trunk(nn.Module):
         with self.autocast():
             return self.hidden(forest).flatten(0, 1)[forest.where].to(self.dtype)
 
-    def projection(self) -> dict[str, Tensor | float | None]:
-        """What makes logits of `states`."""
+    def projection(self, temperature: float = 1.0) -> dict[str, Tensor | float | None]:
+        """What makes logits of `states`, divided by the temperature."""
         weight, bias = self.head.weight.to(self.dtype), self.head.bias
         return {
             "weight": weight,
             "bias": None if bias is None else bias.to(self.dtype),
-            "scale": self.scale,
-            "softcap": self.softcap,
+            "scale": self.scale / temperature,
+            "softcap": None if self.softcap is None else self.softcap / temperature,
         }
 
     def _scores(self, forest: Forest) -> Tensor:
@@ -138,11 +141,26 @@ class Trunk(nn.Module):
         ).last_hidden_state
 
     @contextmanager
-    def adapters_off(self):
-        """The bare trunk: the reference."""
+    def acting(self, role: str | None):
+        """Under another adapter for a while; None: the bare trunk, which is the reference.
+
+        peft's own switches would also decide what trains.
+        """
         assert self.adapted, "without a LoRA the trunk itself is trained, and the reference is a copy"
-        with self.causal.disable_adapter():
+        before = self.acts_as
+        self._act(role)
+        try:
             yield self
+        finally:
+            self._act(before)
+
+    def _act(self, role: str | None) -> None:
+        self.acts_as = role
+        for layer in self.causal.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer._disable_adapters = role is None
+                if role is not None:
+                    layer._active_adapter = [role]
 
     @contextmanager
     def generating(self):
@@ -176,7 +194,7 @@ class Trunk(nn.Module):
         named = {name.removeprefix("causal."): tensor.contiguous() for name, tensor in weights.items()}
         if not self.adapted:  # what was frozen belongs to a whole model too
             named = {name: p.detach() for name, p in self.causal.named_parameters()} | named
-        more = {"save_embedding_layers": False} if self.adapted else {}
+        more = {"save_embedding_layers": False, "selected_adapters": ["default"]} if self.adapted else {}
         self.causal.save_pretrained(folder, state_dict=named, **more)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
         self.tokenizer.save_pretrained(folder)

@@ -66,6 +66,23 @@ def linear_kl(
     return kl
 
 
+def linear_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Entropy of the softmax of the projection (see `linear_logprobs`) at each position, (n, d) -> (n,), in nats.
+
+    Its gradient with respect to the hidden state is taken in the forward pass too; the weight must be frozen.
+    """
+    assert hidden.ndim == 2, hidden.shape
+    assert not weight.requires_grad, "the head must be frozen"
+    return _LinearEntropy.apply(hidden, weight, bias, scale, softcap)
+
+
 def _capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     logits = logits * scale if scale != 1.0 else logits
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -171,3 +188,31 @@ class _LinearLogprobs(torch.autograd.Function):
             grad_weight += gradient.T @ hidden[part]
         bias_gradient = None if grad_bias is None else grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), None, bias_gradient, None, None
+
+
+class _LinearEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, scale, softcap):
+        ahead = hidden.requires_grad
+        entropy = torch.empty(len(hidden), dtype=_wide(weight), device=hidden.device)
+        jacobian = torch.empty_like(hidden) if ahead else None
+        chunks = _Chunks(hidden, weight)
+        for part in chunks.parts:
+            raw = chunks.logits(hidden[part], weight, bias)
+            logprobs = _capped(raw, scale, softcap).log_softmax(-1)
+            terms = logprobs.exp() * logprobs
+            entropy[part] = -terms.sum(-1)
+            if ahead:  # d H / d z = -p (log p + H)
+                gradient = -(terms + logprobs.exp() * entropy[part, None])
+                if softcap is not None:
+                    gradient *= 1 - torch.tanh(raw * (scale / softcap)).square()
+                torch.mm(chunks.narrowed(gradient.mul_(scale)), weight, out=jacobian[part])
+        if ahead:
+            ctx.save_for_backward(jacobian)
+        return entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        (jacobian,) = ctx.saved_tensors
+        return upstream[:, None].to(jacobian.dtype) * jacobian, None, None, None, None

@@ -75,7 +75,7 @@ class Source(Section):
     """A JSON, JSONL, CSV, TSV, Parquet or text file (also `.gz`), a folder of them, or a hub data set id."""
     format: Literal[
         "auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text",
-        "pairs", "transcripts", "ranked", "labelled", "classes",
+        "pairs", "transcripts", "ranked", "labelled", "classes", "prompts",
     ] = "auto"  # fmt: skip
     """The shape of its rows. `auto` looks at the columns and prints what it found."""
     weight: Annotated[float, Field(gt=0)] = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,12 +11,23 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from align.data.examples import Examples
 from align.data.packing import pack, pack_padded
-from align.data.trees import Forest, graft, plant
+from align.data.trees import Forest, Tree, graft, plant
 from align.models.trunk import Trunk
 from align.training.plan import row_budget
 from align.training.screen import Screen
+
+
+class Planted(Protocol):
+    """Numbered examples, of which rows are made; n of them."""
+
+    lengths: np.ndarray  # (n,) int64, distinct tokens of each
+    longest: np.ndarray  # (n,) int64, tokens of its longest path
+    paths: np.ndarray  # (n,) int64, its root-to-leaf paths
+    room: np.ndarray  # (n,) int64, tokens that it takes in a packed row
+
+    def tree(self, i: int) -> Tree:
+        """Example `i`."""
 
 
 class Batches:
@@ -25,7 +37,7 @@ class Batches:
         self.trunk, self.row_tokens = trunk, row_budget(row_tokens, trunk.device)
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
 
-    def rows(self, examples: Examples, chosen: np.ndarray) -> list[list[int]]:
+    def rows(self, examples: Planted, chosen: np.ndarray) -> list[list[int]]:
         """This process's share of the rows of `chosen`, (k,) int64; every process has the same number."""
         if self.trunk.packed:
             rows = pack(examples.room[chosen].tolist(), self.row_tokens, self.world)
@@ -34,7 +46,7 @@ class Batches:
             rows = pack_padded(lengths, self.row_tokens, self.world, paths)
         return [[int(chosen[i]) for i in row] for row in rows[self.rank :: self.world]]
 
-    def distinct(self, examples: Examples, row: list[int], forest: Forest) -> int:
+    def distinct(self, examples: Planted, row: list[int], forest: Forest) -> int:
         """Tokens of a row, each once: neither padding nor what branches repeat."""
         if not forest.packed:
             return int(examples.lengths[row].sum())
@@ -44,7 +56,7 @@ class Batches:
 
     def each(
         self,
-        examples: Examples,
+        examples: Planted,
         chosen: np.ndarray,
         function: Callable[[Trunk, Forest], Tensor],
         screen: Screen,
@@ -66,7 +78,7 @@ class Batches:
         everyone = {i: lines for part in gather_object([mine]) for i, lines in part.items()}
         return [everyone[int(i)] for i in chosen]
 
-    def plant(self, examples: Examples, row: list[int]) -> Forest:
+    def plant(self, examples: Planted, row: list[int]) -> Forest:
         """A row as a batch, where it is empty one of example 0."""
         trees = [examples.tree(i) for i in row or [0]]
         if self.trunk.packed:

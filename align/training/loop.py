@@ -3,17 +3,17 @@
 A step's loss is the sum over all its labelled tokens (or pairs) on all processes, divided once by their global count:
 gradients of sums are accumulated, and scaled when the count is known. So the number of processes and of packed rows
 changes nothing but the time. What a step sees and does is a function of recipe and step alone, and a checkpoint holds
-all that is not: weights, optimizer moments, step.
+all that is not: weights, optimizer moments, step, and what the algorithm remembers.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from align.data.trees import Forest
 from align.models.decode import answer
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
-from align.training.batches import Batches
+from align.training.batches import Batches, Planted
 from align.training.checkpoint import CheckpointWriter, published
 from align.training.launch import signals
 from align.training.meters import Sums, Throughput, costs
@@ -37,37 +37,33 @@ from align.training.session import Session
 from align.training.state import adamw, capture, restore, trained_parameters, whole
 
 Metrics = dict[str, tuple[Tensor | float, Tensor | float]]  # name -> (sum, count), or vectors of them
-Loss = Callable[[nn.Module, Forest], tuple[Tensor, Metrics]]  # (trunk, batch) -> (summed loss, metrics with "loss")
+Loss = Callable[[nn.Module, Forest], tuple[Tensor, Metrics]]  # (model, batch) -> (summed loss, metrics with "loss")
+Work = tuple[Planted, list[int], Loss]  # a row of examples and what is to be learnt of it
 
 
-class Hooks(NamedTuple):
-    """What a stage adds to the loop; each is called on every process."""
+class Learnt(NamedTuple):
+    """What came of a step."""
 
-    before: Callable[[Loop, Examples, np.ndarray], None] = lambda loop, examples, chosen: None
-    """Before a step's or an evaluation's loss, with all its examples."""
-    derive: Callable[[Sums], dict[str, Any]] = lambda sums: {}
-    """What follows from the sums of a whole evaluation."""
-    conclude: Callable[[Loop], dict[str, Any]] = lambda loop: {}
-    """After the last step; what it returns stands in the result's align.json."""
+    metrics: dict[str, Any]
+    distinct: int  # tokens that were trained on, each once, over all processes
+    tokens: int  # of the step's examples
 
 
-def fit(
-    session: Session,
-    run: Run,
-    trunk: Trunk,
-    data: Prepared,
-    loss: Loss,
-    **hooks: Callable,
-) -> None:
-    """Train to the end of the plan, or to a signal; leave `final/` and `report.html`. `hooks`: those of `Hooks`."""
-    try:
-        Loop(session, run, trunk, data, loss, Hooks(**hooks)).run_all()
-    finally:
-        run.close()
+class Algorithm(Protocol):
+    """What a stage puts into the loop; each is called on every process."""
+
+    def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
+        """One step on the chosen examples, (k,) int64, at a learning rate."""
+
+    def evaluate(self, loop: Loop) -> dict[str, Any]:
+        """Figures of the held-out examples."""
+
+    def conclude(self, loop: Loop) -> dict[str, Any]:
+        """After the last step; what it returns stands in the result's align.json."""
 
 
 class Loop:
-    """One training run; `fit` is its use."""
+    """One training run."""
 
     def __init__(
         self,
@@ -75,25 +71,38 @@ class Loop:
         run: Run,
         trunk: Trunk,
         data: Prepared,
-        loss: Loss,
-        hooks: Hooks,
+        algorithm: Algorithm,
+        module: nn.Module | None = None,
+        rates: dict[str, float] | None = None,
     ) -> None:
-        self.session, self.run, self.trunk, self.data, self.loss = session, run, trunk, data, loss
-        self.hooks = hooks
+        """`module`: what is trained, if not the trunk alone; it has `save` as a trunk has.
+
+        `rates`: part of a parameter's name -> its learning rate as a multiple of the recipe's; each such group is
+        clipped by itself.
+        """
+        self.session, self.run, self.trunk, self.data, self.algorithm = session, run, trunk, data, algorithm
         self.recipe, self.accelerator = session.recipe, session.accelerator
         self.plan = Plan(self.recipe, data.train)
-        self.model, wrapped = self.accelerator.prepare(trunk, adamw(trunk, self.recipe.optim))
+        self.module = module or trunk
+        self.model, wrapped = self.accelerator.prepare(self.module, adamw(self.module, self.recipe.optim, rates or {}))
         self.optimizer, self.named = wrapped.optimizer, trained_parameters(self.model)
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
         self.batches = Batches(trunk, self.accelerator, self.recipe.batch.row_tokens)
-        self.eval_rows = self.batches.rows(data.eval, np.arange(len(data.eval)))
         self.step, self.tokens_seen, self.elapsed = 0, 0, 0.0
+        self.memory: dict[str, Any] = {}  # what the algorithm has to know of earlier steps; JSON can hold it
         self.saved, self.blocking_seconds = -1, None
         self.throughput = Throughput(self.accelerator.num_processes)
 
     # -- the run -----------------------------------------------------------------------------------------------
 
     def run_all(self) -> None:
+        """Train to the end of the plan, or to a signal; leave `final/` and `report.html`."""
+        try:
+            self._run()
+        finally:
+            self.run.close()
+
+    def _run(self) -> None:
         session, run = self.session, self.run
         point, passed_over = run.resume_point(session.fresh)
         for sentence in passed_over:
@@ -118,7 +127,7 @@ class Loop:
                     self._evaluate(screen)
                 due = self.recipe.train.save_every
                 if stop or self.step == self.plan.steps or (due and self.step % due == 0):
-                    self._save()
+                    self.save_state()
                 if stop and self.step < self.plan.steps:
                     self._close()
                     session.say(
@@ -127,97 +136,94 @@ class Loop:
                     )
                     return
             self._samples(screen)
-            about = self.hooks.conclude(self)
+            about = self.algorithm.conclude(self)
         self._finish(about)
 
     def _train_step(self, screen: Screen, stop: bool) -> bool:
-        """One optimizer step; whether any process was asked to stop."""
+        """One step; whether any process was asked to stop."""
         step, started = self.step + 1, time.perf_counter()
         torch.manual_seed((self.recipe.seed << 20) + (step << 8) + self.accelerator.process_index)
         self.model.train()
         chosen = self.plan.batch(step)
-        self.hooks.before(self, self.data.train, chosen)
-        rows = self.batches.rows(self.data.train, chosen)
-        sums = Sums()
-        for number, row in enumerate(rows, 1):
-            with self.accelerator.no_sync(self.model) if number < len(rows) else nullcontext():
-                batch = self.batches.plant(self.data.train, row)
-                total, metrics = self.loss(self.model, batch)
-                # A process without examples in this row computes along, and adds nothing.
-                self.accelerator.backward(total if row else total * 0.0)
-            sums.add("distinct", self.batches.distinct(self.data.train, row, batch) if row else 0)
-            for name, (value, count) in metrics.items() if row else ():
-                sums.add(name, value, count)
-        sums.add("stop", float(stop))
-        merged = sums.merged(self.accelerator)
-        means, (_, count) = _counted(merged), merged.sums()["loss"]
-        asked, distinct = means.pop("stop") > 0, int(merged.sums()["distinct"][0])
-        del means["distinct"]
-        gradients = [p.grad for p in self.named.values() if p.grad is not None]
-        # Accelerate averages gradients over processes; the loss is a sum over all of them.
-        torch._foreach_mul_(gradients, self.accelerator.num_processes / max(count, 1.0))
-        most = self.recipe.optim.max_grad_norm or math.inf
-        norm = float(whole(self.accelerator.clip_grad_norm_(list(self.named.values()), most)))
-        self._guard(step, means["loss"], norm, chosen)
         rate = learning_rate(self.recipe.optim, step, self.plan.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        metrics, distinct, tokens = self.algorithm.learn(self, chosen, rate)
         self.step, seconds = step, time.perf_counter() - started
-        tokens = int(self.data.train.lengths[chosen].sum())
         self.tokens_seen += tokens
         self.elapsed += seconds
         self.throughput.add(distinct, len(chosen), seconds)
         record = {
-            "step": step, "split": "train", **means, "learning_rate": rate, "grad_norm": norm,
+            "step": step, "split": "train", **metrics,
             "epoch": self.plan.epoch(step), "tokens": tokens, "tokens_seen": self.tokens_seen,
             "step_seconds": seconds, "elapsed_seconds": self.elapsed,
             "tokens_per_second": distinct / seconds / self.accelerator.num_processes,
         }  # fmt: skip
         self._log(record, screen, quiet=bool(step % self.recipe.log.every and step < self.plan.steps))
-        return asked
+        asked = torch.tensor(float(stop), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum") > 0)
 
-    def _guard(self, step: int, loss: float, norm: float, chosen: np.ndarray) -> None:
+    def gradients(self, work: Sequence[Work]) -> Sums:
+        """Accumulate the gradient of this process's rows; metrics over all processes, `distinct` tokens among them."""
+        sums = Sums()
+        for number, (examples, row, loss) in enumerate(work, 1):
+            with self.accelerator.no_sync(self.model) if number < len(work) else nullcontext():
+                batch = self.batches.plant(examples, row)
+                total, metrics = loss(self.model, batch)
+                # A process without examples in this row computes along, and adds nothing.
+                self.accelerator.backward(total if row else total * 0.0)
+            sums.add("distinct", self.batches.distinct(examples, row, batch) if row else 0)
+            for name, (value, count) in metrics.items() if row else ():
+                sums.add(name, value, count)
+        return sums.merged(self.accelerator)
+
+    def update(self, chosen: np.ndarray, rate: float, loss: float, count: float) -> dict[str, float]:
+        """Step the optimizer with the accumulated gradients of a sum over `count`; their norms, group by group."""
+        gradients = [p.grad for p in self.named.values() if p.grad is not None]
+        # Accelerate averages gradients over processes; the loss is a sum over all of them.
+        torch._foreach_mul_(gradients, self.accelerator.num_processes / max(count, 1.0))
+        most = self.recipe.optim.max_grad_norm or math.inf
+        groups: dict[str, list[nn.Parameter]] = {}
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+            groups.setdefault(group["name"], []).extend(group["params"])
+        norms = {
+            f"grad_norm/{name}" if name else "grad_norm": float(whole(self.accelerator.clip_grad_norm_(params, most)))
+            for name, params in groups.items()
+        }
+        self._guard(loss, max(norms.values(), key=lambda norm: norm if math.isfinite(norm) else math.inf), chosen)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norms
+
+    def _guard(self, loss: float, norm: float, chosen: np.ndarray) -> None:
         """Stop before the optimizer step if anything is not finite, with the last good state on disk."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
         self.optimizer.zero_grad()
-        self._save()
+        self.save_state()
         self._close()
         what = "gradient" if math.isfinite(loss) else "loss"
         where = ", ".join(self.data.train.where(int(i)) for i in chosen[:8])
         raise UserError(
-            f"step {step}: the {what} is not finite (loss {loss}, gradient norm {norm}); the state after step "
+            f"step {self.step + 1}: the {what} is not finite (loss {loss}, gradient norm {norm}); the state after step "
             f"{self.step} is saved in {self.run.checkpoints}. Look at the step's examples "
             f"({where}{', …' if len(chosen) > 8 else ''}), or start again in another run folder with a lower "
             "optim.learning_rate or in float32 (model.dtype=float32)"
         )
 
     def _evaluate(self, screen: Screen) -> None:
-        """Means over all held-out examples, whatever the batches."""
-        examples = self.data.eval
-        if not len(examples):
+        if not len(self.data.eval):
             return
         self.model.eval()
-        sums, started = Sums(), time.perf_counter()
-        self.hooks.before(self, examples, np.arange(len(examples)))
-        with torch.no_grad():
-            for row in screen.track(self.eval_rows, "evaluating"):
-                _, metrics = self.loss(self.model, self.batches.plant(examples, row))
-                for name, (value, count) in metrics.items() if row else ():
-                    sums.add(name, value, count)
-        merged = sums.merged(self.accelerator)
-        record = {"step": self.step, "split": "eval", **_counted(merged)}
-        if not math.isfinite(record["loss"]):
+        started = time.perf_counter()
+        record = {"step": self.step, "split": "eval", **self.algorithm.evaluate(self)}
+        if not math.isfinite(record.get("loss", 0.0)):
             if self.step:
-                self._save()
+                self.save_state()
                 self._close()
             raise UserError(
                 f"step {self.step}: the loss on the eval rows is not finite ({record['loss']}); check model.base, or "
                 "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"
             )
-        record |= self.hooks.derive(merged)
         record["eval_seconds"] = time.perf_counter() - started
         self._log(record, screen)
 
@@ -237,13 +243,13 @@ class Loop:
 
     # -- state -------------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def save_state(self) -> None:
         if self.saved == self.step:
             return
         tensors = capture(self.named, self.optimizer)
         state = {
             "step": self.step, "tokens_seen": self.tokens_seen, "elapsed_seconds": self.elapsed,
-            "fingerprint": self.trunk.fingerprint,
+            "fingerprint": self.trunk.fingerprint, "memory": self.memory,
         }  # fmt: skip
         if self.session.first:
             self.blocking_seconds = self.writer.save(self.step, tensors, state)
@@ -253,15 +259,20 @@ class Loop:
         state = restore(path, self.named, self.optimizer, self.trunk.fingerprint)
         self.step = self.saved = state["step"]
         self.tokens_seen, self.elapsed = state["tokens_seen"], state["elapsed_seconds"]
+        self.memory = state["memory"]
 
     def _finish(self, about: dict[str, Any]) -> None:
-        self._save()
-        result = {name: whole(p).detach().to("cpu") for name, p in self.named.items()}
+        self.save_state()
         self._close()
-        if self.session.first:  # last of all, for it says that the run is finished
-            with published(self.run.final, sum(tensor.nbytes for tensor in result.values())) as beside:
-                self.trunk.save(beside, result, {"stage": self.recipe.stage, **about})
+        self.publish(self.run.final, about)  # last of all, for it says that the run is finished
         self.session.say(f"done: {self.run.final}; report: {self.run.folder / 'report.html'}")
+
+    def publish(self, folder: Path, about: dict[str, Any]) -> None:
+        """Write the result as it is now; with shards, every process must call it."""
+        result = {name: whole(p).detach().to("cpu") for name, p in self.named.items()}
+        if self.session.first:
+            with published(folder, sum(tensor.nbytes for tensor in result.values())) as beside:
+                self.module.save(beside, result, {"stage": self.recipe.stage, **about})
 
     def _close(self) -> None:
         """Wait for the disk, then write summary and report."""
@@ -305,9 +316,3 @@ class Loop:
         numbers = {f"{record['split']}/{k}": v for k, v in named.items() if k != "step"}
         for tracker in self.trackers:
             tracker.log(numbers, step=record["step"])
-
-
-def _counted(sums: Sums) -> dict[str, float | list[float | None]]:
-    """The means of what was there: a step may have no undesirable answer."""
-    counts = sums.sums()
-    return {name: mean for name, mean in sums.means().items() if name not in counts or counts[name][1]}

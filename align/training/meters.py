@@ -55,6 +55,11 @@ class Sums:
             return
         self._terms.setdefault(name, []).append((_detached(total), _detached(count)))
 
+    def include(self, other: Sums) -> None:
+        """Add all that another has counted."""
+        for name, terms in other._terms.items():
+            self._terms.setdefault(name, []).extend(terms)
+
     def sums(self) -> dict[str, tuple[float, float]]:
         """Name -> (sum, count), each rounded once (`math.fsum`), so in any order the same to the last bit."""
         return {

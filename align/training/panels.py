@@ -30,14 +30,24 @@ TITLES = {  # in the order of the page
     "score": "Scores",
     "rewards": "Rewards",
     "nll_per_token": "Negative log-likelihood per token",
+    "reward": "Score less the KL penalty",
+    "kl": "KL to the reference per response",
     "kl_per_token": "KL to the reference per token",
+    "kl_coef": "KL coefficient",
+    "entropy": "Entropy per token",
+    "response_tokens": "Tokens of a response",
+    "ended": "Share of responses that end",
+    "clip_fraction": "Share that is clipped",
+    "update_kl": "KL of an update per token",
+    "explained_variance": "Explained variance of the returns",
+    "value": "Returns and values",
     "kl_baseline": "Baseline of KTO",
     "logprobs": "Log-likelihood of whole answers",
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second per device",
 }
-NOT_DRAWN = {"step", "split", "epoch", "tokens", "tokens_seen", "step_seconds", "elapsed_seconds", "eval_seconds"}
+NOT_DRAWN = {"step", "split", "epoch", "tokens", "tokens_seen", "updates", "sampled_tokens_per_second"}
 
 
 class Metrics(NamedTuple):
@@ -90,7 +100,7 @@ class Metrics(NamedTuple):
         """Every metric with a curve: the well-known first, the others in order of appearance."""
         logged = _names({split: self.splits.get(split, {}) for split in ("train", "eval")})
         intervals = {f"{name}_{end}" for name in logged for end in ("low", "high")}
-        drawn = [name for name in logged if name not in NOT_DRAWN and name not in intervals]
+        drawn = [name for name in logged if name not in NOT_DRAWN | intervals and not name.endswith("_seconds")]
         place = {group: i for i, group in enumerate(TITLES)}
         return sorted(drawn, key=lambda name: place.get(name.partition("/")[0], len(place)))
 

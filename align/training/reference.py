@@ -58,7 +58,7 @@ class Reference:
         if self.copy is not None:
             yield self.copy
         else:
-            with self.policy.adapters_off() as bare:
+            with self.policy.acting(None) as bare:
                 yield bare
 
 

@@ -9,6 +9,7 @@ Reads what is there of
 - data.json: `{"train" | "eval": {"examples", "tokens", "trained_tokens", "lengths": {"edges", "counts"}},
   "summary": [line, …]}`; ledger.jsonl: `{"file", "line", "action", "reason"}`;
 - classification.json: a classifier's held-out rows, as `classification_plots.py` draws them;
+- episodes.jsonl: PPO's responses, as `rollout_plots.py` shows them;
 - samples.jsonl: `{"step", "prompt", "response"}`, step 0 before training and the last step after.
 
 The same folder gives the same page, byte for byte.
@@ -32,6 +33,7 @@ from align.training.classification_plots import classification_section
 from align.training.meters import SPIKE_SIGMAS, SPIKE_WINDOW, SPREAD_STEPS, loss_stability
 from align.training.panels import Metrics, curves, distributions, records
 from align.training.plots import COLOURS, Curve, amount, change, duration, percent, size, value
+from align.training.rollout_plots import rollout_section
 
 LEDGER_ROWS = 50
 
@@ -52,6 +54,7 @@ def write_report(run: Path) -> Path:
             curves=curves(metrics),
             distributions=distributions(metrics, data),
             classification=classification_section(_json(run / "classification.json")),
+            rollout=rollout_section(metrics, run / "episodes.jsonl", recipe),
             data=data,
             ledger=Ledger.read(run / "ledger.jsonl"),
             samples=samples(run / "samples.jsonl"),
@@ -88,6 +91,10 @@ def facts(metrics: Metrics, summary: dict[str, Any]) -> list[Fact]:
     if right.band is not None and len(right.steps):
         course = " → ".join(map(percent, right.values[[0, -1]] if len(right.steps) > 1 else right.values))
         shown.append(Fact("Eval accuracy", course, f"{_interval(right)}; step {right.steps[-1]}"))
+    held = metrics.curve("eval", "response_tokens").finite, metrics.curve("eval", "score").finite
+    if all(len(curve.steps) for curve in held):
+        course = " → ".join(value(score) for score in held[1].values[[0, -1]])
+        shown.append(Fact("Held-out score", course, f"at KL {value(metrics.curve('eval', 'kl').values[-1])} nats"))
     kl = metrics.curve("eval", "kl_per_token").finite
     if len(kl.steps):
         shown.append(Fact("KL to the reference", value(kl.values[-1]), f"nats per token, eval; step {kl.steps[-1]}"))

@@ -24,7 +24,8 @@ from align.training.meters import environment
 
 OWN = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "ledger.jsonl", "data.json", "samples.jsonl",
-    "summary.json", "report.html", "classification.json", "tensorboard", "checkpoints", "final",
+    "episodes.jsonl", "summary.json", "report.html", "classification.json", "tensorboard", "checkpoints", "best",
+    "final",
 )  # fmt: skip
 # What may change between one start and the next: none of it touches the numbers.
 FREE = {"run": ..., "log": ..., "train": {"save_every", "keep"}}
@@ -98,8 +99,10 @@ class Run:
         about = {"train": _described(data.train), "eval": _described(data.eval), "summary": data.summary}
         write_atomic(self.folder / "data.json", json.dumps(about, indent=1, ensure_ascii=False))
         # A checkpoint comes after its step's metrics, but before the answers at the end.
-        for name, kept_to in (("metrics.jsonl", step), ("samples.jsonl", step - 1)):
-            kept = [line for line in self._records(name) if line["step"] <= kept_to and step > 0]
+        for name, kept_to in (("metrics.jsonl", step), ("episodes.jsonl", step), ("samples.jsonl", step - 1)):
+            if name == "episodes.jsonl" and not (self.folder / name).is_file():
+                continue  # PPO's alone
+            kept = [line for line in self.records(name) if line["step"] <= kept_to and step > 0]
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
             write_atomic(self.folder / name, text)
 
@@ -132,10 +135,11 @@ class Run:
 
     def last(self, split: str) -> dict[str, Any] | None:
         """The newest line of metrics.jsonl of a split."""
-        lines = [record for record in self._records("metrics.jsonl") if record["split"] == split]
+        lines = [record for record in self.records("metrics.jsonl") if record["split"] == split]
         return lines[-1] if lines else None
 
-    def _records(self, name: str) -> list[dict[str, Any]]:
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """The lines of a JSONL file; none where there is no file."""
         path = self.folder / name
         records = []
         for line in path.read_text("utf-8").splitlines() if path.is_file() else ():

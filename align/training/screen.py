@@ -11,16 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 NAMES = {"learning_rate": "lr", "tokens_per_second": "tok/s", "grad_norm": "norm"}
-HIDDEN = (
-    "step",
-    "split",
-    "epoch",
-    "tokens",
-    "tokens_seen",
-    "step_seconds",
-    "elapsed_seconds",
-    "eval_seconds",
-)
+HIDDEN = {
+    "step", "split", "epoch", "tokens", "tokens_seen", "clip_fraction/value", "updates", "value/return",
+    "value/critic", "learning_rate/critic", "sampled_tokens_per_second",
+}  # fmt: skip
 
 
 class Screen:
@@ -46,10 +40,18 @@ class Screen:
         if record["split"] == "train":
             self.bars.update(self.main, completed=record["step"])
         if not quiet:
-            shown = {k: v for k, v in record.items() if k not in HIDDEN and isinstance(v, int | float)}
+            shown = {
+                name: number
+                for name, number in record.items()
+                if name not in HIDDEN and not name.endswith("_seconds") and isinstance(number, int | float)
+            }
             numbers = " ".join(f"{NAMES.get(k, k)} {v:.4g}" for k, v in shown.items())
             line = f"{record['split']:5} step {record['step']}/{self.steps} {numbers}"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def phase(self, doing: str) -> None:
+        """What the step at hand is at, on the main bar."""
+        self.bars.update(self.main, description=doing)
 
     def track(self, items: Sequence[T], doing: str) -> Iterator[T]:
         """Go through items with a bar of their own; off a terminal, a line every 30 s."""

@@ -25,12 +25,18 @@ def trained_parameters(model: nn.Module) -> Named:
     }
 
 
-def adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """Over what trains; vectors (norms, biases) are not decayed."""
-    trained = list(trained_parameters(model).values())
+def adamw(model: nn.Module, optim: Optim, rates: dict[str, float]) -> torch.optim.AdamW:
+    """Over what trains; vectors (norms, biases) are not decayed.
+
+    Parameters whose name has a name in `rates` in it form a group with that multiple of the learning rate.
+    """
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, p in trained_parameters(model).items():
+        own = next((group for group in rates if group in name), "")
+        members.setdefault((own, p.ndim >= 2), []).append(p)
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": params, "weight_decay": optim.weight_decay * decayed, "name": own, "share": rates.get(own, 1.0)}
+        for (own, decayed), params in members.items()
     ]
     return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), eps=optim.eps)
 

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from align.data.trees import Forest, TreeMask, plant
 from align.models import attention
-from align.models.attention import ForestMask, forest_attention, forest_blocks
+from align.models.attention import ForestMask, forest_attention
 
 FORESTS = {
     "one text": [tree(13)],
@@ -88,21 +88,23 @@ def test_bfloat16_stays_near():
     compare(plant(FORESTS["pairs"]), dtype=torch.bfloat16, tol=0.06)
 
 
-@given(SHAPES, st.integers(1, 8), st.integers(1, 4))
-def test_blocks_cover_the_dense_mask_and_nothing_else(shapes, multiple, most):
+@given(SHAPES, st.integers(1, 8), st.integers(1, 4), st.sampled_from([0, 3, 12]))
+def test_blocks_cover_the_dense_mask_and_nothing_else(shapes, multiple, most, together):
     forest = plant([tree(stem, *branches) for stem, branches in shapes], multiple=multiple)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "QUERY_BLOCK", most)
-        blocks = forest_blocks(forest.segments, forest.parents)
+        patch.setattr(attention, "SHARED_BLOCK", together)
+        mask = ForestMask(forest)
     seen = torch.zeros(forest.tokens.shape[1], forest.tokens.shape[1], dtype=torch.int64)
     queries = []
-    for block in blocks:
-        assert 0 < block.stop - block.start <= most
+    for block in mask.blocks:
+        assert 0 < block.stop - block.start <= max(most, together)
         assert block.spans[-1][1] == block.stop
         queries += range(block.start, block.stop)
         keys = torch.cat([torch.arange(first, last) for first, last in block.spans])
-        for query in range(block.start, block.stop):
-            seen[query, keys[keys <= query]] += 1
+        bias = attention._bias(block, len(keys), mask, None, torch.float32)
+        for query, row in zip(range(block.start, block.stop), bias, strict=True):
+            seen[query, keys[row == 0]] += 1
     assert sorted(queries) == list(range(forest.tokens.shape[1]))
     assert torch.equal(seen, TreeMask(forest).dense[0, 0].long())
 

@@ -131,11 +131,11 @@ def test_the_actor_is_the_reference_until_it_is_trained():
     alone, trunk = on_base(None)(forest), on_base(Lora())
     start = trunk(forest)
     assert (start - alone).abs().max() < 1e-5
-    with trunk.adapters_off() as reference:
+    with trunk.acting(None) as reference:
         assert torch.equal(reference(forest), start)
     trained = stir(trunk)(forest)
     assert (trained - start).abs().max() > 0.01
-    with trunk.adapters_off() as reference, torch.no_grad():
+    with trunk.acting(None) as reference, torch.no_grad():
         assert torch.equal(reference(forest), start)
     assert torch.equal(trunk(forest), trained)
 

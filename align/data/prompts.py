@@ -1,0 +1,110 @@
+"""Prompts to be answered: each row as the stem that a response will continue; and the row itself, for rewards that
+read it.
+
+A prompt is a conversation up to the turn that is to be written (an answer that the row has is left out), or the
+beginning of a text. It ends as the chat template opens the assistant's turn, so a response's tokens follow at once.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from align.data.answers import COMPARED, PROMPTS, prompt_turns
+from align.data.chat import Unwritable, chat_of
+from align.data.examples import Examples
+from align.data.formats import FORMATS, Fault, Formats, Row, Shape, read_records
+from align.data.reading import Reading
+from align.data.render import tokenised
+from align.data.trees import Tree
+from align.data.turns import Refused, check, encodable, said, tools_of
+
+ANSWER = {"role": "assistant", "content": "a"}  # stands in for the one to come
+
+
+class Asked(NamedTuple):
+    """A prompt's row, as a reward sees it."""
+
+    record: dict[str, Any]  # as the file has it
+    messages: list[dict[str, Any]] | None  # the conversation up to the answer, or
+    text: str | None  # the beginning of a text
+
+
+def prompts() -> Reading:
+    """Whatever asks for an answer: a tree of a stem alone, without labels."""
+    return Reading("prompts", PROMPTING, _render)
+
+
+def asked(examples: Examples) -> list[Asked]:
+    """The rows of all examples, read again from their files."""
+    places = {examples.where(i): i for i in range(len(examples))}
+    rows: list[Asked | None] = [None] * len(examples)
+    for source in {id(part.source): part.source for part in examples.parts}.values():
+        for record, row in read_records(source, PROMPTING):
+            i = places.get(f"{row.file}:{row.line}")
+            if i is not None and isinstance(row, Row):
+                rows[i] = Asked(record, row.messages, row.text)
+    assert None not in rows, "every example came from a row"
+    return rows
+
+
+def _prompt(row: dict[str, Any]) -> Row:
+    turns = prompt_turns(row)
+    if turns and turns[-1].message["role"] == "assistant":
+        turns = turns[:-1]  # the answer to be
+    if not turns:
+        raise Refused(f"prompt: expected one of the columns {', '.join(PROMPTS)}, found none with a prompt in it")
+    check([*turns, said("assistant", turns[-1].content_at, "a")])
+    messages = encodable("messages", [turn.message for turn in turns])
+    return Row("", 0, messages, None, encodable("tools", tools_of(row.get("tools"))))
+
+
+def _without_answers(read: Any, row: dict[str, Any]) -> Row:
+    return read(row)._replace(answers=(), targets=())
+
+
+_CONTEXT = ("system", "tools", "input", "history")
+_NOTE = "; its answers are left out"
+PROMPTING: Formats = {
+    "transcripts": COMPARED["transcripts"]._replace(
+        read=partial(_without_answers, COMPARED["transcripts"].read), note=_NOTE
+    ),
+    "prompts": Shape((), _CONTEXT, (), _prompt, either=PROMPTS, also={"question": "prompt"}),
+    "pairs": COMPARED["pairs"]._replace(read=partial(_without_answers, COMPARED["pairs"].read), note=_NOTE),
+    "text": FORMATS["text"],
+}
+
+
+def _render(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[Tree | Fault]:
+    chat = chat_of(tokenizer)
+    written: list[tuple[str, list] | Fault | None] = []
+    for row in rows:
+        if row.messages is None:
+            written.append(None)
+            continue
+        try:
+            last = sum(message["role"] == "assistant" for message in row.messages)
+            text, ((begin, _),) = chat.turns([*row.messages, ANSWER], row.tools, {last})
+            written.append((text[:begin], []))
+        except Unwritable as error:
+            written.append(Fault(row.file, row.line, str(error)))
+    chats = iter(tokenised([text for text in written if isinstance(text, tuple)], tokenizer))
+    return [
+        text if isinstance(text, Fault) else _stem(row, next(chats)[0] if text else _beginning(row.text, tokenizer))
+        for row, text in zip(rows, written, strict=True)
+    ]
+
+
+def _beginning(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    ends = ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1
+    return np.array(ids[:-1] if ends else ids, np.int32)
+
+
+def _stem(row: Row, ids: np.ndarray) -> Tree | Fault:
+    if not len(ids):
+        return Fault(row.file, row.line, "no token in the prompt, to go on from")
+    return Tree((ids,), (np.zeros(len(ids), bool),), (0.0,))

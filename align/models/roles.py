@@ -1,0 +1,157 @@
+"""The roles of PPO on one trunk: actor, critic, reward and reference share its weights and differ in an adapter.
+
+The actor's adapter starts at zero, so that actor and reference are equal; the critic's is a copy of the reward's, and
+so is its head, in the units of the normalised score. Without a reward on this trunk, the critic starts at zero.
+
+Shapes: n labelled tokens, P paths (responses), S = n + P steps: before each token of a path, and after its last.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from align.data.trees import Forest
+from align.models.base import about_result, adapter_folder
+from align.models.lora import lora_config
+from align.models.trunk import Trunk
+from align.objectives.logprobs import linear_entropy, linear_logprobs
+from align.recipe.errors import UserError
+from align.recipe.schema import Lora
+
+CRITIC = "critic"
+
+
+class Scorer(NamedTuple):
+    """A reward model's result, read from its folder."""
+
+    folder: Path
+    mean: float  # of its scores on demonstrations
+    std: float
+    config: LoraConfig
+    weights: dict[str, Tensor]  # of the adapter, under peft's names in a file
+    head: Tensor  # (1, d) float32
+
+
+def read_scorer(name: str, key: str, trunk: Trunk) -> Scorer:
+    """A `final/` of align.reward that was trained on this trunk; UserError, which names the `key`, for any other."""
+    folder = adapter_folder(name, key, "a finished reward run")
+    about = about_result(folder, key)
+    if about.get("stage") != "reward":
+        raise UserError(f"{key}: {folder} is a result of stage {about.get('stage')}, and no reward model")
+    if about.get("fingerprint") != trunk.fingerprint:
+        raise UserError(
+            f"{key}: {folder} was trained on a trunk with fingerprint {about.get('fingerprint')}, but this run's "
+            f"trunk has {trunk.fingerprint}; give both the same model.base and model.adapter, or name it as `model`"
+        )
+    weights = load_file(folder / "adapter_model.safetensors")
+    heads = [key for key in weights if key.endswith("score.weight")]
+    if len(heads) != 1:
+        raise UserError(f"{key}: {folder} has no scalar head")
+    head = weights.pop(heads[0]).float()
+    return Scorer(folder, about["score_mean"], about["score_std"], LoraConfig.from_pretrained(folder), weights, head)
+
+
+class Said(NamedTuple):
+    """By actor and critic, all float32."""
+
+    logprobs: Tensor  # (n,) of every label
+    values: Tensor | None  # (S,) of every step
+    entropy: Tensor | None  # (n,) of the distribution that each label was drawn from, in nats
+
+
+class Roles(nn.Module):
+    """Actor and critic behind one forward pass, which trains both; rewards and reference beside them."""
+
+    def __init__(
+        self, trunk: Trunk, lora: Lora, scorers: dict[str, Scorer], temperature: float = 1.0, seed: int = 0
+    ) -> None:
+        """`scorers` by role name; the critic starts as the first of them."""
+        super().__init__()
+        self.trunk, self.temperature = trunk, temperature
+        self.heads = nn.ModuleDict()
+        width = trunk.plain.get_input_embeddings().embedding_dim
+        for role, scorer in scorers.items():
+            self._add(role, _config(scorer.config, trunk), scorer.weights, seed)
+            self.heads[role] = _head(scorer.head, trunk)
+        first = next(iter(scorers.values()), None)
+        if first is None:
+            self._add(CRITIC, lora_config(lora, trunk.plain), {}, seed)
+            self.heads[CRITIC] = _head(torch.zeros(1, width), trunk)
+        else:
+            self._add(CRITIC, _config(first.config, trunk), first.weights, seed)
+            spread = first.std or 1.0
+            self.heads[CRITIC] = _head(first.head / spread, trunk, -first.mean / spread)
+        for name, parameter in self.named_parameters():
+            part = name.split(".")
+            parameter.requires_grad_(CRITIC in part or ("default" in part and "lora" in name))
+
+    def forward(self, forest: Forest, valued: bool = True, entropy: bool = False) -> Said:
+        """What actor and critic say of a batch, the latter only if `valued`."""
+        states, head = self.trunk.states(forest), self.trunk.projection(self.temperature)
+        return Said(
+            linear_logprobs(states, labels=forest.labels, **head),
+            self.scores(CRITIC, forest, steps(forest)) if valued else None,
+            linear_entropy(states, **head) if entropy else None,
+        )
+
+    def reference(self, forest: Forest) -> Tensor:
+        """The bare trunk's log-probability of every label, (n,) float32, at the same temperature."""
+        with self.trunk.acting(None):
+            states = self.trunk.states(forest)
+        return linear_logprobs(states, labels=forest.labels, **self.trunk.projection(self.temperature))
+
+    def scores(self, role: str, forest: Forest, where: Tensor) -> Tensor:
+        """A role's score of the given positions, flat indices (m,) -> (m,) float32."""
+        with self.trunk.acting(role), self.trunk.autocast():
+            states = self.trunk.hidden(forest).flatten(0, 1)[where]
+        return self.heads[role](states.float())[:, 0]
+
+    def save(self, folder: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """The actor, as `Trunk.save` writes it."""
+        own = {
+            name.removeprefix("trunk."): tensor for name, tensor in weights.items() if name.startswith("trunk.causal.")
+        }
+        self.trunk.save(folder, {name: t for name, t in own.items() if f".{CRITIC}." not in name}, about)
+
+    def _add(self, role: str, config: LoraConfig, weights: dict[str, Tensor], seed: int) -> None:
+        causal = self.trunk.causal
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 1)
+            causal.add_adapter(role, config)
+        if weights:
+            told = set_peft_model_state_dict(causal, weights, adapter_name=role)
+            lost = list(told.unexpected_keys or ())
+            lacking = [key for key in told.missing_keys or () if f".{role}." in key]
+            if lost or lacking:
+                raise UserError(f"the adapter of {role} does not fit this trunk: {(lost + lacking)[0]}")
+        self.trunk._act("default")
+
+
+def steps(forest: Forest) -> Tensor:
+    """Flat indices (S,) of a forest's steps, path by path: what predicts each label, then the path's last token."""
+    places = torch.cat([forest.where, forest.ends])
+    path = torch.cat([forest.path, torch.arange(forest.paths, device=forest.path.device)])
+    return places[path.argsort(stable=True)]
+
+
+def _config(saved: LoraConfig, trunk: Trunk) -> LoraConfig:
+    """A scorer's LoRA as one without a head, which is kept beside it."""
+    section = Lora(
+        r=saved.r,
+        alpha=saved.lora_alpha,
+        targets=sorted(saved.target_modules) if not isinstance(saved.target_modules, str) else "all-linear",
+        rslora=saved.use_rslora,
+    )
+    return lora_config(section, trunk.plain)
+
+
+def _head(weight: Tensor, trunk: Trunk, bias: float = 0.0) -> nn.Linear:
+    head = nn.Linear(weight.shape[1], 1)
+    head.weight.data, head.bias.data = weight.clone(), torch.full((1,), bias)
+    return head.to(trunk.device)

@@ -1,0 +1,321 @@
+"""Proximal policy optimisation from a reward: actor, critic, reward and reference as roles on one trunk.
+
+    accelerate launch -m align.ppo recipes/ppo.yaml
+
+A step samples responses y to its prompts x, and gives every token the reward
+
+    r_t = -kl_coef * KL_t + [t is the end of y] * score(x, y)
+
+where KL_t estimates how far the actor has gone from the reference. With the critic's values V they give advantages A
+and returns R (GAE); for some epochs over the step's responses the actor minimises the first, the critic the second of
+
+    max(-A p/p_old, -A clip(p/p_old, 1 - e, 1 + e))
+    max((V - R)^2, (V_old + clip(V - V_old, -e, e) - R)^2) / 2
+
+(Schulman et al. 2017, arXiv 1707.06347; Ouyang et al. 2022, arXiv 2203.02155; Huang et al. 2024, "The N+ Implementation
+Details of RLHF with PPO", arXiv 2403.17031). Actor and reference are equal at the start, the critic is a copy of the
+reward. Left out on purpose: a common weight of both losses (actor and critic share no trained weight, so each has its
+own learning rate instead), and training the trunk itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from align.data.examples import Examples
+from align.data.prompts import prompts
+from align.data.trees import Forest
+from align.models.base import load_base
+from align.models.roles import CRITIC, Roles
+from align.models.trunk import Trunk
+from align.objectives import advantages as adv
+from align.objectives.losses import clipped_policy_loss, clipped_value_loss
+from align.recipe.errors import UserError
+from align.recipe.schema import BaseRecipe, Optim, PositiveInt, Section
+from align.training.launch import run_stage
+from align.training.loop import Learnt, Loop, Metrics
+from align.training.meters import Sums
+from align.training.pretraining import Pretraining, Ptx
+from align.training.rewards import RewardPart, Rewards
+from align.training.rollout import Episodes, Generation, Rollout, Targets, explained, figures, sampled, scored
+from align.training.session import Session
+from align.training.watch import Watch
+
+ESTIMATORS = {"k1": adv.k1, "k2": adv.k2, "k3": adv.k3}
+SAMPLING, ORDER = 5, 6  # tell the streams of random numbers apart
+
+
+class Ppo(Section):
+    """What is rewarded, and how the actor learns from it."""
+
+    rewards: list[RewardPart] = Field(min_length=1)
+    """The parts of the reward: their weighted sum is the score."""
+    samples: PositiveInt = 1
+    """Responses to each prompt of a step; the prompt is computed once."""
+    generation: Generation = Field(default_factory=Generation)
+    """How they are drawn."""
+    epochs: PositiveInt = 4
+    """Passes over a step's responses."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps in one pass."""
+    critic_learning_rate: Annotated[float | None, Field(gt=0)] = None
+    """Peak of the critic's learning rate, which follows the actor's schedule. Default: `optim.learning_rate`."""
+    critic_warmup: Annotated[int, Field(ge=0)] = 0
+    """First steps in which the critic alone learns."""
+    kl_coef: Annotated[float, Field(ge=0)] = 0.05
+    """Weight of the KL penalty."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """How a token's KL is estimated (joschu.net/blog/kl-approx.html)."""
+    kl_target: Annotated[float | None, Field(gt=0)] = None
+    """Adapt `kl_coef` so that a response's KL comes to this, in nats (arXiv 1909.08593). Default: it is fixed."""
+    kl_horizon: PositiveInt = 10_000
+    """Responses over which the controller of `kl_target` works."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount of later rewards."""
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Between the critic's word alone (0) and the rewards' alone (1) (arXiv 1506.02438)."""
+    whiten: bool = True
+    """Shift and scale a step's advantages to mean 0 and variance 1, over all its tokens."""
+    clip_range: Annotated[float, Field(gt=0)] = 0.2
+    """How far p/p_old may count."""
+    dual_clip: Annotated[float | None, Field(gt=1)] = None
+    """Bound of the loss of tokens with a negative advantage (arXiv 1912.09729). Default: none."""
+    value_clip_range: Annotated[float, Field(gt=0)] = 0.2
+    """How far a value may move from the one that the advantages came from."""
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the actor's entropy, which is added to what it maximises."""
+    stop_kl: Annotated[float | None, Field(gt=0)] = None
+    """Break off a step's epochs when KL(p_old, p) per token is more than this. Default: never."""
+    missing_eos_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Taken off the score of a response that did not end."""
+    length_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Taken off the score for every token."""
+    ptx: Ptx | None = None
+    """Language modelling beside PPO, against forgetting. Default: none."""
+    eval_samples: PositiveInt = 1
+    """Responses to each held-out prompt in an evaluation, drawn from the same random numbers each time."""
+    kl_budget: Annotated[float | None, Field(gt=0)] = None
+    """`best/` keeps the actor with the best held-out score whose KL is at most this. Default: whatever its KL."""
+
+    def critic_rate(self, optim: Optim) -> float:
+        """The critic's learning rate as a multiple of the actor's."""
+        return (self.critic_learning_rate or optim.learning_rate) / optim.learning_rate
+
+
+class Recipe(BaseRecipe):
+    """A policy from a reward."""
+
+    stage: Literal["ppo"]
+    """This stage."""
+    ppo: Ppo
+
+    @model_validator(mode="after")
+    def _fits_ppo(self) -> Recipe:
+        if self.lora is None:
+            raise ValueError("`lora: null`: PPO's roles are adapters on one trunk; give a `lora` section")
+        if self.lora.dropout:
+            raise ValueError("`lora.dropout` makes p/p_old random; set it to 0")
+        if self.data.overlong == "truncate":
+            raise ValueError(
+                "`data.overlong: truncate`: a prompt without its end asks something else; use drop or error"
+            )
+        if not any(part.weight for part in self.ppo.rewards):
+            raise ValueError("`ppo.rewards`: every part has weight 0; a judge alone rewards nothing")
+        if self.ppo.minibatches > self.batch.examples:
+            raise ValueError("`ppo.minibatches`: there are more than prompts in a step (batch.examples)")
+        return self
+
+
+def loss(roles: nn.Module, batch: Forest, ppo: Ppo, targets: Targets) -> tuple[Tensor, Metrics]:
+    """Policy and value loss of a batch, each its share of the minibatch's mean."""
+    old_logprobs, advantages, old_values, returns = targets.of(batch)
+    logprobs, values, entropy = roles(batch, entropy=bool(ppo.entropy_coef))
+    policy, held = clipped_policy_loss(logprobs, old_logprobs, advantages, ppo.clip_range, ppo.dual_clip)
+    value, value_held = clipped_value_loss(values, old_values, returns, ppo.value_clip_range)
+    if ppo.entropy_coef:
+        policy = policy - ppo.entropy_coef * entropy
+    total = targets.actor_learns * policy.sum() / targets.token_count + value.sum() / targets.step_count
+    n, log_ratio = len(logprobs), (logprobs - old_logprobs).detach()
+    return total, {
+        "loss": (total, 0),
+        "loss/policy": (policy.sum(), n),
+        "loss/value": (value.sum(), len(value)),
+        "clip_fraction": (held.sum(), n),
+        "clip_fraction/value": (value_held.sum(), len(value)),
+        "update_kl": (adv.k3(old_logprobs, logprobs.detach()).sum(), n),
+        "moved": (log_ratio.abs().sum(), n),
+    }
+
+
+class Algorithm:
+    """PPO's step and evaluation."""
+
+    def __init__(self, recipe: Recipe, roles: Roles, rewards: Rewards, watch: Watch, ptx: Pretraining | None) -> None:
+        self.recipe, self.ppo, self.roles, self.rewards = recipe, recipe.ppo, roles, rewards
+        self.watch, self.ptx = watch, ptx
+
+    def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
+        """One step of PPO."""
+        ppo, step, started = self.ppo, loop.step + 1, time.perf_counter()
+        kl_coef = loop.memory.setdefault("kl_coef", ppo.kl_coef)
+
+        # 1. Sample responses to the step's prompts.
+        episodes = self._sampled(loop, loop.data.train, chosen, (self.recipe.seed, SAMPLING, step), ppo.samples)
+        sampled_at = time.perf_counter()
+        # 2. Score them with every role, in the rows of the first epoch.
+        groups = self._minibatches(len(chosen), step, 0)
+        rollout, parts = self._scored(loop, loop.data.train, chosen, episodes, groups)
+
+        # 3. Rewards: the KL penalty at every token, the score at the end.
+        score = self._score(rollout, parts)  # (E,)
+        penalty = ESTIMATORS[ppo.kl_estimator](rollout.logprobs, rollout.ref_logprobs)
+        rewards = torch.zeros_like(rollout.values)  # (E, T + 1)
+        rewards[:, :-1] = -kl_coef * penalty.masked_fill(~rollout.tokens, 0)
+        rewards[torch.arange(len(score)), rollout.lengths] += score
+
+        # 4. Advantages of the tokens, returns of the steps.
+        advantages, returns = adv.gae(rewards, rollout.values, rollout.steps, ppo.gamma, ppo.gae_lambda)
+        of_tokens = advantages[:, :-1].masked_fill(~rollout.tokens, 0)
+        if ppo.whiten:
+            moments = adv.mean_variance(adv.moments(of_tokens, rollout.tokens))
+            of_tokens = adv.whiten(of_tokens, rollout.tokens, *moments)
+        scored_at = time.perf_counter()
+
+        # 5. Epochs of minibatches.
+        targets = Targets(rollout, of_tokens, returns, loop.trunk.device)
+        sums, norms, updates, actor_learns = Sums(), {}, 0, step > ppo.critic_warmup
+        for number, group in enumerate(self._schedule(groups, step)):
+            targets.minibatch(episodes.numbers(group), actor_learns)
+            work = [
+                (episodes, row, lambda roles, batch: loss(roles, batch, ppo, targets))
+                for row in loop.batches.rows(episodes, group)
+            ]
+            if self.ptx and actor_learns:
+                work = [*self.ptx.work(loop, (step - 1) * ppo.epochs * ppo.minibatches + number), *work]
+            found = loop.gradients(work)
+            terms = found.sums()
+            if number == 0:
+                _check_unmoved(loop, terms)
+            if ppo.stop_kl and terms["update_kl"][0] > ppo.stop_kl * terms["update_kl"][1]:
+                loop.optimizer.zero_grad()
+                break
+            norms = loop.update(chosen, rate, terms["loss"][0], 1.0)
+            updates += 1
+            sums.include(found)
+
+        kl = float((rollout.logprobs - rollout.ref_logprobs).sum() / len(score))
+        if ppo.kl_target:
+            loop.memory["kl_coef"] = adv.adapted(kl_coef, kl, ppo.kl_target, ppo.kl_horizon, len(score))
+        metrics = {
+            **figures(rollout, parts, score, kl_coef),
+            **{name: mean for name, mean in sums.means().items() if name not in ("distinct", "moved", "loss")},
+            **explained(rollout, returns),
+            "updates": updates,
+            "learning_rate": rate,
+            f"learning_rate/{CRITIC}": rate * self.ppo.critic_rate(self.recipe.optim),
+            **norms,
+            "sample_seconds": sampled_at - started,
+            "score_seconds": scored_at - sampled_at,
+            "learn_seconds": time.perf_counter() - scored_at,
+            "sampled_tokens_per_second": float(rollout.lengths.sum()) / (sampled_at - started),
+        }
+        trained = int(sums.sums().get("distinct", (0,))[0])
+        return Learnt(metrics, trained, int(episodes.lengths.sum()))
+
+    def evaluate(self, loop: Loop) -> dict[str, Any]:
+        """Scores of responses to the held-out prompts, and how far the actor has gone."""
+        examples, everyone = loop.data.eval, np.arange(len(loop.data.eval))
+        key = (self.recipe.seed, SAMPLING, 0)
+        episodes = self._sampled(loop, examples, everyone, key, self.ppo.eval_samples)
+        rollout, parts = self._scored(loop, examples, everyone, episodes, [everyone], valued=False)
+        score = self._score(rollout, parts)
+        found = figures(rollout, parts, score, loop.memory.get("kl_coef", self.ppo.kl_coef))
+        self.watch.evaluated(loop, episodes, score, found, self.ppo.kl_budget)
+        return found
+
+    def conclude(self, loop: Loop) -> dict[str, Any]:
+        """What the result's align.json tells besides."""
+        return dict(loop.memory)
+
+    def _sampled(
+        self, loop: Loop, examples: Examples, chosen: np.ndarray, key: tuple[int, ...], samples: int
+    ) -> Episodes:
+        loop.screen.phase("sampling")
+        stems = [examples.tree(int(i)).segments[0] for i in chosen]
+        keys = [(*key, place) for place in range(len(chosen))]
+        return sampled(loop.trunk, loop.batches, stems, keys, self.ppo.generation.sampling, samples)
+
+    def _scored(
+        self,
+        loop: Loop,
+        examples: Examples,
+        chosen: np.ndarray,
+        episodes: Episodes,
+        groups: Sequence[np.ndarray],
+        valued: bool = True,
+    ) -> tuple[Rollout, dict[str, Tensor]]:
+        """The rollout, and every part of the reward by name, (E,) each."""
+        loop.screen.phase("scoring")
+        rollout = scored(self.roles, loop.batches, episodes, groups, [*self.rewards.scorers], loop.screen, valued)
+        texts = self.watch.texts(examples, chosen, episodes) if self.rewards.read_texts else []
+        parts = rollout.scores | self.rewards.of_texts(texts, loop.batches.rank, loop.batches.world)
+        loop.screen.phase("learning")
+        return rollout, parts
+
+    def _score(self, rollout: Rollout, parts: dict[str, Tensor]) -> Tensor:
+        """(E,): the sum of the parts less the penalties."""
+        penalty = self.ppo.missing_eos_penalty * ~rollout.ended + self.ppo.length_penalty * rollout.lengths
+        return self.rewards.total(parts) - penalty
+
+    def _schedule(self, first: list[np.ndarray], step: int) -> Iterator[np.ndarray]:
+        """The prompts of every minibatch of a step, `first` those of the first epoch."""
+        yield from first
+        for epoch in range(1, self.ppo.epochs):
+            yield from self._minibatches(sum(map(len, first)), step, epoch)
+
+    def _minibatches(self, prompts: int, step: int, epoch: int) -> list[np.ndarray]:
+        order = np.random.default_rng([self.recipe.seed, ORDER, step, epoch]).permutation(prompts)
+        return np.array_split(order, min(self.ppo.minibatches, prompts))
+
+
+def _check_unmoved(loop: Loop, terms: dict[str, tuple[float, float]]) -> None:
+    """Before a step's first update p / p_old is 1 and nothing is clipped, to the bit where rows are computed alike."""
+    moved = terms["moved"][0] / terms["moved"][1]
+    exact = loop.trunk.device.type == "cpu" and not loop.recipe.model.compile
+    # What is not finite stops the update, in words for the user.
+    assert not moved > (0.0 if exact else 0.05), f"the actor differs by {moved} nats a token from the one that sampled"
+    assert not exact or terms["clip_fraction"][0] == 0
+
+
+def train(session: Session) -> None:
+    """The stage, from recipe to `final/`."""
+    recipe = session.recipe
+    begun = session.begin(prompts())
+    if begun is None:
+        return
+    run, data = begun
+    base = load_base(recipe.model, session.accelerator.device, frozen=True, seed=recipe.seed)
+    trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
+    if not trunk.packed:
+        raise UserError(f"model.base: PPO samples in the tree layout, which is not to be had: {trunk.layout_reason}")
+    rewards = Rewards(recipe.ppo.rewards, trunk)
+    roles = Roles(trunk, recipe.lora, rewards.roles, recipe.ppo.generation.temperature, recipe.seed)
+    ptx = Pretraining(session, trunk, recipe.ppo.ptx) if recipe.ppo.ptx else None
+    algorithm = Algorithm(recipe, roles, rewards, Watch(rewards, trunk.tokenizer), ptx)
+    Loop(session, run, trunk, data, algorithm, roles, {CRITIC: recipe.ppo.critic_rate(recipe.optim)}).run_all()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    run_stage(Recipe, "align.ppo", train, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Known failures of PPO, told from a run's metrics, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+RECENT = 5  # records that a judgement on a course rests on
+
+
+class Finding(NamedTuple):
+    """Something that a user should look into."""
+
+    kind: str
+    text: str
+
+
+def diagnose(records: Sequence[dict[str, Any]], judges: Sequence[str] = ()) -> list[Finding]:
+    """What the lines of metrics.jsonl show; `judges`: parts of the reward with weight 0."""
+    train = [record for record in records if record["split"] == "train"]
+    held = [record for record in records if record["split"] == "eval"]
+    found = []
+    if len(train) >= RECENT:
+        found += [*_negative_kl(train), *_no_end(train), *_blind_critic(train)]
+    for course in (held, train):
+        if len(course) > 1:
+            found += [*_lengths(course), *_entropy(course)]
+    if len(held) > 1:
+        found += [finding for judge in judges for finding in _hacking(held, f"score/{judge}", judge)]
+    return list({finding.kind: finding for finding in found}.values())
+
+
+def _negative_kl(train: Sequence[dict[str, Any]]) -> list[Finding]:
+    kl = _mean(train, "kl_per_token")
+    if kl > -0.01:
+        return []
+    return [
+        Finding(
+            "negative KL",
+            f"the KL estimate is negative ({kl:.3f} nats a token): responses do not come from the distribution that "
+            "scores them, and the penalty pays for going astray. Sample without top_k, top_p, min_p and "
+            "repetition_penalty, or take kl_estimator=k3",
+        )
+    ]
+
+
+def _no_end(train: Sequence[dict[str, Any]]) -> list[Finding]:
+    ended = _mean(train, "ended")
+    if ended >= 0.1:
+        return []
+    return [
+        Finding(
+            "no end",
+            f"{ended:.0%} of responses come to an end: the reward judges fragments. Raise generation.max_new, or set "
+            "missing_eos_penalty",
+        )
+    ]
+
+
+def _blind_critic(train: Sequence[dict[str, Any]]) -> list[Finding]:
+    known = _mean(train, "explained_variance")
+    if len(train) < 4 * RECENT or known >= 0:
+        return []
+    return [
+        Finding(
+            "blind critic",
+            f"the critic explains nothing of the returns (explained variance {known:.2f}): raise "
+            "critic_learning_rate, or give it a critic_warmup",
+        )
+    ]
+
+
+def _lengths(course: Sequence[dict[str, Any]]) -> list[Finding]:
+    first, last = course[0]["response_tokens"], course[-1]["response_tokens"]
+    if abs(last - first) < 8 or 0.5 < last / first < 1.5:
+        return []
+    return [
+        Finding(
+            "length drift",
+            f"responses went from {first:.0f} to {last:.0f} tokens: the reward may pay for length alone. Look at "
+            "score against length, or set length_penalty",
+        )
+    ]
+
+
+def _entropy(course: Sequence[dict[str, Any]]) -> list[Finding]:
+    first, last = course[0]["entropy"], course[-1]["entropy"]
+    if last > 0.25 * first or last > 0.5:
+        return []
+    return [
+        Finding(
+            "collapsed entropy",
+            f"the actor's entropy fell from {first:.2f} to {last:.2f} nats a token: it says nearly one thing. Raise "
+            "kl_coef or entropy_coef, or lower optim.learning_rate",
+        )
+    ]
+
+
+def _hacking(held: Sequence[dict[str, Any]], judge: str, name: str) -> list[Finding]:
+    score, word = (held[-1][key] - held[0][key] for key in ("score", judge))
+    if score <= 0 or word > 0:
+        return []
+    return [
+        Finding(
+            f"reward hacking, {name}",
+            f"the held-out score rose by {score:.2f}, but the judge {name} did not ({word:+.2f}): the actor may be "
+            "gaming the reward. Read the responses, and take the best checkpoint within a lower kl_budget",
+        )
+    ]
+
+
+def _mean(records: Sequence[dict[str, Any]], name: str) -> float:
+    return sum(record[name] for record in records[-RECENT:]) / len(records[-RECENT:])

@@ -1,0 +1,163 @@
+"""What a response is worth: a weighted sum of reward models and functions, each normalised and clipped.
+
+Shapes: E episodes (responses), K parts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from align.data.prompts import Asked
+from align.models.judge import Judge, read_judge
+from align.models.roles import Scorer, read_scorer
+from align.models.trunk import Trunk
+from align.recipe.errors import UserError
+from align.recipe.schema import Section
+
+RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
+
+
+class RewardPart(Section):
+    """One part of the reward; it is one of `adapter`, `model` and `function`."""
+
+    adapter: str | None = None
+    """`final/` folder of a run of align.reward on the same trunk: a role on it."""
+    model: str | None = None
+    """Any other sequence-classification checkpoint, a folder or hub id, with its own tokenizer."""
+    label: str | int | None = None
+    """With `model`: the class whose log-odds are the score, by name or number; needed where it has several."""
+    function: str | None = None
+    """`package.module:function`, called as function(prompts, responses, rows); it returns a number a response."""
+    name: str | None = None
+    """What the part is called in metrics. Default: `reward`, `model`, or the function's name."""
+    weight: float = 1.0
+    """Its weight in the sum. With 0 it is a judge, which is only watched."""
+    mean: float | None = None
+    """Taken off the score. Default: an adapter's mean on its demonstrations, else 0."""
+    std: Annotated[float | None, Field(gt=0)] = None
+    """What the score is then divided by. Default: an adapter's spread on its demonstrations, else 1."""
+    clip: Annotated[float | None, Field(gt=0)] = None
+    """The most that the result may be away from 0."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> RewardPart:
+        if sum(kind is not None for kind in (self.adapter, self.model, self.function)) != 1:
+            raise ValueError("a part of the reward is one of `adapter`, `model` and `function`; give exactly one")
+        if self.function is not None and not all(self.function.partition(":")):
+            raise ValueError(f"`function`: expected package.module:function, found {self.function!r}")
+        if self.label is not None and self.model is None:
+            raise ValueError("`label` goes with `model`")
+        return self
+
+    @property
+    def title(self) -> str:
+        """What it is called."""
+        if self.name or self.function is None:
+            return self.name or ("reward" if self.adapter else "model")
+        return self.function.partition(":")[2]
+
+
+class Answered(NamedTuple):
+    """A response and what it answers, as texts."""
+
+    asked: Asked
+    prompt: str
+    response: str
+
+
+class Rewards:
+    """The parts of a recipe, loaded."""
+
+    def __init__(self, parts: Sequence[RewardPart], trunk: Trunk, key: str = "ppo.rewards") -> None:
+        """Raises UserError with every part that cannot be had."""
+        self.parts = {part.title: part for part in parts}
+        self.scorers: dict[str, Scorer] = {}
+        self.judges: dict[str, Judge] = {}
+        self.functions: dict[str, RewardFunction] = {}
+        problems = []
+        if len(self.parts) < len(parts):
+            raise UserError(f"{key}: two parts have the same name; give each its `name`")
+        for i, (title, part) in enumerate(self.parts.items()):
+            try:
+                if part.adapter:
+                    self.scorers[title] = read_scorer(part.adapter, f"{key}.{i}.adapter", trunk)
+                elif part.model:
+                    self.judges[title] = read_judge(part.model, part.label, f"{key}.{i}", trunk.device)
+                else:
+                    self.functions[title] = _imported(part.function, f"{key}.{i}.function")
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError(*problems)
+
+    @property
+    def roles(self) -> dict[str, Scorer]:
+        """Those on the trunk, the one to start the critic from first."""
+        return dict(sorted(self.scorers.items(), key=lambda item: not self.parts[item[0]].weight))
+
+    @property
+    def read_texts(self) -> bool:
+        """Whether some part reads texts instead of tokens."""
+        return bool(self.judges or self.functions)
+
+    def of_texts(self, answered: Sequence[Answered], rank: int, world: int) -> dict[str, Tensor]:
+        """Scores by the parts that read texts, (E,) float32 each; shared out over the processes, which all get all."""
+        mine = list(answered[rank::world])
+        own = {title: judge(mine) for title, judge in self.judges.items()}
+        own |= {
+            title: _called(function, self.parts[title].function, mine) for title, function in self.functions.items()
+        }
+        parts = gather_object([{title: list(scores) for title, scores in own.items()}])
+        found = {}
+        for title in own:
+            found[title] = torch.zeros(len(answered))
+            for number, part in enumerate(parts):
+                found[title][number::world] = torch.tensor(part[title], dtype=torch.float32)
+        return found
+
+    def total(self, scores: dict[str, Tensor]) -> Tensor:
+        """Raw scores by part, (E,) each -> (E,), the weighted sum of what is normalised and clipped."""
+        total = torch.zeros_like(next(iter(scores.values())))
+        for title, part in self.parts.items():
+            scorer = self.scorers.get(title)
+            mean = part.mean if part.mean is not None else scorer.mean if scorer else 0.0
+            std = part.std or (scorer.std if scorer else 0.0) or 1.0
+            score = (scores[title] - mean) / std
+            total += part.weight * (score if part.clip is None else score.clamp(-part.clip, part.clip))
+        return total
+
+
+def _imported(name: str, key: str) -> RewardFunction:
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # the user's module may fail in any way
+        raise UserError(f"{key}: {module} cannot be imported ({type(error).__name__}: {error})") from None
+    if not callable(function):
+        raise UserError(f"{key}: {module} has no function {attribute!r}")
+    return function
+
+
+def _called(function: RewardFunction, name: str, answered: list[Answered]) -> list[float]:
+    if not answered:
+        return []
+    asked, prompts, responses = zip(*answered, strict=True)
+    try:
+        given = function(list(prompts), list(responses), [row.record for row in asked])
+        scores = [float(score) for score in given]
+    except Exception as error:  # the user's function may fail in any way
+        raise UserError(f"the reward function {name} failed ({type(error).__name__}: {error})") from error
+    if len(scores) != len(answered):
+        raise UserError(f"the reward function {name} gave {len(scores)} scores for {len(answered)} responses")
+    if not all(map(math.isfinite, scores)):
+        i = next(i for i, score in enumerate(scores) if not math.isfinite(score))
+        raise UserError(f"the reward function {name} gave {scores[i]} for the response {responses[i]!r}")
+    return scores

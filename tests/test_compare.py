@@ -1,0 +1,175 @@
+"""`align.compare`: figures that are known, verdicts that the intervals allow, and symmetry."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+from evaluations import compare_sweeps, evaluated, make_sweeps, recipe, result, rows_of, trained, write_rows
+
+from align.compare import main
+from align.tools.comparison import Pair
+from align.tools.statistics import Estimate
+
+
+def turned(e: dict, whole: float) -> dict:
+    """A figure seen from the other side: its negative, or the rest of the whole."""
+    return {"value": whole - e["value"], "low": whole - e["high"], "high": whole - e["low"], "n": e["n"]}
+
+
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory):
+    return make_sweeps(tmp_path_factory.mktemp("sweeps"))
+
+
+@pytest.fixture(scope="module")
+def swept(sweeps, tmp_path_factory):
+    return compare_sweeps(sweeps, tmp_path_factory.mktemp("swept"))
+
+
+class TestSweeps:
+    def test_the_winner_is_told_by_kl(self, swept):
+        figures, _ = swept
+        assert figures["headlines"] == ["dpo or ppo: it depends on the KL"]
+        text = " ".join(figures["summary"])
+        assert "ppo1 beats dpo1: it wins" in text
+        assert "dpo9 beats ppo9: it wins" in text
+        assert "Of 3 runs of dpo, 3 beat the baseline" in text
+        assert "Device time of training: dpo 3 min 0 s (3 runs), ppo 30 min 0 s (3 runs)." in text
+
+    def test_matched_runs_are_those_at_like_kl(self, swept):
+        figures, _ = swept
+        names = [run["name"] for run in figures["runs"]]
+        alike = {(names[pair["a"]], names[pair["b"]]) for pair in figures["pairs"] if pair["alike"]}
+        assert alike == {("dpo1", "ppo1"), ("dpo4", "ppo4"), ("dpo9", "ppo9")}
+
+    def test_overoptimisation_is_told_where_it_is(self, swept):
+        figures, _ = swept
+        told = [line for line in figures["summary"] if line.startswith("Over-optimisation")]
+        assert len(told) == 1
+        assert "in ppo: from ppo1" in told[0]
+        law = {fit["group"]: fit["fit"] for fit in figures["fits"]}
+        assert set(law) == {"dpo", "ppo", "best of n by proxy", "best of n by gold"}
+        assert law["ppo"]["b"]["low"] > 0
+
+    def test_the_law_is_fitted_to_gains_over_the_baseline(self, swept):
+        figures, _ = swept
+        law = next(fit["fit"] for fit in figures["fits"] if fit["group"] == "dpo")
+        score = {run["name"]: run["scores"]["gold"]["value"] for run in figures["runs"]}
+        d = np.sqrt([1.0, 4.0, 9.0])
+        gains = [score[f"dpo{kl}"] - score["sft"] for kl in (1, 4, 9)]
+        (a, b), *_ = np.linalg.lstsq(np.stack([d, -d * np.log(d)], 1), gains, rcond=None)
+        assert (law["a"]["value"], law["b"]["value"]) == pytest.approx((a, b))
+
+    def test_overoptimisation_is_claimed_only_where_the_interval_allows(self, tmp_path):
+        """The proxy's favourite is no worse, or lies at a lower KL."""
+        best, same = evaluated(tmp_path / "best", 0.6, 4), evaluated(tmp_path / "same", 0.6, 9, 3, seed=1)
+        near = evaluated(tmp_path / "near", -1.0, 1, 9, seed=2)
+        for favourite in (same, near):
+            runs = {"path": [str(best), str(favourite)], "group": "ppo"}
+            figures, _ = result(recipe(tmp_path / f"with_{favourite.name}.yaml", runs, proxy="proxy"))
+            assert not any("Over-optimisation" in line for line in figures["summary"])
+
+    def test_a_run_is_matched_once_with_its_nearest(self, sweeps, tmp_path):
+        close = evaluated(tmp_path / "close", 0.8, 4.5, training=trained("dpo"))
+        figures, _ = result(recipe(tmp_path / "c.yaml", sweeps["dpo4"], close, sweeps["ppo4"]))  # KL 4, 4.5 and 4.4
+        assert [(pair["a"], pair["b"]) for pair in figures["pairs"] if pair["alike"]] == [(1, 2)]
+
+    def test_a_win_is_sure_only_after_correction(self):
+        away, even = Estimate(0.6, 0.51, 0.69, 60), Estimate(0.6, 0.49, 0.71, 60)
+        pair = Pair(0, 1, away, away, away, p=0.03, p_holm=None, alike=False)
+        assert pair.sure
+        assert pair._replace(p_holm=0.04).sure
+        assert not pair._replace(p_holm=0.06).sure
+        assert not pair._replace(win_rate=even).sure
+        assert not pair._replace(win_rate=Estimate(1.0, math.nan, math.nan, 1)).sure
+
+    def test_figures_hold_what_is_known(self, swept, sweeps):
+        figures, _ = swept
+        for run in figures["runs"]:
+            kl = {"dpo": 1.0, "ppo": 1.1, "sft": 0.0}[run["name"][:3]] * int(run["name"][3:] or 1)
+            assert run["kl_full"]["value"] == pytest.approx(kl)
+            assert run["kl_sequence"]["low"] <= kl <= run["kl_sequence"]["high"]
+            scores = [[row["scores"]["gold"] for row in rows_of(sweeps[run["name"]])]]
+            assert run["scores"]["gold"]["value"] == pytest.approx(np.mean(scores))
+
+    def test_best_of_n_rises_by_its_own_score_and_starts_at_the_baseline(self, swept):
+        figures, _ = swept
+        gold = [point for point in figures["best_of"] if point["by"] == "gold"]
+        assert [point["n"] for point in gold] == [1, 2, 4, 8]
+        assert gold[0]["score"] == figures["runs"][0]["scores"]["gold"]
+        means = [point["score"]["value"] for point in gold]
+        assert means == sorted(means)
+
+    def test_only_questions_are_corrected_for(self, swept):
+        figures, _ = swept
+        # seven runs: six against the baseline, three at like KL, and the best of each, dpo9 and ppo1
+        assert sum(pair["p_holm"] is not None for pair in figures["pairs"]) == 10
+        told = dict(re.findall(r'"([0-9]+,[0-9]+)":"([^"]*)"', re.sub(r'": "', '":"', swept[1])))
+        names = [run["name"] for run in figures["runs"]]
+        assert "not corrected" in told[f"{names.index('dpo1')},{names.index('dpo9')}"]
+        assert "not corrected" not in told[f"{names.index('dpo1')},{names.index('ppo1')}"]
+
+
+class TestTwo:
+    def test_swapping_the_order_flips_every_figure_and_nothing_else(self, sweeps, tmp_path):
+        a, b = sweeps["dpo4"], sweeps["ppo9"]
+        one, _ = result(recipe(tmp_path / "one.yaml", a, b))
+        two, _ = result(recipe(tmp_path / "two.yaml", b, a))
+        (there,), (back,) = one.pop("pairs"), two.pop("pairs")
+        for name, whole in (("win_rate", 1), ("win_rate_equal_length", 1), ("score_difference", 0)):
+            flipped = turned(back.pop(name), whole)
+            assert {k: round(v, 8) for k, v in there.pop(name).items()} == {k: round(v, 8) for k, v in flipped.items()}
+        assert there == back
+        assert one.pop("runs") == two.pop("runs")[::-1]
+        assert one == two
+
+    def test_a_run_against_itself_holds_one_half(self, sweeps, tmp_path):
+        folder = str(sweeps["ppo4"])
+        twice = {"path": folder, "name": "a"}, {"path": folder, "name": "b"}
+        figures, _ = result(recipe(tmp_path / "c.yaml", *twice))
+        (pair,) = figures["pairs"]
+        assert pair["win_rate"]["low"] <= 0.5 <= pair["win_rate"]["high"]
+        assert pair["score_difference"]["value"] == 0
+        assert "may be chance" in figures["summary"][0]
+
+    def test_equal_policies_are_not_told_apart(self, tmp_path):
+        runs = [evaluated(tmp_path / name, 0.5, 2, seed=i) for i, name in enumerate("ab")]
+        figures, _ = result(recipe(tmp_path / "c.yaml", *runs))
+        assert figures["headlines"] == ["a or b: not decided"]
+        assert "the difference may be chance" in figures["summary"][0]
+
+    def test_a_winner_at_another_kl_is_called_so(self, sweeps, tmp_path):
+        figures, _ = result(recipe(tmp_path / "c.yaml", sweeps["dpo9"], sweeps["ppo9"], sweeps["ppo1"]))
+        assert figures["headlines"] == ["dpo wins at like KL"]
+        figures, _ = result(recipe(tmp_path / "d.yaml", sweeps["dpo1"], sweeps["dpo9"]))
+        assert figures["headlines"] == ["dpo9 wins, at another KL"]
+        figures, _ = result(recipe(tmp_path / "e.yaml", sweeps["dpo9"], sweeps["ppo9"]))
+        assert figures["headlines"] == ["dpo9 wins"]
+
+    def test_missing_scores_are_left_out_counted_and_told(self, sweeps, tmp_path):
+        folder = shutil.copytree(sweeps["dpo4"], tmp_path / "dpo4")
+        rows = rows_of(folder)
+        for row in rows[:5]:  # all four samples of prompt 0, one of prompt 1
+            row["scores"]["gold"] = None
+        del rows[6]["scores"]["gold"]
+        write_rows(folder, rows)
+        figures, page = result(recipe(tmp_path / "c.yaml", folder, sweeps["ppo9"]))
+        assert figures["runs"][0]["excluded"]["gold"] == 6
+        assert figures["runs"][0]["scores"]["gold"]["n"] == figures["pairs"][0]["win_rate"]["n"] == 59
+        assert "6 of 240 (gold)" in page
+
+    def test_the_same_inputs_give_the_same_bytes(self, sweeps, tmp_path):
+        argv = recipe(tmp_path / "c.yaml", sweeps["dpo1"], sweeps["ppo1"], baseline=str(sweeps["sft"]))
+        main(argv)
+        first = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
+        assert set(first) == {"recipe.yaml", "report.html", "compare.json", "compare.md"}
+        main(argv)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == first
+
+    def test_a_baseline_that_is_not_the_reference_is_told(self, sweeps, tmp_path):
+        figures, _ = result(recipe(tmp_path / "c.yaml", sweeps["ppo4"], baseline=str(sweeps["dpo1"])))
+        assert any("dpo1 is not the reference" in note for note in figures["notes"])

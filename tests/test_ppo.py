@@ -1,0 +1,289 @@
+"""PPO through its command, on a model of 40,000 weights: what it leaves, and that its numbers are the plain ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from plain import Policy, Scorer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from world import align, flat, lines, metrics, tree, weights
+
+from align import ppo, reward
+
+SEED, SAMPLES, TEMPERATURE, MOST = 17, 2, 0.7, 6
+KL_COEF, CLIP, NO_END, PER_TOKEN, BUDGET = 0.1, 0.8, 0.3, 0.01, 0.9
+TRAIN = {"steps": 1, "eval_every": None, "save_every": None}
+
+
+def wordy(prompts, responses, rows):
+    """Of the response's letters, its prompt and its row."""
+    return [
+        sum(map(str.isalpha, response)) / 10 + ("Cuba" in prompt) + len(row["chosen"]) / 100
+        for prompt, response, row in zip(prompts, responses, rows, strict=True)
+    ]
+
+
+def watching(prompts, responses, rows):
+    return [float(len(response)) for response in responses]
+
+
+class Start(NamedTuple):
+    """What PPO begins with."""
+
+    base: Path
+    reward: Path  # `final/` of a reward model on it
+
+
+def make_start(world, cache, tmp_path_factory) -> Start:
+    """The world's base with larger weights, so that its words differ and end; made once for all files of tests."""
+    folder = tmp_path_factory.getbasetemp() / "ppo start"
+    start = Start(folder / "base", folder / "reward" / "final")
+    if start.reward.exists():
+        return start
+    model = AutoModelForCausalLM.from_pretrained(world.base)
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 12 if p.ndim == 2 else 1
+        model.lm_head.weight[model.config.eos_token_id] *= 4
+    shutil.copytree(world.base, start.base)
+    model.save_pretrained(start.base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGN_CACHE", str(cache))
+        section = {"run": str(folder / "reward"), "model": {"base": str(start.base)}, "data": {"eval": {"sources": []}}}
+        told = align(world.preferences(folder / "reward.yaml", reward, train=TRAIN, **section), stage=reward)
+    assert told.status == 0, told.err
+    return start
+
+
+def recipe_of(world, start, path, ppo=None, **sections):
+    """A recipe for the prompts of pairs, rewarded by the reward model alone; `ppo` and others merged into it."""
+    own = {"rewards": [{"adapter": str(start.reward)}], "generation": {"max_new": MOST}, "samples": SAMPLES}
+    held = {"sources": [{"path": str(world.held_pairs), "limit": 3}]}
+    data = {"train": [{"path": str(world.pairs)}], "eval": held} | sections.pop("data", {})
+    model = {"base": str(start.base)} | sections.pop("model", {})
+    common = {"stage": "ppo", "run": str(path.with_suffix("")), "train": TRAIN}
+    return world.recipe(path, ppo=own | (ppo or {}), data=data, model=model, **common | sections)
+
+
+def ran(world, start, here, name="run", **sections):
+    """The folder of a run by such a recipe."""
+    told = align(recipe_of(world, start, here / f"{name}.yaml", **sections), stage=ppo)
+    assert (told.status, told.err) == (0, ""), told.err
+    return here / name
+
+
+def judged(start) -> dict:
+    """Two weighted parts and two judges; every setting that changes the score."""
+    return {
+        "rewards": [
+            {"function": "test_ppo:wordy", "weight": 0.5},
+            {"adapter": str(start.reward), "weight": -0.7, "clip": CLIP},
+            {"adapter": str(start.reward), "weight": 0.0, "name": "other"},
+            {"function": "test_ppo:watching", "weight": 0.0},
+        ],
+        "generation": {"max_new": MOST, "temperature": TEMPERATURE},
+        "eval_samples": SAMPLES,
+        "kl_coef": KL_COEF,
+        "missing_eos_penalty": NO_END,
+        "length_penalty": PER_TOKEN,
+        "epochs": 2,
+        "minibatches": 2,
+        "kl_budget": BUDGET,
+    }
+
+
+LONGER = {"train": {"steps": 4, "eval_every": 1, "save_every": 2}}
+
+
+@pytest.fixture(scope="module")
+def start(world, cache, tmp_path_factory):
+    return make_start(world, cache, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def finished(world, start, cache, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGN_CACHE", str(cache))
+        return ran(world, start, tmp_path_factory.mktemp("finished"), ppo=judged(start), **LONGER)
+
+
+class Heard(NamedTuple):
+    """A response by plain transformers."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    ref_logprobs: list[float]
+    entropies: list[float]
+    ended: bool
+
+
+@torch.no_grad()
+def heard(model, reference, prompt, drawn, end) -> Heard:
+    """Token by token, each forward pass over all there is; a token is where the summed probabilities pass `drawn`."""
+    said = Heard([], [], [], [], False)
+    for uniform in drawn:
+        ids = torch.tensor([[*prompt, *said.tokens]])
+        actor, bare = (part(ids).logits[0, -1].double() / TEMPERATURE for part in (model, reference))
+        logprobs = actor.log_softmax(-1)
+        token = int((logprobs.exp().cumsum(0) <= uniform).sum())
+        said.tokens.append(token)
+        said.logprobs.append(float(logprobs[token]))
+        said.ref_logprobs.append(float(bare.log_softmax(-1)[token]))
+        said.entropies.append(float(-(logprobs.exp() * logprobs).sum()))
+        if token == end:
+            return said._replace(ended=True)
+    return said
+
+
+def evaluated(world, start, adapter=None) -> dict[str, float]:
+    """The figures of an evaluation, from the docs' formulas, by plain transformers and peft."""
+    tokenizer, end = AutoTokenizer.from_pretrained(start.base), 2
+    reference = AutoModelForCausalLM.from_pretrained(start.base).eval()
+    model = AutoModelForCausalLM.from_pretrained(start.base).eval()
+    model = model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+    scorer = Scorer.load(start.reward, start.base)
+    about = json.loads((start.reward / "align.json").read_text())
+    end = tokenizer.eos_token_id
+    said, scores, raw = [], [], {"wordy": [], "reward": [], "other": [], "watching": []}
+    for place, row in enumerate(lines(world.held_pairs)[:3]):
+        talk = [{"role": "user", "content": row["prompt"]}]
+        prompt = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+        for number in range(SAMPLES):
+            drawn = np.random.default_rng([SEED, ppo.SAMPLING, 0, place, number]).random(MOST)
+            own = heard(model, reference, prompt, drawn, end)
+            with torch.no_grad():
+                worth = scorer.model(torch.tensor([[*prompt, *own.tokens]])).logits.item()
+            text = tokenizer.decode(own.tokens, skip_special_tokens=True)
+            (words,) = wordy([row["prompt"]], [text], [row])
+            for name, value in {"wordy": words, "reward": worth, "other": worth, "watching": len(text)}.items():
+                raw[name].append(value)
+            normal = (worth - about["score_mean"]) / about["score_std"]
+            penalty = NO_END * (not own.ended) + PER_TOKEN * len(own.tokens)
+            scores.append(0.5 * words - 0.7 * min(max(normal, -CLIP), CLIP) - penalty)
+            said.append(own)
+    count, tokens = len(said), sum(len(own.tokens) for own in said)
+    kl = sum(sum(own.logprobs) - sum(own.ref_logprobs) for own in said)
+    return {
+        "score": sum(scores) / count,
+        **{f"score/{name}": sum(values) / count for name, values in raw.items()},
+        "kl": kl / count,
+        "kl_per_token": kl / tokens,
+        "kl_coef": KL_COEF,
+        "reward": (sum(scores) - KL_COEF * kl) / count,
+        "entropy": sum(sum(own.entropies) for own in said) / tokens,
+        "response_tokens": tokens / count,
+        "ended": sum(own.ended for own in said) / count,
+    }
+
+
+def test_exactly_these_files_are_left(finished):
+    checkpoint = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
+    adapter = ("adapter_config.json", "adapter_model.safetensors", "align.json")
+    tokenizer = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
+    assert set(tree(finished)) == {
+        *("recipe.yaml", "environment.json", "data.json", "ledger.jsonl", "metrics.jsonl", "summary.json"),
+        *("report.html", "samples.jsonl", "episodes.jsonl"),
+        *(f"checkpoints/step-{step:06d}/{name}" for step in (2, 4) for name in checkpoint),
+        *(f"{result}/{name}" for result in ("best", "final") for name in (*adapter, *tokenizer)),
+    }
+
+
+@pytest.mark.parametrize("when", ["start", "best", "final"])
+def test_an_evaluation_is_what_plain_transformers_compute(world, start, finished, when):
+    """Sampling and scoring, before the first step, where actor and reference are one, and of both results."""
+    about = None if when == "start" else json.loads((finished / when / "align.json").read_text())
+    step = {"start": 0, "best": about and about.get("step"), "final": 4}[when]
+    (record,) = (record for record in metrics(finished, "eval") if record["step"] == step)
+    expected = evaluated(world, start, None if when == "start" else finished / when)
+    assert {name: record[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert (record["kl"] == 0) == (when == "start")
+    assert 0 < record["ended"] < 1, "some end by themselves, some by their length"
+
+
+def test_the_best_actor_is_the_best_within_the_budget(finished):
+    held = [record for record in metrics(finished, "eval") if record["step"]]
+    within = max((r for r in held if r["kl"] <= BUDGET), key=lambda record: record["score"])
+    assert max(held, key=lambda record: record["score"])["kl"] > BUDGET, "a better one went too far"
+    best, last = (json.loads((finished / name / "align.json").read_text()) for name in ("best", "final"))
+    told = {name: within[name] for name in ("step", "score", "kl")}
+    assert {name: best[name] for name in told} == told == last["best"]
+
+
+def test_the_same_prompts_are_answered_at_every_evaluation(world, finished):
+    rows = lines(finished / "episodes.jsonl")
+    asked = [row["prompt"] for row in lines(world.held_pairs)[:3]]
+    assert [row["step"] for row in rows] == [step for step in range(5) for _ in asked]
+    assert all(question in row["prompt"] for row, question in zip(rows, asked * 5, strict=True))
+
+
+def test_a_judge_changes_nothing(world, start, here, finished):
+    """Every number to the bit, whether two judges look on or none; with it, a run of the same recipe repeats."""
+    section = judged(start)
+    run = ran(world, start, here, ppo=section | {"rewards": section["rewards"][:2]}, **LONGER)
+    named = ("score/other", "score/watching")
+    watched = [{k: v for k, v in record.items() if k not in named} for record in metrics(finished)]
+    assert metrics(run) == watched
+    assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(finished).items())
+
+
+UNEVALUATED = {"eval": {"sources": []}}
+
+
+def test_before_the_warm_up_is_over_the_critic_learns_alone(world, start, here):
+    """Whatever else would move the actor: its B stays 0; and neither step nor evaluation depends on the rows."""
+    ptx = {"sources": [{"path": str(world.talks)}], "examples": 2}
+    section = {"critic_warmup": 1, "ptx": ptx, "entropy_coef": 0.1, "epochs": 2}
+    runs = [ran(world, start, here, f"{room}", ppo=section, batch={"row_tokens": room}) for room in (1, 512)]
+    narrow, wide = (load_file(run / "checkpoints" / "step-000001" / "model.safetensors") for run in runs)
+    actor = [tensor for name, tensor in narrow.items() if "lora_B.default" in name]
+    assert len(actor) == 14
+    assert all(tensor.abs().max() == 0 for tensor in actor)
+    for name, tensor in load_file(start.reward / "adapter_model.safetensors").items():
+        learnt = f"trunk.causal.{name}".replace(".weight", ".critic.weight")
+        assert "score" in name or not torch.equal(narrow[learnt], tensor), name
+    for name, tensor in wide.items():
+        torch.testing.assert_close(narrow[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    for record, other in zip(*map(metrics, runs), strict=True):
+        assert flat(record) == pytest.approx(flat(other), rel=1e-4, abs=1e-4)
+
+
+def test_a_step_breaks_off_where_it_has_gone_too_far(world, start, here):
+    """One of its eight updates at a high rate is enough."""
+    optim = {"learning_rate": 0.5, "warmup": 0}
+    run = ran(world, start, here, ppo={"stop_kl": 0.01, "minibatches": 2}, optim=optim, data=UNEVALUATED)
+    (record,) = metrics(run, "train")
+    assert 1 <= record["updates"] < 8
+
+
+def test_ptx_learns_its_texts(world, start, here):
+    """From the very loss that plain transformers compute."""
+    sources = [{"path": str(world.talks), "limit": 6}]
+    section = {"ptx": {"sources": sources, "examples": 6, "weight": 5.0}, "epochs": 1}
+    few = {"train": TRAIN | {"steps": 4}, "batch": {"examples": 1}, "data": UNEVALUATED}
+    run = ran(world, start, here, ppo=section, **few)
+    policy = Policy.load(run / "final", start.base)
+    talks = [[turn["content"] for turn in row["messages"]] for row in lines(world.talks)[:6]]
+    said = [policy.says(question, answer) for question, answer in talks]
+    tokens = sum(own.tokens for own in said)
+    before, after = (-sum(getattr(own, side) for own in said) / tokens for side in ("reference", "policy"))
+    assert metrics(run, "train")[0]["loss/ptx"] == pytest.approx(before, rel=1e-5)
+    assert after < before - 0.3
+
+
+def test_weights_that_overflow_stop_the_run(world, start, here):
+    """A rate of 1e30: the next step is not learnt from, and the state before it stays."""
+    optim = {"learning_rate": 1e30, "warmup": 0, "max_grad_norm": 0.0}
+    few = {"ppo": {"epochs": 1}, "train": TRAIN | {"steps": 2}, "data": UNEVALUATED}
+    recipe = recipe_of(world, start, here / "run.yaml", optim=optim, **few)
+    told = align(recipe, stage=ppo)
+    assert told.status == 2, told.err
+    assert told.err.startswith("step 2: the loss is not finite")
+    assert "Traceback" not in told.err
