@@ -41,7 +41,7 @@ from align.recipe.errors import UserError
 from align.recipe.schema import BaseRecipe, Optim, PositiveInt, Section
 from align.training.launch import run_stage
 from align.training.loop import Learnt, Loop, Metrics
-from align.training.meters import Sums
+from align.training.meters import Sums, mean_interval
 from align.training.pretraining import Pretraining, Ptx
 from align.training.rewards import RewardPart, Rewards
 from align.training.rollout import Episodes, Generation, Rollout, Targets, explained, figures, sampled, scored
@@ -203,7 +203,7 @@ class Algorithm:
             terms = found.sums()
             if number == 0:
                 _check_unmoved(loop, terms)
-            if ppo.stop_kl and terms["update_kl"][0] > ppo.stop_kl * terms["update_kl"][1]:
+            if ppo.stop_kl and updates and terms["update_kl"][0] > ppo.stop_kl * terms["update_kl"][1]:
                 loop.optimizer.zero_grad()
                 break
             norms = loop.update(chosen, rate, terms["loss"][0], 1.0)
@@ -226,8 +226,7 @@ class Algorithm:
             "learn_seconds": time.perf_counter() - scored_at,
             "sampled_tokens_per_second": float(rollout.lengths.sum()) / (sampled_at - started),
         }
-        trained = int(sums.sums().get("distinct", (0,))[0])
-        return Learnt(metrics, trained, int(episodes.lengths.sum()))
+        return Learnt(metrics, int(sums.sums()["distinct"][0]), int(episodes.lengths.sum()))
 
     def evaluate(self, loop: Loop) -> dict[str, Any]:
         """Scores of responses to the held-out prompts, and how far the actor has gone."""
@@ -238,7 +237,8 @@ class Algorithm:
         score = self._score(rollout, parts)
         found = figures(rollout, parts, score, loop.memory.get("kl_coef", self.ppo.kl_coef))
         self.watch.evaluated(loop, episodes, score, found, self.ppo.kl_budget)
-        return found
+        low, high = mean_interval(score.view(len(everyone), -1).mean(1))  # over prompts, which are independent
+        return found | {"score_low": low, "score_high": high} if len(everyone) > 1 else found
 
     def conclude(self, loop: Loop) -> dict[str, Any]:
         """What the result's align.json tells besides."""
@@ -287,9 +287,8 @@ class Algorithm:
 
 def _check_unmoved(loop: Loop, terms: dict[str, tuple[float, float]]) -> None:
     """Before a step's first update p / p_old is 1 and nothing is clipped, to the bit where rows are computed alike."""
-    moved = terms["moved"][0] / terms["moved"][1]
+    moved = terms["moved"][0] / terms["moved"][1]  # not a number: the update will tell the user
     exact = loop.trunk.device.type == "cpu" and not loop.recipe.model.compile
-    # What is not finite stops the update, in words for the user.
     assert not moved > (0.0 if exact else 0.05), f"the actor differs by {moved} nats a token from the one that sampled"
     assert not exact or terms["clip_fraction"][0] == 0
 
@@ -297,16 +296,16 @@ def _check_unmoved(loop: Loop, terms: dict[str, tuple[float, float]]) -> None:
 def train(session: Session) -> None:
     """The stage, from recipe to `final/`."""
     recipe = session.recipe
-    begun = session.begin(prompts())
-    if begun is None:
+    if not (begun := session.begin(prompts())):
         return
     run, data = begun
     base = load_base(recipe.model, session.accelerator.device, frozen=True, seed=recipe.seed)
     trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
     if not trunk.packed:
-        raise UserError(f"model.base: PPO samples in the tree layout, which is not to be had: {trunk.layout_reason}")
-    rewards = Rewards(recipe.ppo.rewards, trunk)
-    roles = Roles(trunk, recipe.lora, rewards.roles, recipe.ppo.generation.temperature, recipe.seed)
+        why = trunk.layout_reason or "model.layout is padded"
+        raise UserError(f"model.base: PPO samples in the tree layout, which is not to be had: {why}")
+    rewards, temperature = Rewards(recipe.ppo.rewards, trunk), recipe.ppo.generation.temperature
+    roles = Roles(trunk, recipe.lora, rewards.scorers, rewards.leading, temperature, recipe.seed)
     ptx = Pretraining(session, trunk, recipe.ppo.ptx) if recipe.ppo.ptx else None
     algorithm = Algorithm(recipe, roles, rewards, Watch(rewards, trunk.tokenizer), ptx)
     Loop(session, run, trunk, data, algorithm, roles, {CRITIC: recipe.ppo.critic_rate(recipe.optim)}).run_all()

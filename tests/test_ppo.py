@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -12,82 +13,26 @@ import pytest
 import torch
 from peft import PeftModel
 from plain import Policy, Scorer
+from ppo_start import MOST, SAMPLES, TRAIN, UNEVALUATED, make_start, ran, recipe_of, wordy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from world import align, flat, lines, metrics, tree, weights
+from world import align, flat, lines, metrics, tree
 
-from align import ppo, reward
+from align import ppo
 
-SEED, SAMPLES, TEMPERATURE, MOST = 17, 2, 0.7, 6
+DOCS = (Path(__file__).parents[1] / "docs" / "ppo.md").read_text("utf-8")
+SEED, TEMPERATURE = 17, 0.7
 KL_COEF, CLIP, NO_END, PER_TOKEN, BUDGET = 0.1, 0.8, 0.3, 0.01, 0.9
-TRAIN = {"steps": 1, "eval_every": None, "save_every": None}
-
-
-def wordy(prompts, responses, rows):
-    """Of the response's letters, its prompt and its row."""
-    return [
-        sum(map(str.isalpha, response)) / 10 + ("Cuba" in prompt) + len(row["chosen"]) / 100
-        for prompt, response, row in zip(prompts, responses, rows, strict=True)
-    ]
-
-
-def watching(prompts, responses, rows):
-    return [float(len(response)) for response in responses]
-
-
-class Start(NamedTuple):
-    """What PPO begins with."""
-
-    base: Path
-    reward: Path  # `final/` of a reward model on it
-
-
-def make_start(world, cache, tmp_path_factory) -> Start:
-    """The world's base with larger weights, so that its words differ and end; made once for all files of tests."""
-    folder = tmp_path_factory.getbasetemp() / "ppo start"
-    start = Start(folder / "base", folder / "reward" / "final")
-    if start.reward.exists():
-        return start
-    model = AutoModelForCausalLM.from_pretrained(world.base)
-    with torch.no_grad():
-        for p in model.parameters():
-            p *= 12 if p.ndim == 2 else 1
-        model.lm_head.weight[model.config.eos_token_id] *= 4
-    shutil.copytree(world.base, start.base)
-    model.save_pretrained(start.base)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALIGN_CACHE", str(cache))
-        section = {"run": str(folder / "reward"), "model": {"base": str(start.base)}, "data": {"eval": {"sources": []}}}
-        told = align(world.preferences(folder / "reward.yaml", reward, train=TRAIN, **section), stage=reward)
-    assert told.status == 0, told.err
-    return start
-
-
-def recipe_of(world, start, path, ppo=None, **sections):
-    """A recipe for the prompts of pairs, rewarded by the reward model alone; `ppo` and others merged into it."""
-    own = {"rewards": [{"adapter": str(start.reward)}], "generation": {"max_new": MOST}, "samples": SAMPLES}
-    held = {"sources": [{"path": str(world.held_pairs), "limit": 3}]}
-    data = {"train": [{"path": str(world.pairs)}], "eval": held} | sections.pop("data", {})
-    model = {"base": str(start.base)} | sections.pop("model", {})
-    common = {"stage": "ppo", "run": str(path.with_suffix("")), "train": TRAIN}
-    return world.recipe(path, ppo=own | (ppo or {}), data=data, model=model, **common | sections)
-
-
-def ran(world, start, here, name="run", **sections):
-    """The folder of a run by such a recipe."""
-    told = align(recipe_of(world, start, here / f"{name}.yaml", **sections), stage=ppo)
-    assert (told.status, told.err) == (0, ""), told.err
-    return here / name
 
 
 def judged(start) -> dict:
     """Two weighted parts and two judges; every setting that changes the score."""
     return {
         "rewards": [
-            {"function": "test_ppo:wordy", "weight": 0.5},
+            {"function": "ppo_start:wordy", "weight": 0.5},
             {"adapter": str(start.reward), "weight": -0.7, "clip": CLIP},
             {"adapter": str(start.reward), "weight": 0.0, "name": "other"},
-            {"function": "test_ppo:watching", "weight": 0.0},
+            {"function": "ppo_start:watching", "weight": 0.0},
         ],
         "generation": {"max_new": MOST, "temperature": TEMPERATURE},
         "eval_samples": SAMPLES,
@@ -100,7 +45,8 @@ def judged(start) -> dict:
     }
 
 
-LONGER = {"train": {"steps": 4, "eval_every": 1, "save_every": 2}}
+LONGER = {"steps": 4, "eval_every": 1, "save_every": 2}
+STEADY = {"optim": {"learning_rate": 0.02, "schedule": "constant", "warmup": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +58,7 @@ def start(world, cache, tmp_path_factory):
 def finished(world, start, cache, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGN_CACHE", str(cache))
-        return ran(world, start, tmp_path_factory.mktemp("finished"), ppo=judged(start), **LONGER)
+        return ran(world, start, tmp_path_factory.mktemp("finished"), ppo=judged(start), train=LONGER, **STEADY)
 
 
 class Heard(NamedTuple):
@@ -145,7 +91,7 @@ def heard(model, reference, prompt, drawn, end) -> Heard:
 
 def evaluated(world, start, adapter=None) -> dict[str, float]:
     """The figures of an evaluation, from the docs' formulas, by plain transformers and peft."""
-    tokenizer, end = AutoTokenizer.from_pretrained(start.base), 2
+    tokenizer = AutoTokenizer.from_pretrained(start.base)
     reference = AutoModelForCausalLM.from_pretrained(start.base).eval()
     model = AutoModelForCausalLM.from_pretrained(start.base).eval()
     model = model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
@@ -171,8 +117,12 @@ def evaluated(world, start, adapter=None) -> dict[str, float]:
             said.append(own)
     count, tokens = len(said), sum(len(own.tokens) for own in said)
     kl = sum(sum(own.logprobs) - sum(own.ref_logprobs) for own in said)
+    by_prompt = [fmean(scores[i : i + SAMPLES]) for i in range(0, count, SAMPLES)]
+    reach = 1.959964 * stdev(by_prompt) / len(by_prompt) ** 0.5
     return {
-        "score": sum(scores) / count,
+        "score": fmean(scores),
+        "score_low": fmean(scores) - reach,
+        "score_high": fmean(scores) + reach,
         **{f"score/{name}": sum(values) / count for name, values in raw.items()},
         "kl": kl / count,
         "kl_per_token": kl / tokens,
@@ -205,7 +155,21 @@ def test_an_evaluation_is_what_plain_transformers_compute(world, start, finished
     expected = evaluated(world, start, None if when == "start" else finished / when)
     assert {name: record[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert (record["kl"] == 0) == (when == "start")
-    assert 0 < record["ended"] < 1, "some end by themselves, some by their length"
+    assert when != "start" or 0 < record["ended"] < 1, "some end by themselves, some by their length"
+
+
+def test_every_figure_of_the_docs_is_there(finished):
+    """All of the table's, but that of a loss which this run has not."""
+    table = DOCS.partition("## Numbers")[2].partition("## When")[0]
+    named = {name for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall("`(.*?)`", cell)}
+    parts = {f"score/{name}" for name in ("wordy", "reward", "other", "watching")}
+    interval = {"score_low", "score_high"}
+    expected = (named - {"score/<name>", "loss/ptx"} - interval) | parts
+    held, first = lines(finished / "metrics.jsonl")[:2]
+    common = {"step", "split", "epoch", "tokens", "tokens_seen", "step_seconds", "elapsed_seconds", "tokens_per_second"}
+    assert set(first) - common == expected
+    sampled = {"kl", "kl_per_token", "kl_coef", "entropy", "response_tokens", "ended", "score", "reward"}
+    assert set(held) - {"step", "split", "eval_seconds"} == sampled | parts | interval
 
 
 def test_the_best_actor_is_the_best_within_the_budget(finished):
@@ -225,23 +189,25 @@ def test_the_same_prompts_are_answered_at_every_evaluation(world, finished):
 
 
 def test_a_judge_changes_nothing(world, start, here, finished):
-    """Every number to the bit, whether two judges look on or none; with it, a run of the same recipe repeats."""
+    """Every number to the bit, whether two judges look on or none."""
     section = judged(start)
-    run = ran(world, start, here, ppo=section | {"rewards": section["rewards"][:2]}, **LONGER)
+    alone = section | {"rewards": section["rewards"][:2]}
+    run = ran(world, start, here, ppo=alone, train=LONGER | {"steps": 2}, **STEADY)
     named = ("score/other", "score/watching")
     watched = [{k: v for k, v in record.items() if k not in named} for record in metrics(finished)]
-    assert metrics(run) == watched
-    assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(finished).items())
-
-
-UNEVALUATED = {"eval": {"sources": []}}
+    assert metrics(run) == watched[:5]
+    first, second = (load_file(of / "checkpoints" / "step-000002" / "model.safetensors") for of in (run, finished))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
 
 
 def test_before_the_warm_up_is_over_the_critic_learns_alone(world, start, here):
     """Whatever else would move the actor: its B stays 0; and neither step nor evaluation depends on the rows."""
     ptx = {"sources": [{"path": str(world.talks)}], "examples": 2}
     section = {"critic_warmup": 1, "ptx": ptx, "entropy_coef": 0.1, "epochs": 2}
-    runs = [ran(world, start, here, f"{room}", ppo=section, batch={"row_tokens": room}) for room in (1, 512)]
+    runs = [
+        ran(world, start, here, f"{room}", ppo=section, batch={"examples": 2, "row_tokens": room}) for room in (1, 512)
+    ]
     narrow, wide = (load_file(run / "checkpoints" / "step-000001" / "model.safetensors") for run in runs)
     actor = [tensor for name, tensor in narrow.items() if "lora_B.default" in name]
     assert len(actor) == 14

@@ -6,8 +6,8 @@ import signal
 
 import pytest
 import torch
+from ppo_start import SAMPLES, make_start, recipe_of
 from safetensors.torch import load_file
-from test_ppo import SAMPLES, make_start, recipe_of
 from test_processes import free_port
 from test_resume import records
 from world import Child, align, flat, lines, metrics, tree
@@ -24,7 +24,7 @@ def whole(world, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     start = make_start(world, cache, tmp_path_factory)
     section = {"kl_coef": KL_COEF, "kl_target": TARGET, "kl_horizon": HORIZON, "minibatches": 2, "epochs": 1}
-    section["rewards"] = [{"adapter": str(start.reward)}, {"function": "test_ppo:wordy"}]
+    section["rewards"] = [{"adapter": str(start.reward)}, {"function": "ppo_start:wordy"}]
     recipe = recipe_of(
         world, start, folder / "run.yaml", ppo=section, batch={"examples": EXAMPLES},
         train={"steps": STEPS, "eval_every": 2, "save_every": 1},

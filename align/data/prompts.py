@@ -40,11 +40,12 @@ def prompts() -> Reading:
 
 def asked(examples: Examples) -> list[Asked]:
     """The rows of all examples, read again from their files."""
-    places = {examples.where(i): i for i in range(len(examples))}
-    rows: list[Asked | None] = [None] * len(examples)
-    for source in {id(part.source): part.source for part in examples.parts}.values():
-        for record, row in read_records(source, PROMPTING):
-            i = places.get(f"{row.file}:{row.line}")
+    rows: list[Asked | None] = []
+    for part in examples.parts:
+        places = {part.store.place(row): i for i, row in enumerate(part.rows, len(rows))}
+        rows += [None] * len(places)
+        for record, row in read_records(part.source, PROMPTING):
+            i = places.get((row.file, row.line))
             if i is not None and isinstance(row, Row):
                 rows[i] = Asked(record, row.messages, row.text)
     assert None not in rows, "every example came from a row"
@@ -91,7 +92,7 @@ def _render(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[Tree | 
             written.append((text[:begin], []))
         except Unwritable as error:
             written.append(Fault(row.file, row.line, str(error)))
-    chats = iter(tokenised([text for text in written if isinstance(text, tuple)], tokenizer))
+    chats = iter(tokenised([text for text in written if text and not isinstance(text, Fault)], tokenizer))
     return [
         text if isinstance(text, Fault) else _stem(row, next(chats)[0] if text else _beginning(row.text, tokenizer))
         for row, text in zip(rows, written, strict=True)

@@ -1,15 +1,17 @@
 """Keys and values while responses are sampled: recorded from a packed prompt pass, then one more token a row a step.
 
-Shapes: B rows, G key/value heads, H query heads, T tokens kept at most, D head size.
+Shapes: B rows, G key/value heads, H query heads, T tokens that there is room for, D head size.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 NAME = "align_decode"
+STRETCH = 64  # tokens by which the room grows
 
 
 class Recorder:
@@ -31,10 +33,11 @@ class Recorder:
 class KeyValues:
     """One row a response, each as far as its own length; rows are dropped when they are done."""
 
-    def __init__(self, recorded: Recorder, spans: list[tuple[int, int]], room: int) -> None:
-        """`spans`: for each row where its prompt stands among the recorded tokens; `room`: T."""
+    def __init__(self, recorded: Recorder, spans: list[tuple[int, int]]) -> None:
+        """`spans`: for each row where its prompt stands among the recorded tokens."""
         self.lengths = torch.tensor([last - first for first, last in spans])  # (B,) int64, tokens kept
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        room = int(self.lengths.max()) + STRETCH
         for layer in list(recorded.layers):
             kept = []
             for states in recorded.layers.pop(layer):
@@ -44,28 +47,52 @@ class KeyValues:
                 kept.append(buffer)
             self.layers[layer] = (kept[0], kept[1])
         self.lengths = self.lengths.to(kept[0].device)
+        self._measure()
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_more: object) -> tuple[Tensor, Tensor]:
-        """(B, G, 1, D) of the newest tokens -> all kept so far, (B, G, t, D), t the longest row with its newest."""
-        rows = torch.arange(len(key), device=key.device)
-        longest = int(self.lengths.max()) + 1
+        """(B, G, 1, D) of the newest tokens -> all kept so far with room for more, (B, G, T, D)."""
         for buffer, newest in zip(self.layers[layer], (key, value), strict=True):
-            buffer[rows, :, self.lengths] = newest[:, :, 0]
-        keys, values = self.layers[layer]
-        return keys[:, :, :longest], values[:, :, :longest]
+            buffer[self.rows, :, self.lengths] = newest[:, :, 0]
+        return self.layers[layer]
+
+    def unseen(self, window: int | None) -> Tensor:
+        """(B, 1, 1, T) bool, True where a row has no token, or one that lies more than a window back."""
+        if window not in self._unseen:
+            place = torch.arange(self.room, device=self.lengths.device)[None]
+            unseen = place > self.lengths[:, None]
+            if window is not None:
+                unseen |= place <= self.lengths[:, None] - window
+            self._unseen[window] = unseen[:, None, None]
+        return self._unseen[window]
+
+    def _measure(self) -> None:
+        """What all layers of a step share; more room where it is used up."""
+        self.rows = torch.arange(len(self.lengths), device=self.lengths.device)
+        self._unseen: dict[int | None, Tensor] = {}
+        self.longest = int(self.lengths.max())
+        if self.longest == self.room:  # the kept are used whole: a part of them would have to be copied at each step
+            for layer, kept in self.layers.items():
+                self.layers[layer] = tuple(pad(buffer, (0, 0, 0, STRETCH)) for buffer in kept)
+
+    @property
+    def room(self) -> int:
+        """T."""
+        return next(iter(self.layers.values()))[0].shape[2]
 
     def get_seq_length(self, *_layer: int) -> int:
         """The longest row."""
-        return int(self.lengths.max())
+        return self.longest
 
     def grow(self) -> None:
         """The newest tokens are kept: after all layers have seen them."""
         self.lengths += 1
+        self._measure()
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows, (b,) int64, go on."""
         self.lengths = self.lengths[rows]
         self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
+        self._measure()
 
 
 def decode_attention(
@@ -81,20 +108,16 @@ def decode_attention(
     kept: KeyValues | None = None,
     **_unused: object,
 ) -> tuple[Tensor, None]:
-    """query (B, H, 1, D), key and value (B, G, t, D) -> (B, 1, H, D), each row over its own length."""
+    """query (B, H, 1, D), key and value (B, G, T, D) -> (B, 1, H, D), each row over its own length."""
     assert kept is not None
     assert query.shape[2] == 1, query.shape
     rows, heads, _, size = query.shape
-    groups, length = key.shape[1:3]
-    place = torch.arange(length, device=query.device)[None]
-    hidden = place > kept.lengths[:, None]  # (B, t)
-    if sliding_window is not None:
-        hidden |= place <= kept.lengths[:, None] - sliding_window
-    scores = query.view(rows, groups, heads // groups, size) @ key.transpose(2, 3)  # (B, G, H / G, t)
+    groups = key.shape[1]
+    scores = query.view(rows, groups, heads // groups, size) @ key.transpose(2, 3)  # (B, G, H / G, T)
     scores = scores.float() * (size**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    shares = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(-1).to(value.dtype)
+    shares = scores.masked_fill_(kept.unseen(sliding_window), -torch.inf).softmax(-1).to(value.dtype)
     return (shares @ value).view(rows, 1, heads, size), None
 
 

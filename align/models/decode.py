@@ -15,10 +15,13 @@ from align.data.trees import Tree, plant
 from align.models.attention import ForestMask
 from align.models.cache import NAME as DECODE
 from align.models.cache import KeyValues, Recorder
+from align.models.fused import fixed_products
+from align.models.packed import Linear, prepared
 from align.models.sampling import Sampling, draw, filtered, penalised, uniforms
 from align.models.trunk import Trunk
 
 KEPT_TOKENS = {"cpu": 32_768, "cuda": 1_048_576}  # of all rows that are sampled at once
+FEW_ROWS = 16  # that products are prepared for
 LEAVE = 0.75  # rows that are done leave when no more than this share goes on
 
 
@@ -41,11 +44,12 @@ def sample(
     assert all(len(prompt) for prompt in prompts)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     responses: list[list[Response]] = [[] for _ in prompts]
-    with torch.no_grad(), _evaluating(trunk):
+    with torch.no_grad(), _evaluating(trunk), fixed_products(trunk, FEW_ROWS):
+        project = _projection(trunk)
         for group in _groups(order, prompts, sampling.max_new, samples, trunk.device.type):
             rows = [(i, number) for i in group for number in range(samples)]
             drawn = np.stack([uniforms((*keys[i], number), sampling.max_new) for i, number in rows])
-            batch = _Batch(trunk, [prompts[i] for i in group], samples, sampling, drawn)
+            batch = _Batch(trunk, project, [prompts[i] for i in group], samples, sampling, drawn)
             with trunk.attending(DECODE):
                 found = batch.run()
             for (i, _), response in zip(rows, found, strict=True):
@@ -76,9 +80,16 @@ class _Batch:
     """The rows that are sampled at once; `active` are those that go on."""
 
     def __init__(
-        self, trunk: Trunk, prompts: list[np.ndarray], samples: int, sampling: Sampling, drawn: np.ndarray
+        self,
+        trunk: Trunk,
+        project: Linear,
+        prompts: list[np.ndarray],
+        samples: int,
+        sampling: Sampling,
+        drawn: np.ndarray,
     ) -> None:
-        self.trunk, self.sampling = trunk, sampling
+        """`project`: hidden states to logits."""
+        self.trunk, self.project, self.sampling = trunk, project, sampling
         self.drawn = torch.from_numpy(drawn).to(trunk.device)  # (B, max_new) float64
         self.ends = torch.tensor(sorted(end_tokens(trunk)), device=trunk.device)
         self.logits, self.kept = self._prompts(prompts, samples)
@@ -126,8 +137,7 @@ class _Batch:
             ).last_hidden_state[0, forest.ends]
         edges = np.cumsum([0, *(len(prompt) for prompt in prompts)])
         spans = [(int(a), int(b)) for a, b in pairwise(edges) for _ in range(samples)]
-        room = max(len(prompt) for prompt in prompts) + self.sampling.max_new
-        return self._project(hidden).repeat_interleave(samples, 0), KeyValues(recorder, spans, room)
+        return self.project(hidden).repeat_interleave(samples, 0), KeyValues(recorder, spans)
 
     def _step(self, tokens: Tensor) -> Tensor:
         """One more token a row, (B,) -> logits (B, V)."""
@@ -141,14 +151,7 @@ class _Batch:
                 kept=kept,
             ).last_hidden_state[:, 0]
         kept.grow()
-        return self._project(hidden)
-
-    def _project(self, hidden: Tensor) -> Tensor:
-        head = self.trunk.projection()
-        logits = torch.nn.functional.linear(hidden.to(self.trunk.dtype), head["weight"], head["bias"]).float()
-        logits = logits * head["scale"]
-        cap = head["softcap"]
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return self.project(hidden)
 
     def _next(self, t: int) -> Tensor:
         logits, sampling = self.logits, self.sampling
@@ -181,6 +184,18 @@ class _Batch:
         longest = max(map(len, self.sampling.stop))
         tail = self.trunk.tokenizer.decode(self.said[row, max(0, t - longest) : t + 1])
         return any(stop in tail for stop in self.sampling.stop)
+
+
+def _projection(trunk: Trunk) -> Linear:
+    """Final hidden states (B, d) -> logits (B, V) float32."""
+    head = trunk.projection()
+    product, scale, cap = prepared(head["weight"], head["bias"], FEW_ROWS), head["scale"], head["softcap"]
+
+    def project(hidden: Tensor) -> Tensor:
+        logits = product(hidden.to(trunk.dtype)).float() * scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return project
 
 
 def end_tokens(trunk: Trunk) -> set[int]:

@@ -9,14 +9,18 @@ Shapes: n tokens, d hidden size, h the MLP's width, r a LoRA's rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
+from transformers.pytorch_utils import Conv1D
 
 from align.models.lora import LoraLinear, Product, joined, parted, product, product_backward
+from align.models.packed import Fixed, prepared
 
 
 def fuse(model: nn.Module) -> None:
@@ -50,6 +54,7 @@ class Joined:
         self.sizes = [len(base.weight) for base in bases]
         for base, rows in zip(bases, self.weight.split(self.sizes), strict=True):
             base.weight.data = rows
+        self.fixed: Fixed | None = None  # as a layer's
         self.given: Tensor | None = None
         self.ready: dict[LoraLinear, Tensor] = {}
 
@@ -62,7 +67,9 @@ class Joined:
         """The layer's output for x; None if it has to be computed alone."""
         if self.given is not x or layer not in self.ready:
             self.given, self.ready = x, {}
-            if all(part.disable_adapters and not part.merged for part in self.layers):
+            if self.fixed is not None and not torch.is_grad_enabled():
+                outputs = self.fixed(x).split(self.sizes, -1)
+            elif all(part.disable_adapters and not part.merged for part in self.layers):
                 outputs = nn.functional.linear(x, self.weight, self.bias).split(self.sizes, -1)
             elif products := self.products():
                 outputs = _JoinedProduct.apply(x, self, *(t for p in products for t in (p.a, p.b)))
@@ -73,6 +80,40 @@ class Joined:
         if not self.ready:
             self.given = None
         return out
+
+
+@contextmanager
+def fixed_products(model: nn.Module, rows: int) -> Iterator[None]:
+    """While nothing trains: products with what acts now, joined and prepared once, for about so many rows."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    groups = {id(layer.group): layer.group for layer in layers if layer.group is not None}
+    alone = [layer for layer in layers if layer.group is None]
+    fixed = [(part, found) for part in (*groups.values(), *alone) if (found := _fixed(part, rows))]
+    for part, found in fixed:
+        part.fixed = found
+    try:
+        yield
+    finally:
+        for part, _ in fixed:
+            part.fixed = None
+
+
+def _fixed(part: LoraLinear | Joined, rows: int) -> Fixed | None:
+    """None where a layer does not multiply plainly."""
+    layers = part.layers if isinstance(part, Joined) else [part]
+    if all(layer.disable_adapters and not layer.merged for layer in layers):
+        base = part if isinstance(part, Joined) else part.get_base_layer()
+        return None if isinstance(base, Conv1D) else Fixed(prepared(base.weight, base.bias, rows))
+    if isinstance(part, Joined):
+        parts = part.products()
+        operands = joined(parts, part.weight, part.bias) if parts else None
+    else:
+        operands = part.plain_product()
+    if operands is None:
+        return None
+    weight, bias, a, b, scale = operands
+    low, high = (each.detach().to(weight.dtype) for each in (a, b))
+    return Fixed(prepared(weight, bias, rows), low, high, scale)
 
 
 def _join(module: nn.Module, names: tuple[str, ...]) -> None:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from align.models.base import base_folder, compute_dtype
+from align.data.templates import REFUSALS
+from align.models.base import about_result, base_folder, weights_fingerprint
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
 
@@ -80,7 +81,11 @@ class Judge:
         messages = answer.asked.messages
         if messages is not None and self.tokenizer.chat_template:
             talk = [*messages, {"role": "assistant", "content": answer.response}]
-            text = self.tokenizer.apply_chat_template(talk, tokenize=False).rstrip("\n")
+            try:
+                text = self.tokenizer.apply_chat_template(talk, tokenize=False).rstrip("\n")
+            except REFUSALS as error:
+                name = self.tokenizer.name_or_path
+                raise UserError(f"{name}: its chat template cannot write what it is to judge ({error})") from None
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         else:
             before = answer.asked.text if messages is None else messages[-1]["content"] + "\n"
@@ -88,10 +93,13 @@ class Judge:
         return (ids or [self.fill])[-self.longest :]
 
 
-def read_judge(name: str, label: str | int | None, key: str, device: torch.device) -> Judge:
-    """The model behind a folder or hub id; UserError, which names the `key`, where there is none to be used."""
+def read_judge(name: str, label: str | int | None, key: str, device: torch.device, dtype: torch.dtype) -> Judge:
+    """The model behind a folder or hub id; UserError, which names the `key`, where there is none to be used.
+
+    `dtype`: what it computes in.
+    """
     folder = Path(name).expanduser()
-    about = json.loads((folder / "align.json").read_text("utf-8")) if (folder / "align.json").is_file() else {}
+    about = about_result(folder, f"{key}.model")
     adapter = folder / "adapter_config.json"
     try:
         if adapter.is_file():
@@ -107,18 +115,24 @@ def read_judge(name: str, label: str | int | None, key: str, device: torch.devic
         raise UserError(f"{key}.model: {name} cannot be loaded as a sequence classifier ({why})") from None
     chosen = _label(model, label, about.get("labels"), name, key)
     longest = about.get("max_length") or getattr(model.config, "max_position_embeddings", None) or 4096
-    model = model.to(device, compute_dtype("auto", device)).requires_grad_(False)
+    model = model.to(device, dtype).requires_grad_(False)
     return Judge(model, tokenizer, chosen, longest)
 
 
 def _with_adapter(folder: Path, config: dict[str, Any], about: dict[str, Any]) -> PreTrainedModel:
     """A base with its adapter and head merged in, so that it runs as fast as the base."""
+    source = config["base_model_name_or_path"]
+    if about and about["fingerprint"] != weights_fingerprint(base_folder(Model(base=source))):
+        raise UserError(
+            f"{folder} was not trained on {source} as it is, but on other weights, such as with an SFT adapter merged "
+            "into it; save base and adapter merged, and train it on that (docs/reward.md)"
+        )
     heads = [key for key in load_file(folder / "adapter_model.safetensors") if key.endswith("score.weight")]
     outputs = len(about["labels"]) if about.get("labels") else 1
     if not heads and not about:
-        outputs = AutoConfig.from_pretrained(config["base_model_name_or_path"]).num_labels
+        outputs = AutoConfig.from_pretrained(source).num_labels
     base = AutoModelForSequenceClassification.from_pretrained(
-        config["base_model_name_or_path"], num_labels=outputs, dtype=torch.float32, use_safetensors=True
+        source, num_labels=outputs, dtype=torch.float32, use_safetensors=True
     )
     return PeftModel.from_pretrained(base, folder).merge_and_unload()
 

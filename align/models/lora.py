@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from align.models.packed import Fixed
 from align.recipe.schema import Lora
 
 
@@ -35,9 +36,12 @@ class LoraLinear(lora.Linear):
     """peft's layer with `product` for its forward where one plain adapter is active."""
 
     group = None  # of layers that are computed together (see align.models.fused)
+    fixed: Fixed | None = None  # its product prepared, while nothing trains
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(…, i) -> (…, o)."""
+        if self.fixed is not None and not torch.is_grad_enabled():
+            return self.fixed(x)
         if self.group is not None and not args and not kwargs:
             out = self.group.of(self, x)
             if out is not None:

@@ -69,9 +69,15 @@ class Roles(nn.Module):
     """Actor and critic behind one forward pass, which trains both; rewards and reference beside them."""
 
     def __init__(
-        self, trunk: Trunk, lora: Lora, scorers: dict[str, Scorer], temperature: float = 1.0, seed: int = 0
+        self,
+        trunk: Trunk,
+        lora: Lora,
+        scorers: dict[str, Scorer],
+        leading: str | None,
+        temperature: float = 1.0,
+        seed: int = 0,
     ) -> None:
-        """`scorers` by role name; the critic starts as the first of them."""
+        """`scorers` by role name; the critic starts as the `leading` one, at 0 without one."""
         super().__init__()
         self.trunk, self.temperature = trunk, temperature
         self.heads = nn.ModuleDict()
@@ -79,11 +85,11 @@ class Roles(nn.Module):
         for role, scorer in scorers.items():
             self._add(role, _config(scorer.config, trunk), scorer.weights, seed)
             self.heads[role] = _head(scorer.head, trunk)
-        first = next(iter(scorers.values()), None)
-        if first is None:
+        if leading is None:
             self._add(CRITIC, lora_config(lora, trunk.plain), {}, seed)
             self.heads[CRITIC] = _head(torch.zeros(1, width), trunk)
         else:
+            first = scorers[leading]
             self._add(CRITIC, _config(first.config, trunk), first.weights, seed)
             spread = first.std or 1.0
             self.heads[CRITIC] = _head(first.head / spread, trunk, -first.mean / spread)

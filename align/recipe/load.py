@@ -81,7 +81,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str], recipe_type: type[Ba
     try:
         recipe = recipe_type.model_validate(document.values)
     except ValidationError as error:
-        problems = problems + _problems(error, recipe_type, document)
+        problems = problems + problems_of(error, recipe_type, document)
     if problems:
         raise UserError(*dict.fromkeys(text for _, text in sorted(problems, key=lambda p: p.order)))
     assert recipe is not None
@@ -109,7 +109,7 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
-def _problems(error: ValidationError, recipe_type: type[BaseRecipe], document: Document) -> list[Problem]:
+def problems_of(error: ValidationError, recipe_type: type[BaseRecipe], document: Document) -> list[Problem]:
     """pydantic's errors as ours: one for each value, however many arms of a union refused it."""
     found = {}
     for fault in error.errors(include_url=False):

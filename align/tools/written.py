@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from align.recipe.document import Document, Keys, Place, spoken
 from align.recipe.errors import UserError
-from align.recipe.load import _problems as problems_of
+from align.recipe.load import problems_of
 
 
 class Node(NamedTuple):

@@ -121,6 +121,12 @@ def interval(successes: float, trials: float) -> tuple[float, float]:
     return (middle - reach) / (1 + z * z / trials), (middle + reach) / (1 + z * z / trials)
 
 
+def mean_interval(values: Tensor) -> tuple[float, float]:
+    """The 95 % interval of the mean of (n,) independent values, n > 1: 1.96 standard errors to either side."""
+    reach = 1.959964 * float(values.double().std()) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return float(values.mean()) - reach, float(values.mean()) + reach
+
+
 @dataclass
 class Throughput:
     """Work over wall-clock time. Each distinct token counts once: no padding, no repeats of a sampler."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from align.data.prompts import Asked
 from align.models.judge import Judge, read_judge
-from align.models.roles import Scorer, read_scorer
+from align.models.roles import CRITIC, Scorer, read_scorer
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Section
@@ -36,7 +36,7 @@ class RewardPart(Section):
     """With `model`: the class whose log-odds are the score, by name or number; needed where it has several."""
     function: str | None = None
     """`package.module:function`, called as function(prompts, responses, rows); it returns a number a response."""
-    name: str | None = None
+    name: Annotated[str | None, Field(pattern=r"^[\w-]+$")] = None
     """What the part is called in metrics. Default: `reward`, `model`, or the function's name."""
     weight: float = 1.0
     """Its weight in the sum. With 0 it is a judge, which is only watched."""
@@ -55,6 +55,8 @@ class RewardPart(Section):
             raise ValueError(f"`function`: expected package.module:function, found {self.function!r}")
         if self.label is not None and self.model is None:
             raise ValueError("`label` goes with `model`")
+        if self.adapter is not None and self.name in ("default", CRITIC):
+            raise ValueError(f"`name`: {self.name} is another role on the trunk")
         return self
 
     @property
@@ -88,9 +90,11 @@ class Rewards:
         for i, (title, part) in enumerate(self.parts.items()):
             try:
                 if part.adapter:
-                    self.scorers[title] = read_scorer(part.adapter, f"{key}.{i}.adapter", trunk)
+                    found = read_scorer(part.adapter, f"{key}.{i}.adapter", trunk)
+                    mean = found.mean if part.mean is None else part.mean
+                    self.scorers[title] = found._replace(mean=mean, std=part.std or found.std)
                 elif part.model:
-                    self.judges[title] = read_judge(part.model, part.label, f"{key}.{i}", trunk.device)
+                    self.judges[title] = read_judge(part.model, part.label, f"{key}.{i}", trunk.device, trunk.dtype)
                 else:
                     self.functions[title] = _imported(part.function, f"{key}.{i}.function")
             except UserError as error:
@@ -99,9 +103,9 @@ class Rewards:
             raise UserError(*problems)
 
     @property
-    def roles(self) -> dict[str, Scorer]:
-        """Those on the trunk, the one to start the critic from first."""
-        return dict(sorted(self.scorers.items(), key=lambda item: not self.parts[item[0]].weight))
+    def leading(self) -> str | None:
+        """The part that the critic starts as: the first on the trunk that counts."""
+        return next((title for title in self.scorers if self.parts[title].weight), None)
 
     @property
     def read_texts(self) -> bool:
@@ -127,10 +131,8 @@ class Rewards:
         """Raw scores by part, (E,) each -> (E,), the weighted sum of what is normalised and clipped."""
         total = torch.zeros_like(next(iter(scores.values())))
         for title, part in self.parts.items():
-            scorer = self.scorers.get(title)
-            mean = part.mean if part.mean is not None else scorer.mean if scorer else 0.0
-            std = part.std or (scorer.std if scorer else 0.0) or 1.0
-            score = (scores[title] - mean) / std
+            normal = self.scorers.get(title, part)  # it knows the part's mean and spread
+            score = (scores[title] - (normal.mean or 0.0)) / (normal.std or 1.0)
             total += part.weight * (score if part.clip is None else score.clamp(-part.clip, part.clip))
         return total
 

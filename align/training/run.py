@@ -61,7 +61,7 @@ class Run:
         folder = self.folder
         if folder.exists() and not folder.is_dir():
             raise UserError(f"run: {folder} is a file; name another folder")
-        if not folder.is_dir() or not any(folder.iterdir()):
+        if not folder.is_dir() or all(path.name.startswith(".writing-") for path in folder.iterdir()):
             return
         saved = folder / "recipe.yaml"
         if not saved.is_file():
@@ -90,7 +90,7 @@ class Run:
         """Make the folder ready to go on after `step`: what is later is cut off; with `fresh`, all is."""
         self._lock()
         if fresh:
-            for name in OWN:
+            for name in reversed(OWN):  # what tells whose the folder is goes last
                 path = self.folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         write_atomic(self.folder / "recipe.yaml", dump_recipe(self.recipe))

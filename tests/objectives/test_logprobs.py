@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from align.objectives import logprobs
-from align.objectives.logprobs import linear_logprobs
+from align.objectives.logprobs import linear_entropy, linear_logprobs
 
 KINDS = {
     "plain": {},
@@ -102,3 +102,56 @@ def test_logits_of_any_size_stay_finite():
     torch.testing.assert_close(found, whole(hidden, weight, labels), rtol=1e-5, atol=0.05)
     found.sum().backward()
     assert hidden.grad.isfinite().all()
+
+
+def whole_entropy(hidden: Tensor, weight: Tensor, bias=None, *, scale=1.0, softcap=None) -> Tensor:
+    logits = scale * (hidden @ weight.T + (0 if bias is None else bias))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.distributions.Categorical(logits=logits).entropy()
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_entropy_and_its_gradient_are_those_of_whole_logits(kind, biased, dtype, tolerance):
+    hidden, weight, _, bias = made(dtype=dtype, bias=biased)
+    hidden.requires_grad_()
+    found, expected = (entropy(hidden, weight, bias, **KINDS[kind]) for entropy in (linear_entropy, whole_entropy))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    upstream = torch.linspace(-1, 2, len(hidden), dtype=dtype)
+    ours, theirs = (torch.autograd.grad((x * upstream).sum(), hidden)[0] for x in (found, expected))
+    assert theirs.abs().max() > 0.01
+    torch.testing.assert_close(ours, theirs, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_entropy_by_finite_differences(kind):
+    hidden, weight, _, bias = made(n=5)
+    assert torch.autograd.gradcheck(lambda h: linear_entropy(h, weight, bias, **KINDS[kind]), hidden.requires_grad_())
+
+
+def test_entropy_at_its_ends():
+    """Equal logits: log V; one far above the others: 0; both without a gradient, and finite."""
+    hidden = torch.tensor([[0.0, 0.0], [1e4, -1e4]], requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.5]])
+    found = linear_entropy(hidden, weight)
+    torch.testing.assert_close(found, torch.tensor([3.0, 1.0]).log())
+    found.sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros(2, 2))
+    assert linear_entropy(hidden[:0], weight).shape == (0,)
+
+
+def test_entropy_of_bfloat16_is_summed_in_float32():
+    hidden, weight, *_ = made(n=64, d=32, v=200, dtype=torch.bfloat16, bias=False)
+    found = linear_entropy(hidden, weight)
+    assert found.dtype == torch.float32
+    rounded = (hidden @ weight.T).float()
+    torch.testing.assert_close(found, torch.distributions.Categorical(logits=rounded).entropy(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_entropy_of_a_head_that_trains_is_refused():
+    hidden, weight, *_ = made(bias=False)
+    with pytest.raises(AssertionError, match="the head must be frozen"):
+        linear_entropy(hidden, weight.requires_grad_())

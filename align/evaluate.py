@@ -1,0 +1,291 @@
+"""Evaluate a policy: its responses to prompts, scored, and how far it has gone from where it started.
+
+    accelerate launch -m align.evaluate recipes/evaluate.yaml
+
+For prompts x, each once, it samples y ~ p(·|x) and measures, each with an interval over prompts,
+
+    the scores s(x, y); log p(y|x) - log ref(y|x) and sum_t KL(p(·|x, y_<t) || ref(·|x, y_<t)), whose expectations
+    are both KL(p || ref); lengths, ends, repetition, variety and entropy of y
+
+and, if asked, perplexity, a reward model's accuracy, a judge's verdicts and tasks of lm-eval. A response depends on
+(seed, prompt, number of the sample) alone, so two policies that are compared share their random numbers. Left out on
+purpose: one number for all of it; `align.compare` reads what is written here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from align.data.mixture import Prepared
+from align.data.preferences import preferences
+from align.data.prompts import Asked, asked, prompts
+from align.data.reading import Reading
+from align.data.render import conversations
+from align.models.base import load_tokenizer
+from align.models.roles import Roles
+from align.recipe.errors import UserError
+from align.recipe.schema import Data, Eval, Model, PositiveInt, Section, Source
+from align.tools.evaluated import Evaluated, read_run
+from align.tools.evaluation import accuracies, measures, perplexity
+from align.tools.evaluation_folder import (
+    RESULT,
+    check_folder,
+    clear,
+    ledger_lines,
+    response_lines,
+    source_names,
+    tokenizer_hash,
+    told,
+)
+from align.tools.generation import Prompts, Responses, distinct_prompts, respond
+from align.tools.harness import LmEval, check_installed, harness
+from align.tools.judging import FAILURES, Endpoint, EndpointJudge, Pair
+from align.tools.policy import NO_UPDATE, load_policy, read_policy, trained
+from align.tools.statistics import Draws, Estimate
+from align.tools.written import gathering
+from align.training.batches import Batches
+from align.training.checkpoint import write_atomic
+from align.training.launch import run_stage
+from align.training.meters import environment
+from align.training.rewards import RewardPart, Rewards
+from align.training.rollout import Generation
+from align.training.screen import Screen
+from align.training.session import Session
+
+RESAMPLES = 2000
+
+
+class Judge(Section):
+    """A language model that says which of two responses is better."""
+
+    openai: Endpoint
+    """An endpoint that speaks OpenAI's protocol."""
+    against: str
+    """Run folder of another evaluation over the same prompts: the first response to each is the opponent."""
+    name: Annotated[str, Field(pattern=r"^[\w-]+$")] = "judge"
+    """What it is called in the metrics."""
+
+
+class Evaluate(Section):
+    """What is asked, and how answers are measured."""
+
+    side: Literal["train", "eval"] = "train"
+    """Which side of `data` the prompts are: with the sources, `data.eval` and seed of a training run, `eval` is what
+    that run held out."""
+    samples: PositiveInt = 4
+    """Responses to each prompt."""
+    generation: Generation = Field(default_factory=Generation)
+    """How they are drawn."""
+    scores: list[RewardPart] = Field(default_factory=list)
+    """What scores a response, by name: reward models, other classifiers, functions. Scores are raw."""
+    perplexity: list[Source] = Field(default_factory=list)
+    """Conversations or texts whose perplexity is measured, source by source."""
+    pairs: list[Source] = Field(default_factory=list)
+    """Preference pairs on which the accuracy of every `adapter` score is measured, source by source."""
+    judges: list[Judge] = Field(default_factory=list)
+    """Judges of this run's responses against another's."""
+    lm_eval: LmEval | None = None
+    """Tasks of lm-evaluation-harness. Default: none."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Evaluate:
+        if any((part.weight, part.mean, part.std, part.clip) != (1.0, None, None, None) for part in self.scores):
+            raise ValueError("`scores` are raw and not summed: leave `weight`, `mean`, `std` and `clip` out")
+        if self.pairs and not any(part.adapter for part in self.scores):
+            raise ValueError("`pairs`: no score is an `adapter`, whose accuracy they would tell")
+        if len({judge.name for judge in self.judges}) < len(self.judges):
+            raise ValueError("`judges`: two have the same name; give each its `name`")
+        return self
+
+
+class Rows(Section):
+    """How much is computed at once."""
+
+    row_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Most tokens in one packed row. Changes speed and memory, never a response."""
+
+
+class Recipe(Section):
+    """An evaluation of one policy."""
+
+    stage: Literal["evaluate"]
+    """This tool."""
+    run: str
+    """The output folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Fixes the responses, the bootstrap's resamples, and the split where there is one."""
+    model: Model
+    policy: str | None = None
+    """`final/` or `best/` folder of a run that trained a LoRA on this trunk. Default: the trunk itself, from which such
+    runs started."""
+    data: Data
+    batch: Rows = Field(default_factory=Rows)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+
+    @model_validator(mode="after")
+    def _has_a_side(self) -> Recipe:
+        held = self.data.eval
+        if self.evaluate.side == "eval" and not (held.fraction or held.sources):
+            raise ValueError("`evaluate.side: eval` needs held-out rows: give `data.eval` a fraction or sources")
+        if self.data.overlong == "truncate":
+            raise ValueError("`data.overlong: truncate`: a prompt without its end asks something else; drop it")
+        return self
+
+
+class Given(NamedTuple):
+    """All that an evaluation reads, before any model is loaded."""
+
+    data: Prepared
+    prompts: Prompts
+    rows: list[Asked]  # what each prompt was made of
+    texts: dict[str, Prepared]  # of `perplexity`, by name
+    pairs: dict[str, Prepared]
+    judges: list[tuple[EndpointJudge, Evaluated]]
+
+
+def evaluate(session: Session) -> None:
+    """The tool, from recipe to evaluation.json."""
+    recipe, section, folder = session.recipe, session.recipe.evaluate, Path(session.recipe.run)
+    check_folder(recipe, session.fresh)
+    if (folder / RESULT).is_file() and not (session.fresh or session.show):
+        session.say(f"{folder / RESULT} is already there: nothing to do (--fresh starts over)")
+        return
+    saved = read_policy(recipe.policy) if recipe.policy else None
+    given = read(session)
+    if session.show:
+        return
+
+    # 1. The trunk, the policy on it, and what scores.
+    trunk = load_policy(recipe.model, saved, session.accelerator, recipe.seed)
+    rewards = Rewards(section.scores, trunk, "evaluate.scores")
+    roles = Roles(trunk, NO_UPDATE, rewards.scorers, None, section.generation.temperature, recipe.seed)
+    batches, draws = Batches(trunk, session.accelerator, recipe.batch.row_tokens), Draws(RESAMPLES, recipe.seed)
+    if session.first:
+        clear(folder, recipe)
+
+    with Screen(session.console) as screen:
+        # 2. Responses, and what is said of them.
+        responses = respond(
+            roles, rewards, batches, given.prompts, given.rows, section.generation, section.samples, recipe.seed, screen
+        )
+        # 3. Measures of known answers.
+        metrics = measures(responses, draws)
+        for name, data in given.texts.items():
+            metrics[f"perplexity/{name}"] = perplexity(batches, data.train, screen, draws)
+        for name, data in given.pairs.items():
+            found = accuracies(roles, [*rewards.scorers], batches, data.train, screen, draws)
+            metrics |= {f"accuracy/{score}/{name}": accuracy for score, accuracy in found.items()}
+
+    # 4. Judges and tasks: the first process asks, and writes.
+    if session.first:
+        counts: dict[str, Any] = {}
+        for judge, asked_of in zip(section.judges, given.judges, strict=True):
+            won, counts[judge.name] = judged(judge, *asked_of, given, responses, draws)
+            metrics |= won
+        if section.lm_eval:
+            metrics |= harness(trunk, section.lm_eval, recipe.seed)
+        about = {
+            "stage": "evaluate",
+            "name": folder.resolve().name,
+            "policy": recipe.policy or "the trunk itself",
+            "fingerprint": trunk.fingerprint,
+            "tokenizer": tokenizer_hash(trunk.tokenizer),
+            "prompts": given.prompts.key,
+            "sampling": {"samples": section.samples, "seed": recipe.seed, **section.generation.model_dump()},
+            "metrics": {name: told(metric) for name, metric in metrics.items()},
+            "judges": counts,
+            "training": trained(saved) if saved else None,
+        }
+        write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
+        write_atomic(folder / "ledger.jsonl", ledger_lines([given.data, *given.texts.values(), *given.pairs.values()]))
+        write_atomic(folder / "responses.jsonl", response_lines(given.prompts, responses))
+        write_atomic(folder / RESULT, json.dumps(about, indent=1, ensure_ascii=False))
+        tell(session, metrics, responses, counts)
+        session.say(f"done: {folder / RESULT}")
+    session.accelerator.wait_for_everyone()
+
+
+def read(session: Session) -> Given:
+    """Raises UserError with all that cannot be had, before any model is loaded."""
+    recipe, section, problems = session.recipe, session.recipe.evaluate, []
+    judges: list[tuple[EndpointJudge, Evaluated]] = []
+    if section.lm_eval:
+        with gathering(problems):
+            check_installed()
+    for i, judge in enumerate(section.judges):
+        key = f"evaluate.judges.{i}"
+        with gathering(problems):
+            judges.append((EndpointJudge(judge.openai, f"{key}.openai"), read_run(Path(judge.against), None, None)))
+    if problems:
+        raise UserError(*problems)
+    with session.accelerator.main_process_first():
+        tokenizer = load_tokenizer(recipe.model)
+    data = session.prepare(tokenizer, prompts())
+    if session.show:
+        session.show_examples(data, tokenizer)
+    examples = getattr(data, section.side)
+    found = distinct_prompts(examples)
+    session.say(f"{len(found.keys):,} prompts from the {section.side} side, {found.repeated:,} rows repeat one of them")
+    for judge, (_, other) in zip(section.judges, judges, strict=True):
+        if (other.about.prompts, other.keys) != (found.key, found.keys):
+            raise UserError(f"{judge.against}: it was evaluated on other prompts; evaluate both on the same ones")
+    rows = asked(examples)
+
+    def others(sources: list[Source], reading: Reading) -> dict[str, Prepared]:
+        names = source_names([source.path for source in sources])
+        sections = [recipe.data.model_copy(update={"train": [source], "eval": Eval()}) for source in sources]
+        return {name: session.prepare(tokenizer, reading, one) for name, one in zip(names, sections, strict=True)}
+
+    texts, pairs = others(section.perplexity, conversations("assistant")), others(section.pairs, preferences())
+    return Given(data, found, [rows[int(i)] for i in found.chosen], texts, pairs, judges)
+
+
+def judged(
+    judge: Judge, ask: EndpointJudge, other: Evaluated, given: Given, responses: Responses, draws: Draws
+) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    """Win rates over the other evaluation, and what was excluded, by kind."""
+    samples = responses.episodes.samples
+    own = [responses.answered[i * samples] for i in range(len(given.prompts.keys))]
+    pairs = [Pair(talk(one.asked), one.response, text) for one, text in zip(own, other.responses, strict=True)]
+    verdicts = ask(pairs)
+    rates = verdicts.win_rate(responses.figures["tokens"][:, 0], other.lengths[:, 0], draws)
+    names = f"win_rate/{judge.name}", f"win_rate_equal_length/{judge.name}"
+    counts = {"against": judge.against, "model": judge.openai.model, "pairs": len(pairs)}
+    counts |= {"excluded": {kind: verdicts.excluded[kind] for kind in FAILURES}}
+    return dict(zip(names, rates, strict=True)), counts
+
+
+def talk(row: Asked) -> str:
+    """A prompt as a judge reads it."""
+    if row.messages is None:
+        return row.text or ""
+    if len(row.messages) == 1:
+        return row.messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in row.messages)
+
+
+def tell(session: Session, metrics: dict[str, Estimate], responses: Responses, counts: dict[str, Any]) -> None:
+    """The measures on the screen, and what was left out of them."""
+    for name, (value, low, high, n) in metrics.items():
+        session.say(f"{name:28} {value:9.4g}  ({low:.4g} to {high:.4g}; {n:,} prompts)")
+    for name, score in responses.scores.items():
+        if lost := int((~np.isfinite(score)).sum()):
+            session.say(f"score {name}: {lost:,} of {score.size:,} are not a number, and excluded")
+    for name, count in counts.items():
+        lost = ", ".join(f"{n:,} {kind}" for kind, n in count["excluded"].items() if n) or "none"
+        session.say(f"judge {name}: {count['pairs']:,} pairs, each asked twice; excluded: {lost}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    run_stage(Recipe, "align.evaluate", evaluate, argv)
+
+
+if __name__ == "__main__":
+    main()

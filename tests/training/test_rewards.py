@@ -1,0 +1,240 @@
+"""The score of a response: its parts, weighed, normalised and clipped; and what a user's function may do wrong."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from models.tiny import tiny_trunk
+from peft import LoraConfig
+from pydantic import ValidationError
+
+from align.data.prompts import Asked
+from align.models.roles import CRITIC, Roles, Scorer
+from align.recipe.errors import UserError
+from align.recipe.schema import Lora
+from align.training.rewards import Answered, RewardPart, Rewards
+from align.training.rules import exact_answer, one_sentence
+
+
+@pytest.fixture(scope="module")
+def trunk():
+    return tiny_trunk("llama", Lora(r=4))
+
+
+def answered(*responses: str) -> list[Answered]:
+    return [
+        Answered(Asked({"answer": i}, [{"role": "user", "content": "q"}], None), f"prompt {i}", response)
+        for i, response in enumerate(responses)
+    ]
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of the user's own in the working folder."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+    def write(text: str) -> None:
+        (tmp_path / "mine.py").write_text(text)
+
+    return write
+
+
+def parts(*given: dict) -> list[RewardPart]:
+    return [RewardPart(**part) for part in given]
+
+
+LENGTH = "def length(prompts, responses, rows):\n    return [len(r) for r in responses]\n"
+
+
+def test_scores_are_weighed_normalised_and_clipped(trunk, mine):
+    """By hand: lengths 1, 5 and 9; (s - 4) / 2 is -1.5, 0.5, 2.5, clipped to 2."""
+    mine(LENGTH + "def first(prompts, responses, rows):\n    return [row['answer'] for row in rows]\n")
+    rewards = Rewards(
+        parts(
+            {"function": "mine:length", "weight": 3.0, "mean": 4.0, "std": 2.0, "clip": 2.0},
+            {"function": "mine:length", "weight": -0.5, "name": "again"},
+            {"function": "mine:first", "weight": 0.0},
+        ),
+        trunk,
+    )
+    found = rewards.of_texts(answered("a" * 1, "a" * 5, "a" * 9), 0, 1)
+    assert {name: scores.tolist() for name, scores in found.items()} == {
+        "length": [1, 5, 9],
+        "again": [1, 5, 9],
+        "first": [0, 1, 2],
+    }
+    assert rewards.total(found).tolist() == [3 * -1.5 - 0.5, 3 * 0.5 - 2.5, 3 * 2.0 - 4.5]
+    low = found | {"length": torch.tensor([-100.0, 5, 9])}
+    assert rewards.total(low)[0] == 3 * -2.0 - 0.5, "clipped on both sides"
+
+
+def scorer(mean: float, std: float) -> Scorer:
+    return Scorer(None, mean, std, LoraConfig(r=2, target_modules=["q_proj"]), {}, torch.ones(1, 32))
+
+
+@pytest.mark.parametrize(
+    ("part", "zero", "unit"), [({}, 0.5, 4.0), ({"mean": 1.0}, 1.0, 4.0), ({"mean": 0.0, "std": 2.0}, 0.0, 2.0)]
+)
+def test_an_adapter_is_normalised_by_its_demonstrations(trunk, monkeypatch, part, zero, unit):
+    """Unless the recipe says otherwise; and so is the critic that starts from it."""
+    monkeypatch.setattr("align.training.rewards.read_scorer", lambda name, key, trunk: scorer(0.5, 4.0))
+    rewards = Rewards(parts({"adapter": "a", **part}), trunk)
+    assert rewards.total({"reward": torch.tensor([6.5])}).tolist() == [(6.5 - zero) / unit]
+    head = Roles(tiny_trunk("llama", Lora(r=4)), Lora(r=4), rewards.scorers, rewards.leading).heads[CRITIC]
+    assert torch.allclose(head.weight, torch.full((1, 32), 1 / unit))
+    assert head.bias.item() == pytest.approx(-zero / unit)
+
+
+def test_a_spread_of_0_divides_nothing(trunk, monkeypatch):
+    monkeypatch.setattr("align.training.rewards.read_scorer", lambda name, key, trunk: scorer(0.5, 0.0))
+    rewards = Rewards(parts({"adapter": "a"}), trunk)
+    assert rewards.total({"reward": torch.tensor([6.5])}).tolist() == [6.0]
+
+
+def test_the_critic_starts_from_a_part_that_counts(trunk, monkeypatch):
+    """Not from a judge, which is only watched: with nothing else on the trunk it starts at 0."""
+    monkeypatch.setattr(
+        "align.training.rewards.read_scorer", lambda name, key, trunk: scorer(0.0, {"a": 2.0, "b": 4.0}[name])
+    )
+    judge, counts = {"adapter": "a", "weight": 0.0, "name": "judge"}, {"adapter": "b"}
+    rule = {"function": "align.training.rules:one_sentence"}
+    for given, expected in (((judge, counts), 0.25), ((judge, rule), 0.0), ((judge, counts, rule), 0.25)):
+        rewards = Rewards(parts(*given), trunk)
+        roles = Roles(tiny_trunk("llama", Lora(r=4)), Lora(r=4), rewards.scorers, rewards.leading)
+        assert "judge" in roles.heads
+        assert torch.equal(roles.heads[CRITIC].weight, torch.full((1, 32), expected))
+
+
+def test_every_process_scores_its_share(trunk, mine):
+    """And is given its own rows, prompts and responses."""
+    mine(
+        "seen = []\n"
+        "def told(prompts, responses, rows):\n"
+        "    seen.append((prompts, responses, [row['answer'] for row in rows]))\n"
+        "    return [float(len(r)) for r in responses]\n"
+    )
+    rewards = Rewards(parts({"function": "mine:told"}), trunk)
+    rewards.of_texts(answered("a", "bb", "ccc"), 0, 1)
+    assert sys.modules["mine"].seen == [(["prompt 0", "prompt 1", "prompt 2"], ["a", "bb", "ccc"], [0, 1, 2])]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise KeyError('answer')", "failed (KeyError: 'answer')"),
+        ("return [1.0]", "gave 1 scores for 2 responses"),
+        ("return [1.0, 2.0, 3.0]", "gave 3 scores for 2 responses"),
+        ("return [1.0, float('nan')]", "gave nan for the response 'no'"),
+        ("return [float('-inf'), 1.0]", "gave -inf for the response 'yes'"),
+        ("return [1.0, 'good']", "failed (ValueError: "),
+        ("return None", "failed (TypeError: "),
+        ("return [[1.0], [2.0]]", "failed (TypeError: "),
+    ],
+)
+def test_a_function_that_goes_wrong(trunk, mine, body, said):
+    mine(f"def score(prompts, responses, rows):\n    {body}\n")
+    rewards = Rewards(parts({"function": "mine:score"}), trunk)
+    with pytest.raises(UserError) as error:
+        rewards.of_texts(answered("yes", "no"), 0, 1)
+    (problem,) = error.value.problems
+    assert problem.startswith(f"the reward function mine:score {said}")
+
+
+@pytest.mark.parametrize("score", ["True", "1", "Fraction(1, 2)", "torch.tensor(1.5)", "np.float32(2)"])
+def test_whatever_is_a_number_counts(trunk, mine, score):
+    mine(
+        "import numpy as np\nimport torch\nfrom fractions import Fraction\n"
+        f"def score(prompts, responses, rows):\n    return [{score}] * len(rows)\n"
+    )
+    rewards = Rewards(parts({"function": "mine:score"}), trunk)
+    value = {"True": 1, "1": 1, "Fraction(1, 2)": 0.5, "torch.tensor(1.5)": 1.5, "np.float32(2)": 2}[score]
+    assert rewards.of_texts(answered("yes"), 0, 1)["score"].tolist() == [value]
+
+
+def test_every_part_that_cannot_be_had_is_told(trunk, mine):
+    mine("raise RuntimeError('not today')\n")
+    given = parts(
+        {"function": "mine:score"},
+        {"function": "nowhere.at.all:score", "name": "b"},
+        {"function": "align.training.rules:no_such"},
+        {"function": "align.training.rules:NUMBER"},
+        {"adapter": "none/final"},
+        {"model": "./none"},
+    )
+    with pytest.raises(UserError) as error:
+        Rewards(given, trunk)
+    problems = error.value.problems
+    starts = [
+        "ppo.rewards.0.function: mine cannot be imported (RuntimeError: not today)",
+        "ppo.rewards.1.function: nowhere.at.all cannot be imported (ModuleNotFoundError: ",
+        "ppo.rewards.2.function: align.training.rules has no function 'no_such'",
+        "ppo.rewards.3.function: align.training.rules has no function 'NUMBER'",
+        "ppo.rewards.4.adapter: none/final has no align.json; give the `final/` folder of a finished reward run",
+        "ppo.rewards.5.model: ",
+    ]
+    assert len(problems) == len(starts)
+    assert all(problem.startswith(start) for problem, start in zip(problems, starts, strict=True)), problems
+
+
+def test_two_parts_of_one_name(trunk):
+    rule = {"function": "align.training.rules:one_sentence"}
+    with pytest.raises(UserError, match=r"ppo\.rewards: two parts have the same name; give each its `name`"):
+        Rewards(parts(rule, rule), trunk)
+    assert set(Rewards(parts(rule, rule | {"name": "other"}), trunk).functions) == {"one_sentence", "other"}
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({}, "give exactly one"),
+        ({"adapter": "a", "function": "b:c"}, "give exactly one"),
+        ({"function": "b.c"}, "expected package.module:function, found 'b.c'"),
+        ({"function": ":c"}, "expected package.module:function"),
+        ({"adapter": "a", "label": "happy"}, "`label` goes with `model`"),
+        ({"function": "a:b", "std": 0.0}, "greater than 0"),
+        ({"adapter": "a", "name": "critic"}, "`name`: critic is another role on the trunk"),
+        ({"adapter": "a", "name": "v1.5"}, "should match pattern"),
+    ],
+)
+def test_a_part_is_of_one_kind(part, said):
+    with pytest.raises(ValidationError, match=said):
+        RewardPart(**part)
+
+
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [
+        ("It is Paris.", 1),
+        ("  Is it?\n", 1),
+        ("It is Paris", 0),
+        ("It is. It was.", 0),
+        ("...", 0),
+        ("", 0),
+        ("It is\nParis.", 0),
+        (" ".join(["so"] * 25) + ".", 1),
+        (" ".join(["so"] * 26) + ".", 0),
+    ],
+)
+def test_one_sentence(response, score):
+    assert one_sentence(["q"], [response], [{}]) == [score]
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "score"),
+    [
+        ("3 + 4 = 7", "So 7.\n#### 7", 1),
+        ("It is 1,000.", "#### 1000", 1),
+        ("7.0", 7, 1),
+        ("-7", "7", 0),
+        ("7 or 8", "7", 0),
+        ("none", "7", 0),
+        ("none", "no number", 0),
+        ("7", None, 0),
+    ],
+)
+def test_exact_answer(response, answer, score):
+    row = {} if answer is None else {"answer": answer}
+    assert exact_answer(["q"], [response], [row]) == [score]
