@@ -157,6 +157,7 @@ def evaluate(session: Session) -> None:
         session.say(f"{folder / RESULT} is already there: nothing to do (--fresh starts over)")
         return
     saved = read_policy(recipe.policy) if recipe.policy else None
+    training = trained(saved) if saved else None
     given = read(session)
     if session.show:
         return
@@ -200,7 +201,7 @@ def evaluate(session: Session) -> None:
             "sampling": {"samples": section.samples, "seed": recipe.seed, **section.generation.model_dump()},
             "metrics": {name: told(metric) for name, metric in metrics.items()},
             "judges": counts,
-            "training": trained(saved) if saved else None,
+            "training": training,
         }
         write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
         write_atomic(folder / "ledger.jsonl", ledger_lines([given.data, *given.texts.values(), *given.pairs.values()]))
@@ -227,9 +228,9 @@ def read(session: Session) -> Given:
     with session.accelerator.main_process_first():
         tokenizer = load_tokenizer(recipe.model)
     data = session.prepare(tokenizer, prompts())
-    if session.show:
-        session.show_examples(data, tokenizer)
     examples = getattr(data, section.side)
+    if session.show:
+        session.show_examples(data._replace(train=examples), tokenizer)
     found = distinct_prompts(examples)
     session.say(f"{len(found.keys):,} prompts from the {section.side} side, {found.repeated:,} rows repeat one of them")
     for judge, (_, other) in zip(section.judges, judges, strict=True):

@@ -1,4 +1,4 @@
-"""Policies and evaluations for tests: an adapter with a random update in a run folder, and recipes of align.evaluate."""
+"""Policies for tests, adapters with a random update in a run folder, and recipes of align.evaluate."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_costs(run: Path, recipe: dict, records=()) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def evaluation(folder: Path, base: Path, data: Path, policy: Path | None = None, **sections) -> Path:
+def evaluation(folder: Path, base: Path, rows: Path, policy: Path | None = None, **sections) -> Path:
     """The path of a recipe whose run is `folder`; `sections` are merged into it."""
     recipe = {
         "stage": "evaluate",
@@ -47,7 +47,7 @@ def evaluation(folder: Path, base: Path, data: Path, policy: Path | None = None,
         "seed": 3,
         "model": {"base": str(base), "dtype": "float32"},
         "policy": policy and str(policy),
-        "data": {"train": [{"path": str(data)}]},
+        "data": {"train": [{"path": str(rows)}]},
         "evaluate": {"samples": 2, "generation": {"max_new": 3}},
     }
     for name, section in sections.items():

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import yaml
 from enumerable import divergence, every_response, make_base
 from policies import evaluated, evaluation, make_costs, make_policy, results
-from world import align, tree, write_rows
+from world import align, metrics, tree, write_rows
 
-from align import compare, evaluate
+from align import compare, evaluate, reward
 
 ASKED = {"a": 3, "b": 4, "c": 5, "ask": 6}  # prompts of one word, and its token
-RULE = {"scores": [{"function": "enumerable:reward", "name": "gold"}]}
+SHORT = {"steps": 2, "eval_every": None, "save_every": None}
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +28,16 @@ def words(tmp_path_factory):
 
 
 def asking(**section):
-    return {"samples": 2, "generation": {"max_new": 3}} | RULE | section
+    rule = {"function": "enumerable:reward", "name": "gold"}
+    return {"samples": 2, "generation": {"max_new": 3}, "scores": [rule]} | section
 
 
 def test_reward_and_kl_are_the_exact_ones_within_the_intervals(words, here):
     base, data, policy = words
-    about, rows = evaluated(here / "run", base, data, policy, evaluate=asking(samples=400))
-    exact = {word: (every_response(base, policy / "", token), every_response(base, None, token)) for word, token in ASKED.items()}
-    worth = {word: float((p.logprobs.exp() * p.rewards).sum()) for word, (p, _) in exact.items()}
-    kls = {word: divergence(p.logprobs, ref.logprobs) for word, (p, ref) in exact.items()}
+    about, rows = evaluated(here / "run", base, data, policy, evaluate=asking(samples=150))
+    listed = {word: (every_response(base, policy, i), every_response(base, None, i)) for word, i in ASKED.items()}
+    worth = {word: float((p.logprobs.exp() * p.rewards).sum()) for word, (p, _) in listed.items()}
+    kls = {word: divergence(p.logprobs, ref.logprobs) for word, (p, ref) in listed.items()}
     assert min(kls.values()) > 0.05
     for name, truth in (("score/gold", worth), ("kl", kls), ("kl_sequence", kls)):
         found = about["metrics"][name]
@@ -48,6 +51,164 @@ def test_reward_and_kl_are_the_exact_ones_within_the_intervals(words, here):
             (kls[word], [row["kl"] for row in own]),
             (kls[word], [row["logprob"] - row["ref_logprob"] for row in own]),
         ):
-            assert abs(np.mean(drawn) - truth) < 4 * np.std(drawn) / 20
-        known = exact[word][0].logprobs
-        assert all(np.abs(known - row["logprob"]).min() < 1e-4 for row in own)
+            assert abs(np.mean(drawn) - truth) < 4 * np.std(drawn) / 150**0.5
+        policy_says, reference_says = (side.logprobs.numpy() for side in listed[word])
+        for row in own:
+            assert np.hypot(policy_says - row["logprob"], reference_says - row["ref_logprob"]).min() < 1e-4
+
+
+def test_compare_reads_it(words, here):
+    base, data, policy = words
+    gone = {"openai": {"url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0}, "against": "start"}
+    runs = {"start": (None, []), "near": (make_policy(base, here / "near run", 0.1), []), "far": (policy, [gone])}
+    for name, (final, judges) in runs.items():
+        about, _ = evaluated(here / name, base, data, final, evaluate=asking(judges=judges))
+        assert about["name"] == name
+    assert about["judges"]["judge"]["excluded"]["unreachable"] == 4
+    assert about["metrics"]["win_rate/judge"] == {"value": None, "low": None, "high": None, "n": 0}
+    assert all(row["kl"] == 0 and row["logprob"] == row["ref_logprob"] for row in results(here / "start")[1])
+    sides = [{"path": "near"}, {"path": "far", "name": "one"}, {"path": "far", "name": "other"}]
+    section = {"runs": sides, "baseline": "start", "resamples": 200, "best_of": [1, 2]}
+    (here / "c.yaml").write_text(yaml.safe_dump({"stage": "compare", "run": "page", "compare": section}))
+    told = align("c.yaml", stage=compare)
+    assert (told.status, told.err) == (0, "")
+    page = json.loads((here / "page" / "compare.json").read_text())
+    by_name = {run["name"]: run for run in page["runs"]}
+    assert by_name["start"]["kl_full"]["value"] == 0 < by_name["near"]["kl_full"]["value"]
+    assert by_name["near"]["kl_full"]["value"] < by_name["one"]["kl_full"]["value"]
+    (same,) = (p for p in page["pairs"] if {page["runs"][p[side]]["name"] for side in "ab"} == {"one", "other"})
+    assert same["win_rate"]["value"] == 0.5
+    assert same["win_rate"]["low"] <= 0.5 <= same["win_rate"]["high"]
+
+
+def test_a_response_depends_on_seed_prompt_and_number_alone(words, here):
+    base, data, policy = words
+    _, rows = evaluated(here / "one", base, data, policy, evaluate=asking())
+    write_rows(here / "more.jsonl", [{"text": word} for word in ("ask", "b", "a b", "ask", "c", "a", "b")])
+    about, others = evaluated(
+        here / "other", base, here / "more.jsonl", policy, evaluate=asking(samples=3), batch={"row_tokens": 12}
+    )
+    assert about["metrics"]["kl"]["n"] == 5  # each prompt once
+    assert [row["prompt_text"] for row in others[::3]] == ["ask", "b", "a b", "c", "a"]
+    again = {(row["key"], row["sample"]): row for row in others}
+    for row in rows:
+        twin = again[row["key"], row["sample"]]
+        assert row | {"prompt": 0, **dict.fromkeys(NUMBERS, 0)} == twin | {"prompt": 0, **dict.fromkeys(NUMBERS, 0)}
+        assert [row[name] for name in NUMBERS] == pytest.approx([twin[name] for name in NUMBERS], abs=1e-5)
+    _, reseeded = evaluated(here / "reseeded", base, data, policy, evaluate=asking(), seed=4)
+    assert [row["response"] for row in reseeded] != [row["response"] for row in rows]
+
+
+NUMBERS = ("logprob", "ref_logprob", "kl", "entropy")
+
+
+def test_what_training_was_and_cost(words, here):
+    base, data, policy = words
+    run = here / "ppo run"
+    shutil.copytree(policy, run / "final")
+    about = json.loads((run / "final" / "align.json").read_text())
+    (run / "final" / "align.json").write_text(json.dumps(about | {"stage": "ppo"}))
+    ppo = {"rewards": [{"function": "m:f"}], "samples": 5, "kl_coef": 0.3}
+    records = [{"step": i, "split": split, "response_tokens": 2.5} for i in (1, 2) for split in ("train", "eval")][:-1]
+    make_costs(run, {"stage": "ppo", "seed": 8, "ppo": ppo, "batch": {"examples": 4}}, records[:1] + records[2:])
+    found = evaluated(here / "one", base, data, run / "final", evaluate=asking())[0]["training"]
+    assert found["settings"]["ppo.kl_coef"] == 0.3
+    assert (found["settings"]["optim.learning_rate"], found["settings"]["seed"]) == (2e-4, 8)
+    assert "ppo.rewards" not in found["settings"]
+    cost = {"device_seconds": 60.0, "peak_memory_bytes": 123, "tokens_sampled": 100}
+    assert {name: found[name] for name in cost} == cost
+    assert (found["stage"], found["run"]) == ("ppo", str(run))
+    # A step that was not logged is not guessed.
+    (run / "metrics.jsonl").write_text(json.dumps(records[0]) + "\n")
+    assert (
+        evaluated(here / "two", base, data, run / "final", evaluate=asking())[0]["training"]["tokens_sampled"] is None
+    )
+
+
+def test_again_it_has_nothing_to_do_and_after_a_kill_it_starts_again(words, here):
+    base, data, policy = words
+    recipe = evaluation(here / "run", base, data, policy, evaluate=asking())
+    assert align(recipe, stage=evaluate).status == 0
+    whole = tree(here / "run")
+    told = align(recipe, stage=evaluate)
+    assert (told.status, "nothing to do" in told.out) == (0, True)
+    assert tree(here / "run") == whole
+    told = align(recipe, "evaluate.samples=3", stage=evaluate)
+    assert told.status == 2
+    assert "differs in evaluate.samples: 2 there, 3 here" in told.err
+    assert tree(here / "run") == whole
+    (here / "run" / "evaluation.json").unlink()
+    (here / "run" / "responses.jsonl").write_text("torn")
+    assert align(recipe, stage=evaluate).status == 0
+    kept = {name: text for name, text in tree(here / "run").items() if name != "environment.json"}
+    assert kept == {name: whole[name] for name in kept}
+    assert align(recipe, "evaluate.samples=3", "--fresh", stage=evaluate).status == 0
+    assert len(results(here / "run")[1]) == 12
+
+
+@pytest.fixture(scope="module")
+def runs(world, cache, tmp_path_factory):
+    """Real runs of two steps: an SFT adapter, and a reward model."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGN_CACHE", str(cache))
+        (folder / "sft").mkdir()
+        assert align(world.recipe(folder / "sft" / "sft.yaml", train=SHORT)).status == 0
+        (folder / "reward").mkdir()
+        assert align(world.preferences(folder / "reward" / "r.yaml", reward, train=SHORT), stage=reward).status == 0
+    return folder / "sft" / "run", folder / "reward" / "run"
+
+
+def test_perplexity_and_accuracy_are_those_that_training_saw(world, runs, here):
+    tuned, judge = runs
+    section = {
+        "scores": [{"adapter": str(judge / "final"), "name": "proxy"}],
+        "perplexity": [{"path": str(world.held)}],
+        "pairs": [{"path": str(world.held_pairs)}],
+        "samples": 1,
+    }
+    about, rows = evaluated(here / "run", world.base, world.held, tuned / "final", evaluate=section)
+    found = about["metrics"]
+    assert found["perplexity/held"]["value"] == pytest.approx(metrics(tuned, "eval")[-1]["perplexity"], rel=1e-5)
+    assert found["perplexity/held"]["low"] < found["perplexity/held"]["value"] < found["perplexity/held"]["high"]
+    assert found["accuracy/proxy/held_pairs"]["value"] == pytest.approx(metrics(judge, "eval")[-1]["accuracy"])
+    assert found["accuracy/proxy/held_pairs"]["n"] == 14
+    assert len({row["scores"]["proxy"] for row in rows}) > 1
+    assert found["kl"]["value"] > 0
+    assert about["training"]["stage"] == "sft"
+
+
+def test_what_a_user_can_mend_is_told_before_anything_is_written(world, words, runs, here, monkeypatch):
+    base, data, policy = words
+    monkeypatch.delenv("NO_KEY", raising=False)
+    evaluated(here / "done", base, data, policy, evaluate=asking())
+    (here / "mine").mkdir()
+    (here / "mine" / "notes.txt").write_text("dear")
+    write_rows(here / "others.jsonl", [{"text": "c"}])
+    endpoint = {"url": "http://localhost:9", "model": "m"}
+    judge = {"openai": endpoint, "against": "done"}
+    reward_model = str(runs[1] / "final")
+    before = tree(here)
+    for wrong, word in (
+        ({"policy": "nowhere"}, "policy: nowhere has no align.json"),
+        ({"policy": reward_model}, "stage reward, which only scores"),
+        ({"policy": str(runs[0] / "final")}, "was trained on a trunk with fingerprint"),
+        ({"evaluate": asking(scores=[{"adapter": reward_model}])}, "evaluate.scores.0.adapter"),
+        ({"evaluate": asking(scores=[{"function": "enumerable:reward", "clip": 5.0}])}, "leave `weight`"),
+        ({"evaluate": asking(pairs=[{"path": "p.jsonl"}])}, "no score is an `adapter`"),
+        ({"evaluate": asking(side="eval")}, "needs held-out rows"),
+        ({"evaluate": asking(judges=[judge | {"against": "nowhere"}])}, "nowhere: no such folder"),
+        ({"evaluate": asking(judges=[judge]), "data": {"train": [{"path": "others.jsonl"}]}}, "on other prompts"),
+        ({"evaluate": asking(judges=[judge | {"openai": endpoint | {"api_key_env": "NO_KEY"}}])}, "NO_KEY is not set"),
+        ({"evaluate": asking(lm_eval={"tasks": ["arc_easy"]})}, "pip install lm-eval"),
+        ({"run": "mine"}, "holds files but no evaluation"),
+        ({"run": str(runs[0])}, "holds no evaluation"),
+    ):
+        given = {"policy": str(policy), "evaluate": asking()} | wrong
+        recipe = evaluation(here / "new", base, data, **given)
+        told = align(recipe, "--fresh", stage=evaluate)
+        assert told.status == 2, (wrong, told.out)
+        assert word in told.err, (wrong, told.err)
+        assert "Traceback" not in told.err
+        recipe.unlink()
+        assert tree(here) == before, wrong

@@ -70,7 +70,9 @@ def _finite(column: np.ndarray) -> np.ndarray:
 
 def ratio(sums: np.ndarray, counts: np.ndarray, draws: Draws) -> Estimate:
     """sum / count over all prompts, (n,) each, as perplexity takes the mean over all tokens."""
-    return estimate(lambda weights: (weights @ sums) / (weights @ counts), counts > 0, draws)
+    there = counts > 0
+    sums, counts = sums[there], counts[there]
+    return estimate(lambda weights: (weights @ sums) / (weights @ counts), np.ones(len(sums), bool), draws)
 
 
 # ------------------------------------------------------------------------------------------------- known answers

@@ -19,6 +19,7 @@ from align.recipe.schema import Source
 from align.tools.written import Written, gathering
 
 OUTPUTS = ("run", "log")  # what these sections name is written or shown, not read
+RESULTS = {"adapter": "the `final/`", "policy": "the `final/`", "against": "the folder"}  # of earlier runs
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
 
 
@@ -50,9 +51,9 @@ def missing(recipe: BaseModel, document: Written, made: Collection[Path]) -> lis
                     data_files(path)
                 except UserError as error:
                     raise UserError(*(f"{where}: {problem}" for problem in error.problems)) from None
-        elif keys[-1] == "adapter" and not Path(path).is_dir():
+        elif keys[-1] in RESULTS and not Path(path).is_dir():
             problems.append(
-                f"{document.place(keys).where}: {path}: no such folder; give the `final/` of a finished run"
+                f"{document.place(keys).where}: {path}: no such folder; give {RESULTS[keys[-1]]} of a finished run"
             )
     return problems
 

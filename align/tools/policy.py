@@ -19,6 +19,7 @@ from align.recipe.errors import UserError
 from align.recipe.load import STAGES, load_recipe
 from align.recipe.schema import Lora, Model, Section
 from align.tools.stage import recipe_type
+from align.training.run import Run
 
 NO_UPDATE = Lora(r=1, alpha=1)  # it starts at zero: the trunk itself
 
@@ -101,10 +102,10 @@ def _scalars(section: Section) -> list[tuple[str, Any]]:
 
 def _tokens_sampled(run: Path, steps: int | None, recipe: Any) -> int | None:
     """Of all training steps; None where nothing is sampled, or where not every step was logged."""
-    if recipe.stage != "ppo" or not (run / "metrics.jsonl").is_file():
+    if recipe.stage != "ppo":
         return None
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    records = [record for record in records if record["split"] == "train"]
+    here = Run(recipe.model_copy(update={"run": str(run)}))  # which may have been moved
+    records = [record for record in here.records("metrics.jsonl") if record["split"] == "train"]
     if len(records) != steps:
         return None
     each = recipe.batch.examples * recipe.ppo.samples
@@ -112,4 +113,7 @@ def _tokens_sampled(run: Path, steps: int | None, recipe: Any) -> int | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError:
+        raise UserError(f"policy: {path} is not whole JSON; mend it, or move it away") from None
