@@ -37,16 +37,25 @@ from align.models.roles import CRITIC, Roles
 from align.models.trunk import Trunk
 from align.objectives import advantages as adv
 from align.objectives.losses import clipped_policy_loss, clipped_value_loss
-from align.recipe.errors import UserError
 from align.recipe.schema import BaseRecipe, Optim, PositiveInt, Section
 from align.training.launch import run_stage
 from align.training.loop import Learnt, Loop, Metrics
 from align.training.meters import Sums, mean_interval
 from align.training.pretraining import Pretraining, Ptx
 from align.training.rewards import RewardPart, Rewards
-from align.training.rollout import Episodes, Generation, Rollout, Targets, explained, figures, sampled, scored
+from align.training.rollout import (
+    Episodes,
+    Generation,
+    Rollout,
+    Targets,
+    check_samples,
+    explained,
+    figures,
+    sampled,
+    scored,
+)
 from align.training.session import Session
-from align.training.watch import Watch
+from align.training.watch import Watch, check_unmoved
 
 ESTIMATORS = {"k1": adv.k1, "k2": adv.k2, "k3": adv.k3}
 SAMPLING, ORDER = 5, 6  # tell the streams of random numbers apart
@@ -202,7 +211,7 @@ class Algorithm:
             found = loop.gradients(work)
             terms = found.sums()
             if number == 0:
-                _check_unmoved(loop, terms)
+                check_unmoved(loop, terms)
             if ppo.stop_kl and updates and terms["update_kl"][0] > ppo.stop_kl * terms["update_kl"][1]:
                 loop.optimizer.zero_grad()
                 break
@@ -285,14 +294,6 @@ class Algorithm:
         return np.array_split(order, min(self.ppo.minibatches, prompts))
 
 
-def _check_unmoved(loop: Loop, terms: dict[str, tuple[float, float]]) -> None:
-    """Before a step's first update p / p_old is 1 and nothing is clipped, to the bit where rows are computed alike."""
-    moved = terms["moved"][0] / terms["moved"][1]  # not a number: the update will tell the user
-    exact = loop.trunk.device.type == "cpu" and not loop.recipe.model.compile
-    assert not moved > (0.0 if exact else 0.05), f"the actor differs by {moved} nats a token from the one that sampled"
-    assert not exact or terms["clip_fraction"][0] == 0
-
-
 def train(session: Session) -> None:
     """The stage, from recipe to `final/`."""
     recipe = session.recipe
@@ -301,9 +302,7 @@ def train(session: Session) -> None:
     run, data = begun
     base = load_base(recipe.model, session.accelerator.device, frozen=True, seed=recipe.seed)
     trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
-    if not trunk.packed:
-        why = trunk.layout_reason or "model.layout is padded"
-        raise UserError(f"model.base: PPO samples in the tree layout, which is not to be had: {why}")
+    check_samples(trunk, [data.train, data.eval], recipe.ppo.generation)
     rewards, temperature = Rewards(recipe.ppo.rewards, trunk), recipe.ppo.generation.temperature
     roles = Roles(trunk, recipe.lora, rewards.scorers, rewards.leading, temperature, recipe.seed)
     ptx = Pretraining(session, trunk, recipe.ppo.ptx) if recipe.ppo.ptx else None

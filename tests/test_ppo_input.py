@@ -51,6 +51,7 @@ def refused(world, start, here):
         ({"ppo": {"minibatches": 5}}, "`ppo.minibatches`: there are more than prompts in a step (batch.examples)"),
         ({"ppo": {"generation": {"temperature": 0.0}}}, "ppo.generation.temperature: "),
         ({"ppo": {"generation": {"max_new": 0}}}, "ppo.generation.max_new: "),
+        ({"ppo": {"generation": {"max_new": 500}}}, "are more than the 512 positions of "),
         ({"ppo": {"dual_clip": 1.0}}, "ppo.dual_clip: "),
         ({"ppo": {"kl_coef": -0.1}}, "ppo.kl_coef: "),
         ({"ppo": {"kl_estimator": "k4"}}, "ppo.kl_estimator: "),
@@ -113,7 +114,7 @@ def test_a_reward_on_another_trunk(refused, start, world):
 def test_a_base_that_takes_no_trees(refused, tmp_path_factory):
     """A recurrent one; and any, where the recipe asks for the other layout."""
     base = save_base(tmp_path_factory.mktemp("base") / "mamba", "mamba")
-    why = "model.base: PPO samples in the tree layout, which is not to be had: "
+    why = "model.base: responses are sampled in the tree layout, which is not to be had: "
     said = refused(model={"base": str(base)}, lora={"targets": ["in_proj"]}, ppo={"rewards": [RULE]})
     assert said.startswith(why + "its ")
     assert "\n" not in said

@@ -192,7 +192,7 @@ def test_rows_longer_than_a_chunk_and_cut_at_every_place():
         ("a.jsonl.gz", b"plain", "a.jsonl.gz: broken gzip: Not a gzipped file"),
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"text": "a"}\n' * 99)[:-9],
+            gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9],
             "a.jsonl.gz: broken gzip: Compressed file ended",
         ),
         ("a.parquet", b"PAR1", "a.parquet: cannot be read as Parquet"),

@@ -109,7 +109,7 @@ def test_every_problem_at_once_in_the_order_of_the_file(problems):
         """
     formats = (
         "'auto', 'alpaca', 'sharegpt', 'messages', 'prompt_completion', 'text', 'pairs', 'transcripts', 'ranked', "
-        "'labelled' or 'classes'"
+        "'labelled', 'classes' or 'prompts'"
     )
     trackers = "'tensorboard', 'wandb', 'trackio' or 'mlflow'"
     optim = "learning_rate, schedule, warmup, min_ratio, weight_decay, beta1, beta2, eps, max_grad_norm"
