@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--actor", default=str(SHARED / "models" / "stories260k"))
     parser.add_argument("--judge", help="default: trained now")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--kl-coef", type=float, default=0.1)
     args = parser.parse_args()
@@ -91,7 +91,7 @@ def run_seed(args: argparse.Namespace, seed: int, judge: str, folder: Path) -> d
         },
         "batch": {"examples": 16},
         "optim": {"learning_rate": args.learning_rate, "warmup": 3, "schedule": "linear"},
-        "train": {"steps": args.steps, "eval_every": 20, "save_every": None},
+        "train": {"steps": args.steps, "eval_every": 8, "save_every": None},
         "log": {"trackers": []},
         "ppo": {
             "rewards": [{"model": judge, "label": "1", "name": "positive"}], "samples": 4,
