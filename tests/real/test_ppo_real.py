@@ -1,4 +1,4 @@
-"""PPO on a real base LM of 260,000 weights: a rule's reward rises on held-out beginnings, not far from the reference."""
+"""PPO on a real base LM of 260,000 weights: a rule's reward rises on held-out beginnings, near the reference."""
 
 from __future__ import annotations
 
