@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 from align.training.classification import by_class
-from align.training.plots import COLOURS, GRID, SERIES, Panel, amount, new_axes, svg_of, value
+from align.training.plots import COLOURS, GRID, SERIES, Panel, new_axes, pages, svg_of, value
 
 SHOWN = (  # figures of the headline, where there are such
     ("accuracy", "Accuracy"), ("f1", "F1"), ("macro_f1", "Macro F1"), ("precision", "Precision"), ("recall", "Recall"),
@@ -26,14 +24,6 @@ def classification_section(results: dict[str, Any]) -> Markup:
     """Confusion matrix, curves, calibration and mistakes of each held-out side; nothing for an empty dict."""
     if not results:
         return Markup()
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.filters["amount"] = amount
     labels, threshold = results["labels"], results["threshold"]
     splits = {
         name: {
@@ -46,8 +36,8 @@ def classification_section(results: dict[str, Any]) -> Markup:
         }
         for name, side in results["splits"].items()
     }
-    page = pages.get_template("classification.html.jinja")
-    return Markup(page.render(labels=labels, splits=splits, colours=COLOURS))
+    page = pages().get_template("classification.html.jinja")
+    return Markup(page.render(labels=labels, splits=splits))
 
 
 def panels(side: dict[str, Any]) -> list[Panel]:

@@ -12,10 +12,12 @@ import re
 from collections.abc import Sequence
 from io import StringIO
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -207,6 +209,20 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
     centre = np.arange(len(values))
     low, high = np.maximum(centre - reach, 0), np.minimum(centre + reach + 1, len(values))
     return (sums[high] - sums[low]) / (high - low)
+
+
+def pages() -> Environment:
+    """The templates beside this file, with numbers in words; what runs say is shown, never run."""
+    found = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {"amount": amount, "value": value}
+    found.globals["colours"] = COLOURS
+    return found
 
 
 def new_axes() -> tuple[Figure, Axes]:

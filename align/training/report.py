@@ -27,12 +27,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from align.training.classification_plots import classification_section
 from align.training.meters import SPIKE_SIGMAS, SPIKE_WINDOW, SPREAD_STEPS, loss_stability
 from align.training.panels import Metrics, curves, distributions, records
-from align.training.plots import COLOURS, Curve, amount, change, duration, percent, size, value
+from align.training.plots import Curve, amount, change, duration, pages, percent, size, value
 from align.training.rollout_plots import rollout_section
 
 LEDGER_ROWS = 50
@@ -43,25 +42,23 @@ def write_report(run: Path) -> Path:
     metrics = Metrics.read(run / "metrics.jsonl")
     data = _json(run / "data.json")
     recipe = _text(run / "recipe.yaml")
-    html = (
-        _pages()
-        .get_template("report.html.jinja")
-        .render(
-            name=run.resolve().name,
-            settings=_settings(recipe),
-            facts=facts(metrics, _json(run / "summary.json")),
-            words=words(metrics),
-            curves=curves(metrics),
-            distributions=distributions(metrics, data),
-            classification=classification_section(_json(run / "classification.json")),
-            rollout=rollout_section(metrics, run / "episodes.jsonl", recipe),
-            data=data,
-            ledger=Ledger.read(run / "ledger.jsonl"),
-            samples=samples(run / "samples.jsonl"),
-            ledger_rows=LEDGER_ROWS,
-            recipe=recipe,
-            environment=_json(run / "environment.json"),
-        )
+    template = pages()
+    template.filters["plain"] = plain
+    html = template.get_template("report.html.jinja").render(
+        name=run.resolve().name,
+        settings=_settings(recipe),
+        facts=facts(metrics, _json(run / "summary.json")),
+        words=words(metrics),
+        curves=curves(metrics),
+        distributions=distributions(metrics, data),
+        classification=classification_section(_json(run / "classification.json")),
+        rollout=rollout_section(metrics, run / "episodes.jsonl", recipe),
+        data=data,
+        ledger=Ledger.read(run / "ledger.jsonl"),
+        samples=samples(run / "samples.jsonl"),
+        ledger_rows=LEDGER_ROWS,
+        recipe=recipe,
+        environment=_json(run / "environment.json"),
     )
     target, beside = run / "report.html", run / "report.html.new"
     beside.write_bytes(html.encode("utf-8", "replace"))  # JSON can hold half a surrogate pair, UTF-8 cannot
@@ -217,19 +214,6 @@ def plain(entry: Any) -> str:
     if isinstance(entry, bool):
         return "yes" if entry else "no"
     return "–" if entry is None else str(entry)
-
-
-def _pages() -> Environment:
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # rows and samples may hold HTML: it is shown, never run
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.filters |= {"amount": amount, "plain": plain}
-    pages.globals["colours"] = COLOURS
-    return pages
 
 
 def _settings(recipe: str | None) -> dict[str, Any]:

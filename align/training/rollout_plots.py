@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from align.training.diagnosis import Finding, diagnose
 from align.training.panels import Metrics, records
-from align.training.plots import COLOURS, SERIES, Panel, new_axes, svg_of, value
+from align.training.plots import SERIES, Panel, new_axes, pages, svg_of, value
 
 
 def rollout_section(metrics: Metrics, episodes: Path, recipe: str) -> Markup:
@@ -19,17 +18,9 @@ def rollout_section(metrics: Metrics, episodes: Path, recipe: str) -> Markup:
     points = {split: _points(metrics, split) for split in ("train", "eval")}
     if not any(points.values()):
         return Markup()
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.filters["value"] = value
-    page = pages.get_template("rollout.html.jinja")
+    page = pages().get_template("rollout.html.jinja")
     panel = frontier_panel(points["train"], points["eval"])
-    return Markup(page.render(panel=panel, findings=findings(metrics, recipe), said=_said(episodes), colours=COLOURS))
+    return Markup(page.render(panel=panel, findings=findings(metrics, recipe), said=_said(episodes)))
 
 
 def frontier_panel(train: list[tuple[float, float]], held: list[tuple[float, float]]) -> Panel:
