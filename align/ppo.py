@@ -21,7 +21,9 @@ own learning rate instead), and training the trunk itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -33,7 +35,7 @@ from align.data.examples import Examples
 from align.data.prompts import prompts
 from align.data.trees import Forest
 from align.models.base import load_base
-from align.models.roles import CRITIC, Roles
+from align.models.roles import CRITIC, Entropy, Roles, Said
 from align.models.trunk import Trunk
 from align.objectives import advantages as adv
 from align.objectives.losses import clipped_policy_loss, clipped_value_loss
@@ -51,6 +53,7 @@ from align.training.rollout import (
     check_samples,
     explained,
     figures,
+    minibatches,
     sampled,
     scored,
 )
@@ -113,6 +116,11 @@ class Ppo(Section):
     kl_budget: Annotated[float | None, Field(gt=0)] = None
     """`best/` keeps the actor with the best held-out score whose KL is at most this. Default: whatever its KL."""
 
+    @property
+    def entropy(self) -> Entropy | None:
+        """What the loss needs to know of it."""
+        return "learnt" if self.entropy_coef else None
+
     def critic_rate(self, optim: Optim) -> float:
         """The critic's learning rate as a multiple of the actor's."""
         return (self.critic_learning_rate or optim.learning_rate) / optim.learning_rate
@@ -142,10 +150,12 @@ class Recipe(BaseRecipe):
         return self
 
 
-def loss(roles: nn.Module, batch: Forest, ppo: Ppo, targets: Targets) -> tuple[Tensor, Metrics]:
-    """Policy and value loss of a batch, each its share of the minibatch's mean."""
+def loss(
+    roles: nn.Module, batch: Forest, ppo: Ppo, targets: Targets, said: Said | None = None
+) -> tuple[Tensor, Metrics]:
+    """Policy and value loss of a batch, each its share of the minibatch's mean; `said`: what the roles say of it."""
     old_logprobs, advantages, old_values, returns = targets.of(batch)
-    logprobs, values, entropy = roles(batch, entropy=bool(ppo.entropy_coef))
+    logprobs, values, entropy = said or roles(batch, entropy=ppo.entropy)
     policy, held = clipped_policy_loss(logprobs, old_logprobs, advantages, ppo.clip_range, ppo.dual_clip)
     value, value_held = clipped_value_loss(values, old_values, returns, ppo.value_clip_range)
     if ppo.entropy_coef:
@@ -179,8 +189,9 @@ class Algorithm:
         episodes = self._sampled(loop, loop.data.train, chosen, (self.recipe.seed, SAMPLING, step), ppo.samples)
         sampled_at = time.perf_counter()
         # 2. Score them with every role, in the rows of the first epoch.
-        groups = self._minibatches(len(chosen), step, 0)
-        rollout, parts = self._scored(loop, loop.data.train, chosen, episodes, groups)
+        orders = [(self.recipe.seed, ORDER, step, epoch) for epoch in range(ppo.epochs)]
+        epochs = [minibatches(len(chosen), ppo.minibatches, order) for order in orders]
+        rollout, parts = self._scored(loop, loop.data.train, chosen, episodes, epochs[0], ppo.entropy or "known")
 
         # 3. Rewards: the KL penalty at every token, the score at the end.
         score = self._score(rollout, parts)  # (E,)
@@ -200,12 +211,11 @@ class Algorithm:
         # 5. Epochs of minibatches.
         targets = Targets(rollout, of_tokens, returns, loop.trunk.device)
         sums, norms, updates, actor_learns = Sums(), {}, 0, step > ppo.critic_warmup
-        for number, group in enumerate(self._schedule(groups, step)):
+        for number, group in enumerate(chain.from_iterable(epochs)):
             targets.minibatch(episodes.numbers(group), actor_learns)
-            work = [
-                (episodes, row, lambda roles, batch: loss(roles, batch, ppo, targets))
-                for row in loop.batches.rows(episodes, group)
-            ]
+            said = rollout.said if number == 0 else None  # at first nothing has changed since
+            learning = partial(loss, ppo=ppo, targets=targets, said=said)
+            work = [(episodes, row, learning) for row in loop.batches.rows(episodes, group)]
             if self.ptx and actor_learns:
                 work = [*self.ptx.work(loop, (step - 1) * ppo.epochs * ppo.minibatches + number), *work]
             found = loop.gradients(work)
@@ -242,7 +252,7 @@ class Algorithm:
         examples, everyone = loop.data.eval, np.arange(len(loop.data.eval))
         key = (self.recipe.seed, SAMPLING, 0)
         episodes = self._sampled(loop, examples, everyone, key, self.ppo.eval_samples)
-        rollout, parts = self._scored(loop, examples, everyone, episodes, [everyone], valued=False)
+        rollout, parts = self._scored(loop, examples, everyone, episodes, [everyone])
         score = self._score(rollout, parts)
         found = figures(rollout, parts, score, loop.memory.get("kl_coef", self.ppo.kl_coef))
         self.watch.evaluated(loop, episodes, score, found, self.ppo.kl_budget)
@@ -268,11 +278,11 @@ class Algorithm:
         chosen: np.ndarray,
         episodes: Episodes,
         groups: Sequence[np.ndarray],
-        valued: bool = True,
+        to_learn: Entropy | None = None,
     ) -> tuple[Rollout, dict[str, Tensor]]:
         """The rollout, and every part of the reward by name, (E,) each."""
         loop.screen.phase("scoring")
-        rollout = scored(self.roles, loop.batches, episodes, groups, [*self.rewards.scorers], loop.screen, valued)
+        rollout = scored(self.roles, loop.batches, episodes, groups, [*self.rewards.scorers], loop.screen, to_learn)
         texts = self.watch.texts(examples, chosen, episodes) if self.rewards.read_texts else []
         parts = rollout.scores | self.rewards.of_texts(texts, loop.batches.rank, loop.batches.world)
         loop.screen.phase("learning")
@@ -282,16 +292,6 @@ class Algorithm:
         """(E,): the sum of the parts less the penalties."""
         penalty = self.ppo.missing_eos_penalty * ~rollout.ended + self.ppo.length_penalty * rollout.lengths
         return self.rewards.total(parts) - penalty
-
-    def _schedule(self, first: list[np.ndarray], step: int) -> Iterator[np.ndarray]:
-        """The prompts of every minibatch of a step, `first` those of the first epoch."""
-        yield from first
-        for epoch in range(1, self.ppo.epochs):
-            yield from self._minibatches(sum(map(len, first)), step, epoch)
-
-    def _minibatches(self, prompts: int, step: int, epoch: int) -> list[np.ndarray]:
-        order = np.random.default_rng([self.recipe.seed, ORDER, step, epoch]).permutation(prompts)
-        return np.array_split(order, min(self.ppo.minibatches, prompts))
 
 
 def train(session: Session) -> None:

@@ -9,7 +9,7 @@ Shapes: n labelled tokens, P paths (responses), S = n + P steps: before each tok
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, set_peft_model_state_dict
@@ -25,6 +25,7 @@ from align.recipe.errors import UserError
 from align.recipe.schema import Lora
 
 CRITIC = "critic"
+Entropy = Literal["known", "learnt"]  # the latter with a gradient
 
 
 class Scorer(NamedTuple):
@@ -97,13 +98,14 @@ class Roles(nn.Module):
             part = name.split(".")
             parameter.requires_grad_(CRITIC in part or ("default" in part and "lora" in name))
 
-    def forward(self, forest: Forest, valued: bool = True, entropy: bool = False) -> Said:
+    def forward(self, forest: Forest, valued: bool = True, entropy: Entropy | None = None) -> Said:
         """What actor and critic say of a batch, the latter only if `valued`."""
         states, head = self.trunk.states(forest), self.trunk.projection(self.temperature)
+        known = states.new_empty(len(states), dtype=torch.float32) if entropy == "known" else None
         return Said(
-            linear_logprobs(states, labels=forest.labels, **head),
+            linear_logprobs(states, labels=forest.labels, **head, entropies=known),
             self.scores(CRITIC, forest, steps(forest)) if valued else None,
-            linear_entropy(states, **head) if entropy else None,
+            linear_entropy(states, **head) if entropy == "learnt" else known,
         )
 
     def reference(self, forest: Forest) -> Tensor:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from align.data.trees import Forest, Tree, plant
 from align.models.attention import NAME as FOREST
-from align.models.attention import ForestMask
 from align.models.base import META, Base, compute_dtype
+from align.models.blocks import ForestMask
 from align.models.fused import fuse
 from align.models.lora import lora_config
 from align.objectives.logprobs import linear_logprobs

@@ -21,11 +21,13 @@ def linear_logprobs(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
+    entropies: Tensor | None = None,
 ) -> Tensor:
     """log softmax(scale * (hidden @ weight.T + bias))[labels], computed chunk by chunk.
 
     hidden (n, d), weight (V, d), labels (n,) int64, bias (V,) or None -> (n,) float32 (float64 of float64). `softcap` c
-    passes logits through c * tanh(logits / c) (Gemma 2, arXiv 2408.00118).
+    passes logits through c * tanh(logits / c) (Gemma 2, arXiv 2408.00118). `entropies` (n,) float32 is filled with the
+    softmax's entropy at each position, in nats, without gradient.
 
     The gradient of one log-probability with respect to its own hidden state, W[label] - softmax @ W, does not depend
     on what is later done with it. So where the weight is frozen it is taken in the forward pass, while the softmax is
@@ -34,7 +36,7 @@ def linear_logprobs(
     assert hidden.ndim == 2, hidden.shape
     assert labels.shape == hidden.shape[:1], (labels.shape, hidden.shape)
     assert weight.ndim == 2, weight.shape
-    return _LinearLogprobs.apply(hidden, weight, labels, bias, scale, softcap)
+    return _LinearLogprobs.apply(hidden, weight, labels, bias, scale, softcap, entropies)
 
 
 @torch.no_grad()
@@ -119,8 +121,11 @@ class _Chunks:
         return self.narrow[: len(gradient)].copy_(gradient) if self.wide is not self.narrow else gradient
 
 
-def _log_softmax_parts(logits, labels, scale, softcap):
-    """logits (c, V), overwritten -> logprobs (c,), exp(logits - max) (c, V), its sum (c, 1), slope of the softcap."""
+def _log_softmax_parts(logits, labels, scale, softcap, entropies=None):
+    """logits (c, V), overwritten -> logprobs (c,), exp(logits - max) (c, V), its sum (c, 1), slope of the softcap.
+
+    `entropies` (c,) is filled where it is given.
+    """
     if scale != 1.0:
         logits *= scale
     slope = None
@@ -130,8 +135,11 @@ def _log_softmax_parts(logits, labels, scale, softcap):
         logits *= softcap
     top = logits.amax(-1, keepdim=True)
     chosen = logits.gather(-1, labels[:, None]) - top
-    softmax = logits.sub_(top).exp_()
+    logits.sub_(top)
+    softmax = logits.exp_() if entropies is None else logits.exp()
     total = softmax.sum(-1, keepdim=True)
+    if entropies is not None:  # log Z - sum of p z
+        entropies.copy_(total.log()[:, 0] - torch.linalg.vecdot(softmax, logits) / total[:, 0])
     return (chosen - total.log())[:, 0], softmax, total, slope
 
 
@@ -146,7 +154,7 @@ def _logits_gradient(softmax, total, slope, labels, scale):
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, scale, softcap):
+    def forward(ctx, hidden, weight, labels, bias, scale, softcap, entropies):
         ctx.scale, ctx.softcap = scale, softcap
         ctx.weight_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         ahead = hidden.requires_grad and not ctx.weight_trains
@@ -155,7 +163,8 @@ class _LinearLogprobs(torch.autograd.Function):
         chunks = _Chunks(hidden, weight)
         for part in chunks.parts:
             logits = chunks.logits(hidden[part], weight, bias)
-            logprobs[part], softmax, total, slope = _log_softmax_parts(logits, labels[part], scale, softcap)
+            filled = None if entropies is None else entropies[part]
+            logprobs[part], softmax, total, slope = _log_softmax_parts(logits, labels[part], scale, softcap, filled)
             if ahead:
                 gradient = _logits_gradient(softmax, total, slope, labels[part], scale)
                 torch.mm(chunks.narrowed(gradient), weight, out=jacobian[part])
@@ -170,7 +179,7 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx, upstream):
         if not ctx.weight_trains:
             (jacobian,) = ctx.saved_tensors
-            return upstream[:, None].to(jacobian.dtype) * jacobian, None, None, None, None, None
+            return upstream[:, None].to(jacobian.dtype) * jacobian, *[None] * 6
         hidden, weight, labels, bias = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight))
@@ -187,7 +196,7 @@ class _LinearLogprobs(torch.autograd.Function):
             torch.mm(gradient, weight, out=grad_hidden[part])
             grad_weight += gradient.T @ hidden[part]
         bias_gradient = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), None, bias_gradient, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, bias_gradient, None, None, None
 
 
 class _LinearEntropy(torch.autograd.Function):

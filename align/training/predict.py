@@ -26,8 +26,8 @@ from transformers.utils import logging
 
 from align.data.files import data_files, read_file, text_lines
 from align.data.lines import Broken, lines_of
-from align.data.packing import pack, pack_padded
-from align.data.trees import Tree, plant
+from align.data.packing import pack_padded
+from align.data.trees import Tree, graft, plant
 from align.data.turns import Refused, a, filled, meant
 from align.models.base import META, load_base
 from align.models.trunk import Trunk
@@ -78,15 +78,29 @@ class Classifier:
             return np.zeros((0, len(self.labels)))
         encoded = self.tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
         nothing = [self.tokenizer.eos_token_id]  # for a text of which the tokenizer makes no token
-        trees = [_tree(ids[: self.max_length] or nothing) for ids in encoded]
-        lengths = [len(tree.segments[0]) for tree in trees]
-        packed = self.trunk.packed
+        paths = [ids[: self.max_length] or nothing for ids in encoded]
         scores = np.zeros((len(texts), len(self.labels)), np.float32)
-        for row in (pack if packed else pack_padded)(lengths, self.row_tokens):
-            multiple = self.trunk.row_multiple if packed else 1
-            forest = plant([trees[i] for i in row], packed=packed, multiple=multiple)
-            scores[row] = self.trunk(forest.to(self.trunk.device)).float().cpu().numpy()
+        for row in self._rows(paths):
+            trees = [_tree(paths[i]) for i in row]
+            if self.trunk.packed:
+                forest = plant(graft(trees), multiple=self.trunk.row_multiple).to(self.trunk.device)
+            else:
+                forest = plant(trees, packed=False).to(self.trunk.device)
+            scores[np.array(row)[forest.owner.cpu()]] = self.trunk(forest).float().cpu().numpy()
         return softmax(scores)
+
+    def _rows(self, paths: list[list[int]]) -> list[list[int]]:
+        """Texts that are computed together: those that begin alike, for a beginning is then computed once."""
+        if not self.trunk.packed:
+            return pack_padded([len(ids) for ids in paths], self.row_tokens)
+        rows, room = [], 0
+        for i in sorted(range(len(paths)), key=lambda i: paths[i]):
+            if len(paths[i]) > room:
+                rows.append([])
+                room = self.row_tokens
+            rows[-1].append(i)
+            room -= len(paths[i])
+        return rows
 
     def label(self, probabilities: np.ndarray) -> str:
         """The label of one text, (C,), by the saved threshold if there is one."""

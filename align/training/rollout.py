@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from align.data.examples import Examples
 from align.data.trees import Forest, Tree
 from align.models.decode import Response, sample
-from align.models.roles import Roles
+from align.models.roles import Entropy, Roles, Said
 from align.models.sampling import Sampling
 from align.models.trunk import Trunk
 from align.objectives.losses import path_counts
@@ -98,6 +98,7 @@ class Rollout(NamedTuple):
     lengths: Tensor  # (E,) int64, tokens of each
     ended: Tensor  # (E,) bool, by an end of turn or a stop text
     scores: dict[str, Tensor]  # by the reward roles, (E,) each
+    said: Said | None = None  # of the only row there is, with its graph: nothing has to be said again to learn from it
 
 
 def check_samples(trunk: Trunk, sides: Sequence[Examples], generation: Generation) -> None:
@@ -137,19 +138,23 @@ def scored(
     groups: Sequence[np.ndarray],
     scorers: Sequence[str],
     screen: Screen,
-    valued: bool = True,
+    to_learn: Entropy | None = None,
 ) -> Rollout:
     """Actor, critic, reference and reward over packed trees, each prompt once.
 
     `groups` of prompts, (k,) int64 each, share rows as they will when they are trained on, so that the actor says
-    again, to the bit, what it says here.
+    again, to the bit, what it says here. `to_learn`: they are trained on next, with this entropy: the critic is asked
+    too, and if there is but one row, `Rollout.said` is kept.
     """
     rows = [row for group in groups for row in batches.rows(episodes, group)]
+    kept = to_learn is not None and len(rows) == batches.world == 1
     mine: dict[int, tuple[Tensor, ...]] = {}
     with torch.no_grad():
         for row in screen.track(rows, "scoring"):
             forest = batches.plant(episodes, row)
-            numbers = _numbers(roles, forest, scorers, valued)
+            with torch.set_grad_enabled(kept):
+                said = roles(forest, to_learn is not None, to_learn or "known")
+            numbers = _numbers(roles, forest, said, scorers)
             mine |= dict(zip(forest.targets.long().tolist(), numbers, strict=True)) if row else {}
     known = {number: parts for part in gather_object([mine]) for number, parts in part.items()}
     columns = list(zip(*(known[number] for number in range(len(episodes.flat))), strict=True))
@@ -158,19 +163,24 @@ def scored(
     steps = torch.arange(logprobs.shape[1] + 1) <= lengths[:, None]
     scores = {name: torch.cat(column) for name, column in zip(scorers, columns[4:], strict=True)}
     ended = torch.tensor([response.ended for response in episodes.flat])
-    return Rollout(logprobs, ref_logprobs, entropies, values, steps[:, 1:], steps, lengths, ended, scores)
+    numbers = Rollout(logprobs, ref_logprobs, entropies, values, steps[:, 1:], steps, lengths, ended, scores)
+    return numbers._replace(said=said) if kept else numbers
 
 
-def _numbers(roles: Roles, forest: Forest, scorers: Sequence[str], valued: bool) -> list[tuple[Tensor, ...]]:
+def _numbers(roles: Roles, forest: Forest, said: Said, scorers: Sequence[str]) -> list[tuple[Tensor, ...]]:
     """Of each path: log-probabilities (k,), the reference's (k,), entropies (k,), values (k + 1,), scores (1,) each."""
     counts = path_counts(forest.path, forest.paths).tolist()
-    actor = roles(forest, valued=valued, entropy=True)
     reference = roles.reference(forest)
-    values = actor.values if valued else actor.logprobs.new_zeros(len(actor.logprobs) + forest.paths)
-    columns = [part.cpu().split(counts) for part in (actor.logprobs, reference, actor.entropy)]
-    columns.append(values.cpu().split([k + 1 for k in counts]))
+    values = reference.new_zeros(len(reference) + forest.paths) if said.values is None else said.values
+    columns = [part.detach().cpu().split(counts) for part in (said.logprobs, reference, said.entropy)]
+    columns.append(values.detach().cpu().split([k + 1 for k in counts]))
     columns += [roles.scores(name, forest, forest.ends).cpu().split(1) for name in scorers]
     return list(zip(*columns, strict=True))
+
+
+def minibatches(prompts: int, count: int, key: Sequence[int]) -> list[np.ndarray]:
+    """The prompts of a pass in an order that the key fixes, as so many groups."""
+    return np.array_split(np.random.default_rng(list(key)).permutation(prompts), min(count, prompts))
 
 
 def figures(rollout: Rollout, parts: dict[str, Tensor], score: Tensor, kl_coef: float) -> dict[str, float]:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from align.data.trees import Forest, TreeMask, plant
-from align.models import attention
-from align.models.attention import ForestMask, forest_attention
+from align.models import blocks
+from align.models.attention import forest_attention
+from align.models.blocks import ForestMask
 
 FORESTS = {
     "one text": [tree(13)],
@@ -62,7 +63,7 @@ def compare(
 
 @pytest.fixture(params=[256, 4], ids=["whole segments", "blocks of 4"])
 def blocked(request, monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", request.param)
+    monkeypatch.setattr(blocks, "QUERY_BLOCK", request.param)
 
 
 @pytest.mark.parametrize("softcap", [None, 0.7])
@@ -88,25 +89,32 @@ def test_bfloat16_stays_near():
     compare(plant(FORESTS["pairs"]), dtype=torch.bfloat16, tol=0.06)
 
 
-@given(SHAPES, st.integers(1, 8), st.integers(1, 4), st.sampled_from([0, 3, 12]))
-def test_blocks_cover_the_dense_mask_and_nothing_else(shapes, multiple, most, together):
+@given(SHAPES, st.integers(1, 8), st.integers(1, 4), st.sampled_from([0, 200, 10_000]), st.sampled_from([1, 32]))
+def test_blocks_cover_the_dense_mask_and_nothing_else(shapes, multiple, most, small, keys_of):
     forest = plant([tree(stem, *branches) for stem, branches in shapes], multiple=multiple)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "QUERY_BLOCK", most)
-        patch.setattr(attention, "SHARED_BLOCK", together)
+        for name, value in (("QUERY_BLOCK", most), ("SMALL", small), ("KEY_MULTIPLE", keys_of)):
+            patch.setattr(blocks, name, value)
         mask = ForestMask(forest)
     seen = torch.zeros(forest.tokens.shape[1], forest.tokens.shape[1], dtype=torch.int64)
-    queries = []
-    for block in mask.blocks:
-        assert 0 < block.stop - block.start <= max(most, together)
-        assert block.spans[-1][1] == block.stop
-        queries += range(block.start, block.stop)
-        keys = torch.cat([torch.arange(first, last) for first, last in block.spans])
-        bias = attention._bias(block, len(keys), mask, None, torch.float32)
-        for query, row in zip(range(block.start, block.stop), bias, strict=True):
-            seen[query, keys[row == 0]] += 1
-    assert sorted(queries) == list(range(forest.tokens.shape[1]))
+    answered = []
+    for number, stack in enumerate(mask.stacks):
+        assert stack.queries.shape[1] <= most
+        assert stack.keys.shape[1] % keys_of == 0
+        bias = mask.bias(number, None, torch.float32)[:, 0]
+        assert (bias == 0).any(-1).all(), "a query that fills up sees something too, or its softmax is not a number"
+        for block, (queries, _) in enumerate(stack.counts):
+            answered += stack.queries[block, :queries].tolist()
+            for query in range(queries):
+                seen[stack.queries[block, query], stack.keys[block][bias[block, query] == 0]] += 1
+    assert sorted(answered) == list(range(forest.tokens.shape[1]))
     assert torch.equal(seen, TreeMask(forest).dense[0, 0].long())
+
+
+def test_blocks_of_like_size_share_a_stack_and_others_do_not():
+    of_pairs = blocks.forest_blocks((100, 40, 44, 90, 42, 41, 200), (-1, 0, 0, -1, 3, 3, -1))
+    sizes = [sorted((block.queries, block.keys) for block in stack) for stack in blocks.stacked(of_pairs)]
+    assert sizes == [[(200, 200)], [(90, 90), (100, 100)], [(40, 140), (41, 131), (42, 132), (44, 144)]]
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -141,7 +141,7 @@ def test_recomputed_activations_change_no_gradient(start):
         roles = roles_of(start, **section)[0]
         stir(roles.trunk)
         roles.train()
-        said = roles(FOREST, entropy=True)
+        said = roles(FOREST, entropy="learnt")
         weights = [torch.linspace(0.5, 1.5, len(part)) for part in said]
         sum((part * weight).sum() for part, weight in zip(said, weights, strict=True)).backward()
         return {name: p.grad for name, p in roles.named_parameters() if p.requires_grad}

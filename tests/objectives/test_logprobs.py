@@ -127,6 +127,15 @@ def test_entropy_and_its_gradient_are_those_of_whole_logits(kind, biased, dtype,
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_entropies_beside_log_probabilities_are_the_same(kind):
+    hidden, weight, labels, bias = made()
+    filled = torch.full((len(hidden),), torch.nan, dtype=hidden.dtype)
+    alone = linear_logprobs(hidden, weight, labels, bias, **KINDS[kind])
+    assert torch.equal(linear_logprobs(hidden, weight, labels, bias, **KINDS[kind], entropies=filled), alone)
+    torch.testing.assert_close(filled, whole_entropy(hidden, weight, bias, **KINDS[kind]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_of_entropy_by_finite_differences(kind):
     hidden, weight, _, bias = made(n=5)
     assert torch.autograd.gradcheck(lambda h: linear_entropy(h, weight, bias, **KINDS[kind]), hidden.requires_grad_())

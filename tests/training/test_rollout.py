@@ -56,7 +56,7 @@ def batches(trunk: Trunk, row_tokens: int) -> Batches:
 
 def rolled(roles: Roles, episodes: Episodes, groups, row_tokens=64) -> Rollout:
     screen = Screen(Console(quiet=True))
-    return scored(roles, batches(roles.trunk, row_tokens), episodes, groups, ["reward"], screen)
+    return scored(roles, batches(roles.trunk, row_tokens), episodes, groups, ["reward"], screen, "known")
 
 
 def response(*tokens: int, ended: bool = False) -> Response:
@@ -142,6 +142,23 @@ def test_learning_says_what_scoring_said():
             assert torch.equal(roles(batch).logprobs, targets.of(batch)[0])
     batch = rows.plant(episodes, [0, 1, 2, 3])
     torch.testing.assert_close(roles(batch).logprobs, targets.of(batch)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_said_of_the_only_row_is_kept_to_learn_from():
+    """It has the value and the gradients that saying it again would have; with more rows nothing is kept."""
+    roles, episodes = roles_of("llama", 0.7), written()
+    said = rolled(roles, episodes, [np.arange(4)], 512).said
+    again = roles(batches(roles.trunk, 512).plant(episodes, [0, 1, 2, 3]))
+    trained = [p for p in roles.parameters() if p.requires_grad]
+    found, expected = (
+        torch.autograd.grad(each.logprobs.sum() + each.values.square().sum(), trained, allow_unused=True)
+        for each in (said, again)
+    )
+    assert torch.equal(said.logprobs, again.logprobs)
+    assert sum(one is not None and bool(one.any()) for one in found) > 20
+    assert all(one is other is None or torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert rolled(roles, episodes, [np.arange(4)], 16).said is None
+    assert rolled(roles, episodes, [np.arange(2), np.arange(2, 4)], 512).said is None
 
 
 def test_a_minibatch_finds_the_numbers_of_its_episodes():
