@@ -31,7 +31,7 @@ class Recorder:
 
 
 class KeyValues:
-    """One row a response, each as far as its own length; rows are dropped when they are done."""
+    """One row a response, each as far as its own length; rows are dropped, reordered or doubled."""
 
     def __init__(self, recorded: Recorder, spans: list[tuple[int, int]]) -> None:
         """`spans`: for each row where its prompt stands among the recorded tokens."""
@@ -89,7 +89,7 @@ class KeyValues:
         self._measure()
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows, (b,) int64, go on."""
+        """Only these rows, (b,) int64, go on, in this order; one may be named several times."""
         self.lengths = self.lengths[rows]
         self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
         self._measure()

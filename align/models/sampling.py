@@ -23,6 +23,8 @@ class Sampling(NamedTuple):
     min_p: float = 0.0  # only those with this share of the likeliest's probability (arXiv 2407.01082)
     repetition_penalty: float = 1.0  # logits of what was said are divided by it (Keskar et al. 2019, arXiv 1909.05858)
     stop: tuple[str, ...] = ()  # texts that end a response; they stay in it
+    beams: int = 1  # with temperature 0 and more than 1: the likeliest whole response that so many beams find
+    length_penalty: float = 1.0  # of beams: responses compare by log-probability / length^this
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from models.tiny import ATTENTION, SPECIAL, VOCABULARY, tiny_trunk
 
-from align.models.decode import answer, end_tokens, sample
+from align.models.decode import answer, sample
+from align.models.rows import end_tokens
 from align.models.sampling import Sampling, draw, filtered, penalised, uniforms
 from align.recipe.schema import Lora
 
