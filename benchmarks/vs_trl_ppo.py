@@ -179,7 +179,7 @@ def ppo_recipe(spec: dict, run: Path) -> dict:
     return common_recipe(spec) | {
         "stage": "ppo", "run": str(run),
         "data": {"train": [{"path": spec["prompts"]}], "max_length": LONGEST},
-        "batch": {"examples": EPISODES // spec["samples"]},
+        "batch": {"examples": EPISODES // spec["samples"], "row_tokens": 4096},  # an update in one row
         "optim": {"learning_rate": RATE, "schedule": "constant", "warmup": 0},
         "train": {"steps": spec["updates"], "save_every": None},
         "ppo": {
