@@ -186,10 +186,10 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (…, 1)
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (…, 1)
         ctx.save_for_backward(x, weight, scale)
-        return weight * (x * scale).to(x.dtype)
+        return weight * (wide * scale).to(x.dtype)
 
     @staticmethod
     @once_differentiable

@@ -111,7 +111,8 @@ def test_blocks_cover_the_dense_mask_and_nothing_else(shapes, multiple, most, sm
     assert torch.equal(seen, TreeMask(forest).dense[0, 0].long())
 
 
-def test_blocks_of_like_size_share_a_stack_and_others_do_not():
+def test_blocks_of_like_size_share_a_stack_and_others_do_not(monkeypatch):
+    monkeypatch.setattr(blocks, "QUERY_BLOCK", 256)
     of_pairs = blocks.forest_blocks((100, 40, 44, 90, 42, 41, 200), (-1, 0, 0, -1, 3, 3, -1))
     sizes = [sorted((block.queries, block.keys) for block in stack) for stack in blocks.stacked(of_pairs)]
     assert sizes == [[(200, 200)], [(90, 90), (100, 100)], [(40, 140), (41, 131), (42, 132), (44, 144)]]
