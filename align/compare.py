@@ -2,15 +2,16 @@
 
     python -m align.compare RECIPE [key.path=value …] [--fresh]
 
-Reads folders that `align.evaluate` wrote over the same prompts; writes `report.html`, `compare.json` and `compare.md`.
-The statistics are in `tools/statistics.py`. What is shown follows Rafailov et al. 2023 (the reward-KL frontier, arXiv
-2305.18290) and Gao et al. 2022 (over-optimisation, arXiv 2210.10760). Left out on purpose: a ranking of all runs in
-one number.
+Reads folders that `align.evaluate` wrote over the same prompts; writes `report.html`, `compare.md`, `costs.json` and
+`compare.json`. The statistics are in `tools/statistics.py`. What is shown follows Rafailov et al. 2023 (the reward-KL
+frontier, arXiv 2305.18290) and Gao et al. 2022 (over-optimisation, arXiv 2210.10760). Left out on purpose: a ranking
+of all runs in one number.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,8 +23,8 @@ from align.recipe.errors import UserError
 from align.recipe.load import dump_recipe, load_recipe, parse_command
 from align.recipe.schema import PositiveInt, Section
 from align.tools.comparison import compare
-from align.tools.comparison_page import figures, markdown, page
-from align.tools.comparison_words import headlines, summary
+from align.tools.comparison_page import costs, figures, markdown, page
+from align.tools.comparison_summary import cost, headlines, summary
 from align.tools.evaluated import Evaluated, check_alike, read_run
 from align.tools.statistics import Draws
 from align.training.checkpoint import write_atomic
@@ -93,18 +94,17 @@ class Recipe(Section):
 
 def read(section: Compare) -> tuple[list[Evaluated], int | None]:
     """All runs, the baseline first, and its number. Raises UserError with every problem of every folder."""
-    wanted: dict[tuple[str, str | None], str | None] = {}
-    for source in section.runs:
-        for path in source.paths:
-            wanted[path, source.name] = source.group
+    wanted = [(path, source.name, source.group) for source in section.runs for path in source.paths]
     start = None if section.baseline is None else Path(section.baseline).resolve()
-    listed = [path for path, _ in wanted if Path(path).resolve() == start]
-    if start and not listed:
-        wanted = {(section.baseline, None): None} | wanted
+    if start and start not in [Path(path).resolve() for path, _, _ in wanted]:
+        wanted = [(section.baseline, None, None), *wanted]
     if len(wanted) < 2:
         raise UserError("compare.runs: there is one run; name two or more, or one and a baseline")
+    times = Counter((Path(path).resolve(), name) for path, name, _ in wanted)
+    if twice := [path for (path, _), n in times.items() if n > 1]:
+        raise UserError(*(f"compare.runs: {path} is there twice; leave one out, or give each a name" for path in twice))
     runs, problems = [], []
-    for (path, name), group in wanted.items():
+    for path, name, group in wanted:
         try:
             runs.append(read_run(Path(path), name, group))
         except UserError as error:
@@ -120,7 +120,7 @@ def check_folder(recipe: Recipe, fresh: bool) -> None:
     folder = Path(recipe.run)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run: {folder} is a file; name another folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or all(path.name.startswith(".writing-") for path in folder.iterdir()):
         return
     try:
         other = load_recipe(folder / "recipe.yaml", [], Recipe)
@@ -141,11 +141,12 @@ def work(recipe: Recipe, fresh: bool, console: Console) -> None:
         "recipe.yaml": text,
         "report.html": page(result, runs, text),
         "compare.md": markdown(result),
+        "costs.json": costs(result),
         "compare.json": figures(result),  # last: where it stands, the rest does too
     }
     for name, content in written.items():
         write_atomic(folder / name, content)
-    for line in (*headlines(result), *summary(result), f"{folder / 'report.html'} holds the report"):
+    for line in (*headlines(result), *summary(result), cost(result), f"{folder / 'report.html'} holds the report"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

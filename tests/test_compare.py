@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -13,6 +14,7 @@ from evaluations import compare_sweeps, evaluated, make_sweeps, recipe, result, 
 from align.compare import main
 from align.tools.comparison import Pair
 from align.tools.statistics import Estimate
+from align.training.plots import duration
 
 
 def turned(e: dict, whole: float) -> dict:
@@ -32,13 +34,14 @@ def swept(sweeps, tmp_path_factory):
 
 class TestSweeps:
     def test_the_winner_is_told_by_kl(self, swept):
-        figures, _ = swept
+        figures, page = swept
         assert figures["headlines"] == ["dpo or ppo: it depends on the KL"]
         text = " ".join(figures["summary"])
         assert "ppo1 beats dpo1: it wins" in text
         assert "dpo9 beats ppo9: it wins" in text
         assert "Of 3 runs of dpo, 3 beat the baseline" in text
-        assert "Device time of training: dpo 3 min 0 s (3 runs), ppo 30 min 0 s (3 runs)." in text
+        most = "(3 runs, up to 3 GiB of memory)"
+        assert f"Device time of training: dpo 3 min 0 s {most}; ppo 30 min 0 s {most}." in page
 
     def test_matched_runs_are_those_at_like_kl(self, swept):
         figures, _ = swept
@@ -72,6 +75,13 @@ class TestSweeps:
             runs = {"path": [str(best), str(favourite)], "group": "ppo"}
             figures, _ = result(recipe(tmp_path / f"with_{favourite.name}.yaml", runs, proxy="proxy"))
             assert not any("Over-optimisation" in line for line in figures["summary"])
+
+    def test_several_verdicts_are_told_apart(self, sweeps, tmp_path):
+        third = evaluated(tmp_path / "third", 0.5, 4, training=trained("sft"))
+        figures, _ = result(recipe(tmp_path / "c.yaml", sweeps["dpo9"], sweeps["ppo9"], third))
+        names = ["dpo9 and ppo9", "dpo9 and third", "third and ppo9"]
+        assert len(figures["headlines"]) == 3
+        assert [line.partition(":")[0] for line in figures["summary"][:9]] == names * 3
 
     def test_a_run_is_matched_once_with_its_nearest(self, sweeps, tmp_path):
         close = evaluated(tmp_path / "close", 0.8, 4.5, training=trained("dpo"))
@@ -134,21 +144,36 @@ class TestTwo:
         (pair,) = figures["pairs"]
         assert pair["win_rate"]["low"] <= 0.5 <= pair["win_rate"]["high"]
         assert pair["score_difference"]["value"] == 0
-        assert "may be chance" in figures["summary"][0]
+        assert "Neither is shown to win" in figures["summary"][0]
 
     def test_equal_policies_are_not_told_apart(self, tmp_path):
         runs = [evaluated(tmp_path / name, 0.5, 2, seed=i) for i, name in enumerate("ab")]
         figures, _ = result(recipe(tmp_path / "c.yaml", *runs))
         assert figures["headlines"] == ["a or b: not decided"]
-        assert "the difference may be chance" in figures["summary"][0]
+        assert "50 % lies within the interval" in figures["summary"][2]
 
     def test_a_winner_at_another_kl_is_called_so(self, sweeps, tmp_path):
-        figures, _ = result(recipe(tmp_path / "c.yaml", sweeps["dpo9"], sweeps["ppo9"], sweeps["ppo1"]))
-        assert figures["headlines"] == ["dpo wins at like KL"]
-        figures, _ = result(recipe(tmp_path / "d.yaml", sweeps["dpo1"], sweeps["dpo9"]))
-        assert figures["headlines"] == ["dpo9 wins, at another KL"]
-        figures, _ = result(recipe(tmp_path / "e.yaml", sweeps["dpo9"], sweeps["ppo9"]))
-        assert figures["headlines"] == ["dpo9 wins"]
+        """Farther from the reference, or less far; which of the two is said only where the intervals of KL part."""
+        wide = evaluated(tmp_path / "wide", 1.2, 6.5, seed=3)
+        write_rows(wide, [row | {"kl": 2.8 if row["prompt"] % 10 else 40.0} for row in rows_of(wide)])
+        for n, (runs, headline, says) in enumerate(
+            (
+                (("dpo9", "ppo9", "ppo1"), "dpo wins at like KL", "dpo wins at KL 9.45 nats."),
+                (("dpo9", "ppo9"), "dpo9 beats ppo9 at like KL", "alike, so the match is fair."),
+                (("dpo1", "dpo9"), "dpo9 beats dpo1, but has moved farther", "dpo9 has moved farther, so this does"),
+                (("ppo1", "ppo9"), "ppo1 beats ppo9, and has moved less", "ppo9 has moved farther, so this does"),
+                (("ppo9", wide), "wide beats ppo9, at another KL", "not alike, so this does not tell which is better"),
+            )
+        ):
+            figures, _ = result(recipe(tmp_path / f"{n}.yaml", *(sweeps.get(run, run) for run in runs)))
+            assert figures["headlines"] == [headline]
+            assert says in figures["summary"][1]
+
+    def test_a_run_alone_is_told_against_its_baseline(self, sweeps, tmp_path):
+        figures, page = result(recipe(tmp_path / "c.yaml", sweeps["dpo9"], baseline=str(sweeps["sft"])))
+        assert figures["headlines"] == ["dpo9 beats sft"]
+        assert figures["summary"][0].startswith("dpo9. It wins ")
+        assert page.count("beats sft") == 3, "title, headline and the script's pair, not once more below them"
 
     def test_missing_scores_are_left_out_counted_and_told(self, sweeps, tmp_path):
         folder = shutil.copytree(sweeps["dpo4"], tmp_path / "dpo4")
@@ -162,13 +187,42 @@ class TestTwo:
         assert figures["runs"][0]["scores"]["gold"]["n"] == figures["pairs"][0]["win_rate"]["n"] == 59
         assert "6 of 240 (gold)" in page
 
+    def test_figures_hold_nothing_that_equal_runs_differ_in(self, tmp_path):
+        """Time and memory stand in a file of their own, and on the page."""
+        pages = []
+        for seconds in (60.0, 75.0):
+            both = [
+                evaluated(tmp_path / name, i, 4, seed=i, training=trained(name, seconds=seconds * (i + 1)))
+                for i, name in enumerate(("dpo", "ppo"))
+            ]
+            _, page = result(recipe(tmp_path / "c.yaml", *both))
+            pages.append({path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()})
+            costs = json.loads(pages[-1]["costs.json"])
+            assert {name: cost["device_seconds"] for name, cost in costs.items()} == {
+                "dpo": seconds,
+                "ppo": 2 * seconds,
+            }
+            assert f"dpo {duration(seconds)} (" in page
+            for folder in both:
+                shutil.rmtree(folder)
+        assert pages[0]["compare.json"] == pages[1]["compare.json"]
+        assert pages[0]["costs.json"] != pages[1]["costs.json"]
+
     def test_the_same_inputs_give_the_same_bytes(self, sweeps, tmp_path):
         argv = recipe(tmp_path / "c.yaml", sweeps["dpo1"], sweeps["ppo1"], baseline=str(sweeps["sft"]))
         main(argv)
         first = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
-        assert set(first) == {"recipe.yaml", "report.html", "compare.json", "compare.md"}
+        assert set(first) == {"recipe.yaml", "report.html", "compare.json", "compare.md", "costs.json"}
         main(argv)
         assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == first
+
+    def test_answers_that_were_drawn_otherwise_are_told(self, sweeps, tmp_path):
+        greedy = evaluated(tmp_path / "greedy", kl=4, sampling={"temperature": 0.5, "seed": 5, "samples": 4})
+        figures, _ = result(recipe(tmp_path / "c.yaml", sweeps["ppo4"], greedy))
+        told = "greedy with temperature 0.5 and ppo4 with temperature 1.0"
+        assert any(note.startswith(f"The answers were not drawn alike: {told}.") for note in figures["notes"])
+        figures, _ = result(recipe(tmp_path / "d.yaml", sweeps["ppo4"], sweeps["dpo4"]))
+        assert not any("drawn alike" in note for note in figures["notes"])
 
     def test_a_baseline_that_is_not_the_reference_is_told(self, sweeps, tmp_path):
         figures, _ = result(recipe(tmp_path / "c.yaml", sweeps["ppo4"], baseline=str(sweeps["dpo1"])))

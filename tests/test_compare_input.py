@@ -69,6 +69,14 @@ WRONG = {
     "no page": (lambda f: (f / "evaluation.json").write_text("{"), "evaluation.json: this is not whole JSON"),
     "a stage's": (lambda f: told_otherwise(f, stage="dpo"), "evaluation.json: stage: input should be 'evaluate'"),
     "no such folder": (shutil.rmtree, "no such folder"),
+    "other scores": (
+        lambda f: write_rows(f, [row | {"scores": {"quality": 1.0}} for row in rows_of(f)]),
+        "no score 'gold'; its scores are: quality",
+    ),
+    "half written": (
+        lambda f: (f / "evaluation.json").unlink(),
+        "no evaluation.json in this folder; name the run folder",
+    ),
     "judge down": (
         lambda f: write_rows(f, [row | {"scores": {"gold": None}} for row in rows_of(f)]),
         "every 'gold' score is null",
@@ -113,6 +121,19 @@ class TestWrongInput:
             capsys, recipe(tmp_path / "c.yaml", runs["dpo4"], {"path": str(runs["dpo4"]), "name": "dpo4"})
         )
         assert "both are called 'dpo4'" in told
+
+    def test_the_same_run_twice(self, runs, tmp_path, capsys):
+        """Once more by another way of writing it, in another group; with names of its own it may be."""
+        again = {"path": [f"{runs['dpo4']}/../dpo4"], "group": "other"}
+        (told,) = refused(capsys, recipe(tmp_path / "c.yaml", runs["dpo4"], runs["ppo4"], again))
+        assert told == f"compare.runs: {runs['dpo4']} is there twice; leave one out, or give each a name"
+
+    def test_a_kill_before_its_first_file_leaves_a_folder_to_go_on_in(self, runs, tmp_path):
+        argv = recipe(tmp_path / "c.yaml", runs["dpo4"], runs["ppo4"])
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c" / ".writing-recipe.yaml").write_text("stage: com")
+        main(argv)
+        assert (tmp_path / "c" / "compare.json").is_file()
 
     def test_one_run_alone(self, runs, tmp_path, capsys):
         assert "name two or more" in refused(capsys, recipe(tmp_path / "c.yaml", runs["dpo4"]))[0]

@@ -55,6 +55,18 @@ class TestPage:
         assert data["prompts"][0] == f"question 0 {EVIL}"
         assert data["runs"][1]["responses"][0] == f"dpo1 answers 0 {EVIL}"
 
+    def test_the_four_questions_are_answered_first(self, swept):
+        """Which won, at which KL, how surely, at what cost, each with units and with its words explained."""
+        body = swept[1].partition("<body>")[2]
+        found = re.findall(r"<dt>(.*?)</dt>\s*<dd>\s*<p>(.*?)</p>\s*<p class=\"soft\">(.*?)</p>", body)
+        assert [asked for asked, _, _ in found] == ["Which won?", "At which KL?", "How surely?", "At what cost?"]
+        told = "dpo wins 1 of 3 pairs", "at KL 9.45 nats", "78.4 % of the time (", "ppo 30 min 0 s"
+        explained = "more is better", "0 is not at all", "50 % is an even match", "time × devices"
+        for (_, answer, gloss), words, meant in zip(found, told, explained, strict=True):
+            assert words in answer
+            assert meant in gloss
+        assert body.index("At what cost?") < min(body.index('class="grid'), body.index("<svg"))
+
     def test_colours_are_the_pages_own(self, swept):
         body = swept[1].partition("<body>")[2].partition("<script")[0]
         assert "var(--c1)" in body

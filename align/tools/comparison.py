@@ -35,6 +35,14 @@ FEW = 10  # so many pairs are all corrected for and told; of more, only those th
 SURE = 0.05
 
 
+class Cost(NamedTuple):
+    """What training took, where it was recorded. Two equal runs differ in it, so it is no part of compare.json."""
+
+    device_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    tokens_sampled: int | None = None
+
+
 class Figures(NamedTuple):
     """One run, its means over prompts."""
 
@@ -50,10 +58,9 @@ class Figures(NamedTuple):
     kl_full: Estimate | None  # mean over answers of the sum over tokens of KL(policy || reference), nats
     tokens: Estimate
     ended: Estimate
+    sampling: dict[str, Any]  # how its answers were drawn
     settings: dict[str, Any]
-    device_seconds: float | None
-    peak_memory_bytes: int | None
-    tokens_sampled: int | None
+    cost: Cost
     metrics: dict[str, dict[str, float | None]]  # as align.evaluate measured them
     judges: dict[str, Any]
 
@@ -176,9 +183,8 @@ def _figures(run: Evaluated, baseline: bool, draws: Draws) -> Figures:
         tokens=mean(per_prompt(run.lengths), draws),
         ended=mean(per_prompt(run.ended), draws),
         settings=training.settings if training else {},
-        device_seconds=training.device_seconds if training else None,
-        peak_memory_bytes=training.peak_memory_bytes if training else None,
-        tokens_sampled=training.tokens_sampled if training else None,
+        sampling=run.about.sampling,
+        cost=Cost(*(getattr(training, name, None) for name in Cost._fields)),
         metrics=run.about.metrics,
         judges=run.about.judges,
     )

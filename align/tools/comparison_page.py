@@ -15,7 +15,9 @@ from markupsafe import Markup
 
 from align.tools.comparison import Comparison
 from align.tools.comparison_plots import frontier, overoptimisation, training_curves
-from align.tools.comparison_words import KLS, duel_words, headlines, notes, number, ranged, rate, summary
+from align.tools.comparison_summary import answers, details, headlines, notes, summary
+from align.tools.comparison_verdict import duel_words
+from align.tools.comparison_words import KLS, number, ranged, rate
 from align.tools.evaluated import Evaluated
 from align.tools.statistics import Estimate
 from align.training.plots import COLOURS, amount, duration, size
@@ -34,7 +36,8 @@ def page(c: Comparison, runs: Sequence[Evaluated], recipe: str) -> str:
     return pages.get_template("comparison.html.jinja").render(
         c=c,
         headlines=headlines(c),
-        summary=summary(c),
+        answers=answers(c),
+        details=details(c),
         notes=notes(c),
         frontier=frontier(c),
         overoptimisation=overoptimisation(c),
@@ -52,15 +55,24 @@ def page(c: Comparison, runs: Sequence[Evaluated], recipe: str) -> str:
 
 
 def figures(c: Comparison) -> str:
-    """compare.json: every figure, nine digits each, null where it is not known."""
+    """compare.json: every figure, nine digits each, null where it is not known; equal runs give equal bytes."""
     told = _plain(c) | {"headlines": headlines(c), "summary": summary(c), "notes": notes(c)}
+    for run in told["runs"]:
+        del run["cost"]
     return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
+
+
+def costs(c: Comparison) -> str:
+    """costs.json: what each run's training took, by its name."""
+    return json.dumps({run.name: _plain(run.cost) for run in c.runs}, indent=1, ensure_ascii=False) + "\n"
 
 
 def markdown(c: Comparison) -> str:
     """compare.md: the words, and a row a run."""
     table = rows(c)
-    lines = [f"# {'; '.join(headlines(c))}", "", *(f"- {line}" for line in summary(c)), ""]
+    lines = [f"# {'; '.join(headlines(c))}", ""]
+    lines += [f"- **{asked}** {' '.join(told)} {meant}" for asked, told, meant in answers(c)]
+    lines += [*(f"- {line}" for line in details(c)), ""]
     lines += [_line(table[0]), _line(["---"] + ["---:"] * (len(table[0]) - 1)), *map(_line, table[1:])]
     return "\n".join([*lines, "", *(f"- {line}" for line in notes(c)), ""])
 
@@ -82,9 +94,8 @@ def rows(c: Comparison) -> list[list[str]]:
         if c.baseline is not None:
             row += ["–", "–"] if run.baseline else [*_against(c, i, c.baseline)]
         row += [number(run.tokens.value), f"{100 * run.ended.value:.0f} %"]
-        row += [duration(run.device_seconds) if run.device_seconds is not None else "–"]
-        row += [size(run.peak_memory_bytes) if run.peak_memory_bytes is not None else "–"]
-        row += [amount(run.tokens_sampled) if run.tokens_sampled is not None else "–"]
+        spoken = zip((duration, size, amount), run.cost, strict=True)
+        row += ["–" if value is None else say(value) for say, value in spoken]
         table.append(row)
     return table
 
