@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from align.data.mixture import Prepared
@@ -31,19 +30,23 @@ from align.models.base import load_tokenizer
 from align.models.roles import Roles
 from align.recipe.errors import UserError
 from align.recipe.schema import Data, Eval, Model, PositiveInt, Section, Source
+from align.tools.drawn_pairs import Preferences, check_conversations, drawn_pairs
 from align.tools.evaluated import Evaluated, read_run
 from align.tools.evaluation import accuracies, measures, perplexity
 from align.tools.evaluation_folder import (
+    PREFERENCES,
     RESULT,
     check_folder,
     clear,
+    identities,
+    in_words,
     ledger_lines,
     response_lines,
     source_names,
     tokenizer_hash,
     told,
 )
-from align.tools.generation import Prompts, Responses, distinct_prompts, respond
+from align.tools.generation import Answering, Prompts, Responses, distinct_prompts, respond
 from align.tools.harness import LmEval, check_installed, harness
 from align.tools.judging import FAILURES, Endpoint, EndpointJudge, Pair
 from align.tools.policy import NO_UPDATE, load_policy, read_policy, trained
@@ -54,7 +57,6 @@ from align.training.checkpoint import write_atomic
 from align.training.launch import run_stage
 from align.training.meters import environment
 from align.training.rewards import RewardPart, Rewards
-from align.training.rollout import Generation
 from align.training.screen import Screen
 from align.training.session import Session
 
@@ -80,7 +82,7 @@ class Evaluate(Section):
     that run held out."""
     samples: PositiveInt = 4
     """Responses to each prompt."""
-    generation: Generation = Field(default_factory=Generation)
+    generation: Answering = Field(default_factory=Answering)
     """How they are drawn."""
     scores: list[RewardPart] = Field(default_factory=list)
     """What scores a response, by name: reward models, other classifiers, functions. Scores are raw."""
@@ -88,6 +90,8 @@ class Evaluate(Section):
     """Conversations or texts whose perplexity is measured, source by source."""
     pairs: list[Source] = Field(default_factory=list)
     """Preference pairs on which the accuracy of every `adapter` score is measured, source by source."""
+    preferences: Preferences | None = None
+    """Write preferences.jsonl: pairs of responses to train on. Default: none."""
     judges: list[Judge] = Field(default_factory=list)
     """Judges of this run's responses against another's."""
     lm_eval: LmEval | None = None
@@ -99,6 +103,12 @@ class Evaluate(Section):
             raise ValueError("`scores` are raw and not summed: leave `weight`, `mean`, `std` and `clip` out")
         if self.pairs and not any(part.adapter for part in self.scores):
             raise ValueError("`pairs`: no score is an `adapter`, whose accuracy they would tell")
+        if self.preferences and self.preferences.score not in (known := [part.title for part in self.scores]):
+            raise ValueError(f"`preferences.score`: {self.preferences.score!r} is none of {', '.join(known) or 'none'}")
+        if 1 < self.generation.beams < self.samples:
+            raise ValueError("`samples`: a search has as many responses as beams at most")
+        if self.preferences and self.samples < 2:
+            raise ValueError("`preferences` are of two responses to a prompt; give `samples: 2` or more")
         if len({judge.name for judge in self.judges}) < len(self.judges):
             raise ValueError("`judges`: two have the same name; give each its `name`")
         return self
@@ -183,9 +193,13 @@ def evaluate(session: Session) -> None:
             found = accuracies(roles, [*rewards.scorers], batches, data.train, screen, draws)
             metrics |= {f"accuracy/{score}/{name}": accuracy for score, accuracy in found.items()}
 
-    # 4. Judges and tasks: the first process asks, and writes.
+    # 4. Preferences, judges and tasks: the first process asks, and writes.
     if session.first:
-        counts: dict[str, Any] = {}
+        counts, pairs = dict[str, Any](), None
+        if section.preferences:
+            by = section.preferences.score
+            pairs = drawn_pairs(given.rows, given.prompts.keys, responses, by, recipe.seed)
+            metrics[f"preferences/{by}"] = pairs.accuracy(draws)
         for judge, asked_of in zip(section.judges, given.judges, strict=True):
             won, counts[judge.name] = judged(judge, *asked_of, given, responses, draws)
             metrics |= won
@@ -199,15 +213,20 @@ def evaluate(session: Session) -> None:
             "tokenizer": tokenizer_hash(trunk.tokenizer),
             "prompts": given.prompts.key,
             "sampling": {"samples": section.samples, "seed": recipe.seed, **section.generation.model_dump()},
+            "scores": identities(section.scores),
             "metrics": {name: told(metric) for name, metric in metrics.items()},
             "judges": counts,
+            "preferences": pairs and {"pairs": len(pairs.rows), "left_out": pairs.left_out},
             "training": training,
         }
         write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
         write_atomic(folder / "ledger.jsonl", ledger_lines([given.data, *given.texts.values(), *given.pairs.values()]))
         write_atomic(folder / "responses.jsonl", response_lines(given.prompts, responses))
+        if pairs:
+            write_atomic(folder / PREFERENCES, pairs.lines())
         write_atomic(folder / RESULT, json.dumps(about, indent=1, ensure_ascii=False))
-        tell(session, metrics, responses, counts)
+        for line in in_words(metrics, responses, counts, pairs):
+            session.say(line)
         session.say(f"done: {folder / RESULT}")
     session.accelerator.wait_for_everyone()
 
@@ -236,7 +255,10 @@ def read(session: Session) -> Given:
     for judge, (_, other) in zip(section.judges, judges, strict=True):
         if (other.about.prompts, other.keys) != (found.key, found.keys):
             raise UserError(f"{judge.against}: it was evaluated on other prompts; evaluate both on the same ones")
-    rows = asked(examples)
+    everyone = asked(examples)
+    rows = [everyone[int(i)] for i in found.chosen]
+    if section.preferences:
+        check_conversations(rows)
 
     def others(sources: list[Source], reading: Reading) -> dict[str, Prepared]:
         names = source_names([source.path for source in sources])
@@ -244,7 +266,7 @@ def read(session: Session) -> Given:
         return {name: session.prepare(tokenizer, reading, one) for name, one in zip(names, sections, strict=True)}
 
     texts, pairs = others(section.perplexity, conversations("assistant")), others(section.pairs, preferences())
-    return Given(data, found, [rows[int(i)] for i in found.chosen], texts, pairs, judges)
+    return Given(data, found, rows, texts, pairs, judges)
 
 
 def judged(
@@ -269,18 +291,6 @@ def talk(row: Asked) -> str:
     if len(row.messages) == 1:
         return row.messages[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in row.messages)
-
-
-def tell(session: Session, metrics: dict[str, Estimate], responses: Responses, counts: dict[str, Any]) -> None:
-    """The measures on the screen, and what was left out of them."""
-    for name, (value, low, high, n) in metrics.items():
-        session.say(f"{name:28} {value:9.4g}  ({low:.4g} to {high:.4g}; {n:,} prompts)")
-    for name, score in responses.scores.items():
-        if lost := int((~np.isfinite(score)).sum()):
-            session.say(f"score {name}: {lost:,} of {score.size:,} are not a number, and excluded")
-    for name, count in counts.items():
-        lost = ", ".join(f"{n:,} {kind}" for kind, n in count["excluded"].items() if n) or "none"
-        session.say(f"judge {name}: {count['pairs']:,} pairs, each asked twice; excluded: {lost}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -73,6 +73,10 @@ WRONG = {
         lambda f: write_rows(f, [row | {"scores": {"quality": 1.0}} for row in rows_of(f)]),
         "no score 'gold'; its scores are: quality",
     ),
+    "another score of that name": (
+        lambda f: told_otherwise(f, scores={"gold": "the function my:rule (1)"}),
+        "its score 'gold' is the function my:rule (1), but that of",
+    ),
     "half written": (
         lambda f: (f / "evaluation.json").unlink(),
         "no evaluation.json in this folder; name the run folder",

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
 import yaml
 from enumerable import divergence, every_response, make_base
 from policies import evaluated, evaluation, make_costs, make_policy, results
-from world import align, metrics, tree, write_rows
+from world import align, lines, metrics, tree, write_rows
 
 from align import compare, evaluate, reward
+from align.data.answers import COMPARED
+from align.data.formats import read_records
+from align.recipe.schema import Source
 
 ASKED = {"a": 3, "b": 4, "c": 5, "ask": 6}  # prompts of one word, and its token
 SHORT = {"steps": 2, "eval_every": None, "save_every": None}
@@ -64,6 +69,7 @@ def test_compare_reads_it(words, here):
     for name, (final, judges) in runs.items():
         about, _ = evaluated(here / name, base, data, final, evaluate=asking(judges=judges))
         assert about["name"] == name
+        assert re.fullmatch(r"the function enumerable:reward \([0-9a-f]{8}\)", about["scores"]["gold"])
     assert about["judges"]["judge"]["excluded"]["unreachable"] == 4
     assert about["metrics"]["win_rate/judge"] == {"value": None, "low": None, "high": None, "n": 0}
     assert all(row["kl"] == 0 and row["logprob"] == row["ref_logprob"] for row in results(here / "start")[1])
@@ -97,6 +103,22 @@ def test_a_response_depends_on_seed_prompt_and_number_alone(words, here):
         assert [row[name] for name in NUMBERS] == pytest.approx([twin[name] for name in NUMBERS], abs=1e-5)
     _, reseeded = evaluated(here / "reseeded", base, data, policy, evaluate=asking(), seed=4)
     assert [row["response"] for row in reseeded] != [row["response"] for row in rows]
+
+
+def test_a_search_finds_the_likeliest_responses(words, here):
+    base, data, policy = words
+    how = {"max_new": 3, "beams": 40, "length_penalty": 0.0}
+    _, rows = evaluated(here / "run", base, data, policy, evaluate=asking(samples=3, generation=how))
+    for word, i in ASKED.items():
+        found = [row["logprob"] for row in rows if row["prompt_text"] == word]
+        best = every_response(base, policy, i).logprobs.topk(3).values.tolist()
+        assert found == pytest.approx(best, abs=1e-4)
+    for wrong in ({"beams": 2, "temperature": 0.5}, {"length_penalty": 2.0}, {"beams": 2, "max_new": 3}):
+        told = align(
+            evaluation(here / "no", base, data, policy, evaluate=asking(samples=3, generation=wrong)), stage=evaluate
+        )
+        assert told.status == 2
+        assert "beams" in told.err
 
 
 NUMBERS = ("logprob", "ref_logprob", "kl", "entropy")
@@ -144,6 +166,49 @@ def test_again_it_has_nothing_to_do_and_after_a_kill_it_starts_again(words, here
     assert kept == {name: whole[name] for name in kept}
     assert align(recipe, "evaluate.samples=3", "--fresh", stage=evaluate).status == 0
     assert len(results(here / "run")[1]) == 12
+
+
+def test_preferences_are_pairs_of_its_own_responses_that_training_reads(words, here):
+    write_rows(here / "asked.jsonl", [{"prompt": word} for word in ASKED])
+    section = asking(samples=41, generation={"max_new": 8}, preferences={"score": "gold"})
+    about, rows = evaluated(here / "run", words[0], here / "asked.jsonl", evaluate=section)
+    scores = {(row["prompt_text"], row["response"]): row["scores"]["gold"] for row in rows}
+    left_out, whole = Counter(), []
+    for a, b in ((rows[41 * i + k], rows[41 * i + k + 1]) for i in range(4) for k in range(0, 40, 2)):
+        said = a["response"].strip(), b["response"].strip()
+        if not (a["ended"] and b["ended"]):
+            left_out["cut off"] += 1
+        elif not all(said) or said[0] == said[1]:
+            left_out["equal" if all(said) else "empty"] += 1
+        else:
+            whole.append((a["prompt_text"], {a["response"], b["response"]}))
+    pairs = lines(here / "run" / "preferences.jsonl")
+    asked_in = {word: rows[41 * i]["prompt_text"] for i, word in enumerate(ASKED)}
+    found = [(asked_in[pair["messages"][0]["content"]], {pair["chosen"], pair["rejected"]}) for pair in pairs]
+    assert found == whole
+    assert len(whole) > 2
+    told = about["preferences"]
+    assert told["pairs"] == len(whole)
+    assert Counter({why: n for why, n in told["left_out"].items() if n}) == left_out
+    assert left_out["cut off"]
+    margins = [
+        scores[prompt, pair["chosen"]] - scores[prompt, pair["rejected"]]
+        for (prompt, _), pair in zip(found, pairs, strict=True)
+    ]
+    assert about["metrics"]["preferences/gold"]["value"] == pytest.approx(
+        np.mean([(1 + np.sign(m)) / 2 for m in margins])
+    )
+    read = [row for _, row in read_records(Source(path=str(here / "run" / "preferences.jsonl")), COMPARED)]
+    assert [[answer["content"] for answer in row.answers] for row in read] == [
+        [p["chosen"], p["rejected"]] for p in pairs
+    ]
+    before = tree(here / "run")
+    (here / "run" / "evaluation.json").unlink()
+    (here / "run" / "preferences.jsonl").write_text("torn")
+    assert align(here / "run.yaml", stage=evaluate).status == 0
+    assert tree(here / "run")["preferences.jsonl"] == before["preferences.jsonl"]
+    assert align(here / "run.yaml", "evaluate.preferences=null", "--fresh", stage=evaluate).status == 0
+    assert {*tree(here / "run")} == {*before} - {"preferences.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +262,9 @@ def test_what_a_user_can_mend_is_told_before_anything_is_written(world, words, r
         ({"evaluate": asking(scores=[{"function": "enumerable:reward", "clip": 5.0}])}, "leave `weight`"),
         ({"evaluate": asking(pairs=[{"path": "p.jsonl"}])}, "no score is an `adapter`"),
         ({"evaluate": asking(side="eval")}, "needs held-out rows"),
+        ({"evaluate": asking(preferences={"score": "proxy"})}, "'proxy' is none of gold"),
+        ({"evaluate": asking(preferences={"score": "gold"}, samples=1)}, "two responses to a prompt"),
+        ({"evaluate": asking(preferences={"score": "gold"})}, "4 of 4 prompts are beginnings of texts"),
         ({"evaluate": asking(judges=[judge | {"against": "nowhere"}])}, "nowhere: no such folder"),
         ({"evaluate": asking(judges=[judge]), "data": {"train": [{"path": "others.jsonl"}]}}, "on other prompts"),
         ({"evaluate": asking(judges=[judge | {"openai": endpoint | {"api_key_env": "NO_KEY"}}])}, "NO_KEY is not set"),

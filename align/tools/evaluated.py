@@ -45,6 +45,7 @@ class About(BaseModel):
     tokenizer: str
     prompts: str
     sampling: dict[str, Any] = Field(default_factory=dict)
+    scores: dict[str, str] = Field(default_factory=dict)  # what each one is
     metrics: dict[str, dict[str, float | None]] = Field(default_factory=dict)
     judges: dict[str, Any] = Field(default_factory=dict)
     training: Training | None = None
@@ -221,7 +222,16 @@ def check_alike(runs: Sequence[Evaluated], wanted: Sequence[str]) -> None:
         if len(lacking) == len(runs):
             problems.append(f"compare: no run has a score {score!r}; their scores are: {known}")
             continue
-        problems += [f"{run.path}: no score {score!r}; its scores are: {', '.join(run.scores)}" for run in lacking]
+        problems += [
+            f"{run.path}: no score {score!r}; its scores are: {', '.join(run.scores) or 'none'}" for run in lacking
+        ]
+        kinds = {run.path: run.about.scores.get(score, "not told") for run in runs if score in run.scores}
+        problems += [
+            f"{path}: its score {score!r} is {kind}, but that of {first.path} is {kinds[first.path]}; "
+            "evaluate both with the same"
+            for path, kind in kinds.items()
+            if kind != kinds.get(first.path, kind)
+        ]
         problems += [
             f"{run.path}: every {score!r} score is null: the judge failed on all answers; run align.evaluate again"
             for run in runs

@@ -1,12 +1,14 @@
-"""The folder of an evaluation: whose it is, and what is written to it."""
+"""The folder of an evaluation: whose it is, what is written to it, and what the screen tells of that."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,13 +18,17 @@ from align.data.mixture import Prepared
 from align.recipe.errors import UserError
 from align.recipe.load import dump_recipe, load_recipe
 from align.recipe.schema import Section
+from align.tools.drawn_pairs import DrawnPairs
 from align.tools.generation import SUMS, Prompts, Responses
+from align.tools.inputs import digest
 from align.tools.statistics import Estimate
 from align.training.checkpoint import write_atomic
+from align.training.rewards import RewardPart
 from align.training.run import _differences as differences
 
 RESULT = "evaluation.json"  # written last: where it stands, the rest does too
-OWN = ("recipe.yaml", "environment.json", "ledger.jsonl", "responses.jsonl", RESULT)
+PREFERENCES = "preferences.jsonl"  # where they were asked for
+OWN = ("recipe.yaml", "environment.json", "ledger.jsonl", "responses.jsonl", PREFERENCES, RESULT)
 
 
 def check_folder(recipe: Section, fresh: bool) -> None:
@@ -30,8 +36,8 @@ def check_folder(recipe: Section, fresh: bool) -> None:
     folder = Path(recipe.run)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run: {folder} is a file; name another folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
+    if not folder.is_dir() or all(path.name.startswith(".writing-") for path in folder.iterdir()):
+        return  # nothing, or what a kill left of its first file
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"run: {folder} holds files but no evaluation (no recipe.yaml); name another folder")
     try:
@@ -91,6 +97,40 @@ def told(found: Estimate) -> dict[str, float | int | None]:
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def in_words(
+    metrics: dict[str, Estimate], responses: Responses, judges: dict[str, Any], pairs: DrawnPairs | None
+) -> Iterator[str]:
+    """The measures, and what was left out of them."""
+    for name, (value, low, high, n) in metrics.items():
+        yield f"{name:28} {value:9.4g}  ({low:.4g} to {high:.4g}; {n:,} prompts)"
+    for name, score in responses.scores.items():
+        if lost := int((~np.isfinite(score)).sum()):
+            yield f"score {name}: {lost:,} of {score.size:,} are not a number, and excluded"
+    for name, count in judges.items():
+        yield f"judge {name}: {count['pairs']:,} pairs, each asked twice; excluded: {_counted(count['excluded'])}"
+    if pairs:
+        yield f"{PREFERENCES}: {len(pairs.rows):,} pairs; left out: {_counted(pairs.left_out)}"
+
+
+def identities(parts: Sequence[RewardPart]) -> dict[str, str]:
+    """What each score is, by name: equal texts are equal scores, wherever their files lie."""
+    found = {}
+    for part in parts:
+        if part.function:
+            file = getattr(sys.modules[part.function.partition(":")[0]], "__file__", None)
+            found[part.title] = f"the function {part.function}" + (f" ({digest(Path(file))[:8]})" if file else "")
+        elif part.adapter:
+            found[part.title] = f"the adapter {digest(Path(part.adapter) / 'adapter_model.safetensors')[:8]}"
+        else:
+            local = digest(Path(part.model))[:8] if Path(part.model).is_dir() else part.model
+            found[part.title] = f"the model {local}" + (f", label {part.label}" if part.label else "")
+    return found
+
+
+def _counted(kinds: dict[str, int]) -> str:
+    return ", ".join(f"{n:,} {kind}" for kind, n in kinds.items() if n) or "none"
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

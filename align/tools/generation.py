@@ -11,21 +11,48 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from align.data.examples import Examples
 from align.data.prompts import Asked
 from align.data.trees import Forest
 from align.models.roles import Roles
+from align.models.sampling import Sampling
 from align.models.trunk import Trunk
 from align.objectives.logprobs import linear_entropy, linear_kl, linear_logprobs
 from align.objectives.losses import path_sums
+from align.recipe.schema import PositiveInt
 from align.training.batches import Batches
 from align.training.rewards import Answered, Rewards
 from align.training.rollout import Episodes, Generation, sampled
 from align.training.screen import Screen
 
 SUMS = ("logprob", "ref_logprob", "kl", "entropy")  # over a response's tokens, in nats
+
+
+class Answering(Generation):
+    """How responses are found."""
+
+    beams: PositiveInt = 1
+    """Above 1 nothing is drawn: the likeliest responses that a search with so many beams finds."""
+    length_penalty: float = 1.0
+    """With `beams`: responses compare by log-probability / length^this."""
+
+    @model_validator(mode="after")
+    def _draws_or_searches(self) -> Answering:
+        drawn = (self.temperature, self.top_k, self.top_p, self.min_p)
+        if self.beams > 1 and drawn != (1.0, 0, 1.0, 0.0):
+            raise ValueError("a search with `beams` draws nothing: leave temperature, top_k, top_p and min_p out")
+        if self.beams == 1 and self.length_penalty != 1:
+            raise ValueError("`length_penalty` is of `beams`, of which there is one")
+        return self
+
+    @property
+    def sampling(self) -> Sampling:
+        """The same for the sampling engine."""
+        how = super().sampling
+        return how._replace(temperature=0) if self.beams > 1 else how
 
 
 class Prompts(NamedTuple):

@@ -15,7 +15,7 @@ from align.models.roles import CRITIC, Roles, Scorer
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora
 from align.training.rewards import Answered, RewardPart, Rewards
-from align.training.rules import exact_answer, one_sentence
+from align.training.rules import VALENCES, exact_answer, one_sentence, sentiment
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +238,27 @@ def test_one_sentence(response, score):
 def test_exact_answer(response, answer, score):
     row = {} if answer is None else {"answer": answer}
     assert exact_answer(["q"], [response], [row]) == [score]
+
+
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [
+        ("The plot was dull.", -1.0),
+        ("The plot was very dull, but the music was quite clever.", -2.0 + 1.0),
+        ("The cast was not awful, and the songs were not good.", 1.5 - 0.5),
+        ("Superb, superb, SUPERB!", 1.5),  # only where it comes first
+        ("A dull plot. Not dull, very dull.", -1.0),
+        ("A very dull plot, but not awful, not awful at all.", -2.0 + 1.5),
+        ("very very superb", 3.0),
+        ("not very superb", 3.0),  # the word before it decides
+        ("The plot was long.", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_sentiment(response, score):
+    assert sentiment(["q"], [response], [{}]) == [score]
+
+
+def test_as_much_blame_as_praise():
+    assert len(VALENCES) == 42
+    assert sum(VALENCES.values()) == 0
