@@ -158,7 +158,7 @@ class TestTwo:
         write_rows(wide, [row | {"kl": 2.8 if row["prompt"] % 10 else 40.0} for row in rows_of(wide)])
         for n, (runs, headline, says) in enumerate(
             (
-                (("dpo9", "ppo9", "ppo1"), "dpo wins at like KL", "dpo wins at KL 9.45 nats."),
+                (("dpo9", "ppo9", "ppo1"), "dpo beats ppo at like KL", "dpo wins at KL 9.45 nats."),
                 (("dpo9", "ppo9"), "dpo9 beats ppo9 at like KL", "alike, so the match is fair."),
                 (("dpo1", "dpo9"), "dpo9 beats dpo1, but has moved farther", "dpo9 has moved farther, so this does"),
                 (("ppo1", "ppo9"), "ppo1 beats ppo9, and has moved less", "ppo9 has moved farther, so this does"),

@@ -134,7 +134,8 @@ def _of_groups(c: Comparison, g: str, h: str) -> Verdict:
     ahead = [k for k in (g, h) if wins[k]]
     left = len(like) - sum(map(len, wins.values()))
     if ahead:
-        short = f"{ahead[0]} wins at like KL" if len(ahead) == 1 else f"{g} or {h}: it depends on the KL"
+        beaten = h if ahead[0] == g else g
+        short = f"{ahead[0]} beats {beaten} at like KL" if len(ahead) == 1 else f"{g} or {h}: it depends on the KL"
         counts = [f"{k} wins {len(wins[k])}" for k in ahead]
         counts[0] += f" of {_pairs(len(like))}"
         won = f"At like KL {'; '.join(counts)}; {_rest(left)}."
