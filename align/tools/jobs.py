@@ -110,20 +110,30 @@ def _launched(command: Sequence[str], log: Path, env: dict[str, str]) -> Status:
 
 def _forked(command: Sequence[str], log: Path, env: dict[str, str]) -> Status:
     """What `python -m align.…` would do, without its seconds of imports."""
-    process = FORKS.Process(target=_child, args=(command[2], command[3:], str(log), env))
+    own = psutil.Process()
+    process = FORKS.Process(target=_child, args=(command[2], command[3:], str(log), env, own.pid, own.create_time()))
     process.start()
     return lambda: process.exitcode
 
 
-def _child(module: str, argv: list[str], log: str, env: dict[str, str]) -> None:
+def _child(module: str, argv: list[str], log: str, env: dict[str, str], pipeline: int, born: float) -> None:
     os.setsid()
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
+    if not _lives(pipeline, born):  # who comes after a pipeline that was killed may have looked before this had the log
+        return
     sys.stdout.reconfigure(line_buffering=True)
     os.environ.update(env)
     if env.get("OMP_NUM_THREADS", "").isdecimal():  # was read when torch was imported
         torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     importlib.import_module(module).main(argv)
+
+
+def _lives(pid: int, born: float) -> bool:
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def devices() -> list[str]:
