@@ -9,9 +9,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from enumerable import divergence, every_response, make_base
 from policies import evaluated, evaluation, make_costs, make_policy, results
+from transformers import AutoModelForCausalLM
 from world import align, lines, metrics, tree, write_rows
 
 from align import compare, evaluate, reward
@@ -280,3 +282,33 @@ def test_what_a_user_can_mend_is_told_before_anything_is_written(world, words, r
         assert "Traceback" not in told.err
         recipe.unlink()
         assert tree(here) == before, wrong
+
+
+def test_a_task_of_the_harness(words, here):
+    """Of two answers to each prompt the likelier is taken, as the reference has it."""
+    pytest.importorskip("lm_eval")
+    base, data, _ = words
+    write_rows(here / "questions.jsonl", [{"question": word, "right": i % 2} for i, word in enumerate(ASKED)])
+    (here / "tasks").mkdir()
+    task = {
+        "task": "words",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(here / "questions.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": ["a", "b"],
+        "doc_to_target": "{{right}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (here / "tasks" / "words.yaml").write_text(yaml.safe_dump(task))
+    section = asking(lm_eval={"tasks": ["words"], "folder": str(here / "tasks")})
+    assert align(evaluation(here / "run", base, data, None, evaluate=section), stage=evaluate).status == 0
+    about, _ = results(here / "run")
+    model = AutoModelForCausalLM.from_pretrained(base).double().eval()
+    right = []
+    for i, token in enumerate(ASKED.values()):
+        with torch.no_grad():
+            logits = model(torch.tensor([[token]])).logits[0, -1]
+        right.append(float(logits[4] > logits[3]) == i % 2)
+    assert about["metrics"]["lm_eval/words/acc"]["value"] == np.mean(right)

@@ -17,7 +17,9 @@ class LmEval(Section):
     """Which of its tasks."""
 
     tasks: list[str] = Field(min_length=1)
-    """Their names there, such as `hellaswag`. Their data come from the hub."""
+    """Their names there, such as `hellaswag`. Their data come from the hub, if the task says no other place."""
+    folder: str | None = None
+    """Tasks of your own, as its YAML files. Default: those that it has."""
     shots: Annotated[int | None, Field(ge=0)] = None
     """Examples before each question. Default: the task's own number."""
     limit: PositiveInt | None = None
@@ -36,11 +38,13 @@ def harness(trunk: Trunk, section: LmEval, seed: int) -> dict[str, Estimate]:
     """Every figure of every task, with the normal interval of its own standard error."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     with trunk.generating() as model:
         result = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=trunk.tokenizer),
             tasks=section.tasks,
+            task_manager=TaskManager(include_path=section.folder),
             num_fewshot=section.shots,
             limit=section.limit,
             apply_chat_template=section.chat,
