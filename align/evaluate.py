@@ -107,6 +107,8 @@ class Evaluate(Section):
             raise ValueError(f"`preferences.score`: {self.preferences.score!r} is none of {', '.join(known) or 'none'}")
         if 1 < self.generation.beams < self.samples:
             raise ValueError("`samples`: a search has as many responses as beams at most")
+        if self.preferences and self.generation.beams > 1:
+            raise ValueError("`preferences` are of responses that are drawn; leave `beams` out")
         if self.preferences and self.samples < 2:
             raise ValueError("`preferences` are of two responses to a prompt; give `samples: 2` or more")
         if len({judge.name for judge in self.judges}) < len(self.judges):

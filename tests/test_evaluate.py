@@ -115,10 +115,11 @@ def test_a_search_finds_the_likeliest_responses(words, here):
         found = [row["logprob"] for row in rows if row["prompt_text"] == word]
         best = every_response(base, policy, i).logprobs.topk(3).values.tolist()
         assert found == pytest.approx(best, abs=1e-4)
-    for wrong in ({"beams": 2, "temperature": 0.5}, {"length_penalty": 2.0}, {"beams": 2, "max_new": 3}):
-        told = align(
-            evaluation(here / "no", base, data, policy, evaluate=asking(samples=3, generation=wrong)), stage=evaluate
-        )
+    drawn = {"beams": 3, "preferences": {"score": "gold"}}
+    for wrong in ({"beams": 2, "temperature": 0.5}, {"length_penalty": 2.0}, {"beams": 2, "max_new": 3}, drawn):
+        more = {"preferences": wrong.pop("preferences")} if "preferences" in wrong else {}
+        section = asking(samples=3, generation=wrong, **more)
+        told = align(evaluation(here / "no", base, data, policy, evaluate=section), stage=evaluate)
         assert told.status == 2
         assert "beams" in told.err
 
