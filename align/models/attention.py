@@ -10,13 +10,15 @@ Shapes: H query heads, G key/value heads, T tokens in the row, D head size; b bl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from align.models.blocks import ForestMask, Rows
+from align.models.blocks import ForestMask, Places
 
 NAME = "align_forest"
 
@@ -62,16 +64,13 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, mask, scale, window, softcap):
         ctx.save_for_backward(query, key, value)
         ctx.plan = (mask, scale, window, softcap)
-        heads, groups, tokens = query.shape[1], key.shape[1], query.shape[2]
-        rows, (q, k, v) = mask.rows(heads, groups), map(_flat, (query, key, value))
+        places = mask.places(query.shape[1], key.shape[1])
         seen = []
-        for number in range(len(mask.stacks)):
-            queries, keys = _gathered(q, rows, number, k, groups, mask)
+        for number, (queries, keys, values) in enumerate(_stacks(query, key, value, mask)):
             bias = mask.bias(number, window, query.dtype)
             probabilities, _ = _probabilities(queries, keys, bias, scale, softcap)
-            values = v.index_select(0, rows.keys[number]).view(*keys.shape[:2], -1)
             seen.append(torch.bmm(probabilities, values).flatten(0, 1))
-        return _joined(seen).index_select(0, rows.answers).view(1, tokens, heads, -1)
+        return _joined(seen).index_select(0, places.answers).view(1, *query.shape[2:0:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -79,16 +78,13 @@ class _BlockAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         mask, scale, window, softcap = ctx.plan
         heads, groups = query.shape[1], key.shape[1]
-        rows, (q, k, v) = mask.rows(heads, groups), map(_flat, (query, key, value))
-        above_rows = upstream.reshape(-1, upstream.shape[-1])
+        places, above_rows = mask.places(heads, groups), upstream.reshape(-1, upstream.shape[-1])
         of_queries, of_keys, of_values = [], [], []
-        for number in range(len(mask.stacks)):
-            queries, keys = _gathered(q, rows, number, k, groups, mask)
-            values = v.index_select(0, rows.keys[number]).view(*keys.shape[:2], -1)
+        for number, (queries, keys, values) in enumerate(_stacks(query, key, value, mask)):
             bias = mask.bias(number, window, query.dtype)
             probabilities, capped = _probabilities(queries, keys, bias, scale, softcap)
-            above = above_rows.index_select(0, rows.queries[number])
-            above = above.index_fill_(0, rows.filling[number], 0.0).view(*queries.shape[:2], -1)
+            above = above_rows.index_select(0, places.queries[number])
+            above = above.index_fill_(0, places.filling[number], 0.0).view(*queries.shape[:2], -1)
             of_values.append(torch.bmm(probabilities.transpose(1, 2), above).flatten(0, 1))
             slope = torch.bmm(above, values.transpose(1, 2))
             slope = torch._softmax_backward_data(slope, probabilities, -1, query.dtype)
@@ -96,12 +92,23 @@ class _BlockAttention(torch.autograd.Function):
                 slope = slope * (1 - capped.square())
             of_queries.append(torch.bmm(slope, keys).mul_(scale).flatten(0, 1))
             of_keys.append(torch.bmm(slope.transpose(1, 2), queries).mul_(scale).flatten(0, 1))
-        grad_query = _joined(of_queries).index_select(0, rows.answers)
         return (
-            _unflat(grad_query, heads),
-            _unflat(_summed(_joined(of_keys), rows), groups),
-            _unflat(_summed(_joined(of_values), rows), groups),
+            _unflat(_joined(of_queries).index_select(0, places.answers), heads),
+            _unflat(_summed(_joined(of_keys), places), groups),
+            _unflat(_summed(_joined(of_values), places), groups),
             *[None] * 4,
+        )
+
+
+def _stacks(query: Tensor, key: Tensor, value: Tensor, mask: ForestMask) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each stack queries (G * b, H / G * m, D), keys and values (G * b, n, D)."""
+    places = mask.places(query.shape[1], key.shape[1])
+    q, k, v = map(_flat, (query, key, value))
+    for stack, of_queries, of_keys in zip(mask.stacks, places.queries, places.keys, strict=True):
+        blocks = key.shape[1] * len(stack.keys)
+        yield tuple(
+            rows.index_select(0, chosen).view(blocks, -1, rows.shape[-1])
+            for rows, chosen in ((q, of_queries), (k, of_keys), (v, of_keys))
         )
 
 
@@ -115,20 +122,13 @@ def _unflat(rows: Tensor, heads: int) -> Tensor:
     return rows.view(-1, heads, rows.shape[-1]).transpose(0, 1)[None]
 
 
-def _gathered(q: Tensor, rows: Rows, number: int, k: Tensor, groups: int, mask: ForestMask) -> tuple[Tensor, Tensor]:
-    """A stack's queries (G * b, H / G * m, D) and keys (G * b, n, D)."""
-    blocks = groups * len(mask.stacks[number].keys)
-    queries, keys = q.index_select(0, rows.queries[number]), k.index_select(0, rows.keys[number])
-    return queries.view(blocks, -1, q.shape[-1]), keys.view(blocks, -1, k.shape[-1])
-
-
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _summed(parts: Tensor, rows: Rows) -> Tensor:
+def _summed(parts: Tensor, places: Places) -> Tensor:
     """Every key's gradient, (T * G, D): keys of a stem gather from all blocks that see them, summed in float32."""
-    return torch.embedding_bag(parts, rows.uses, rows.first_use, False, 0, False, None, False)[0]
+    return torch.embedding_bag(parts, places.uses, places.first_use, False, 0, False, None, False)[0]
 
 
 def _probabilities(queries, keys, bias, scale, softcap):

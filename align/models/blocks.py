@@ -50,7 +50,7 @@ class Stack(NamedTuple):
     counts: Tensor  # (b, 2) int64, a block's own queries and keys
 
 
-class Rows(NamedTuple):
+class Places(NamedTuple):
     """Where each stack's rows stand among those of all heads, token by token; and the way back."""
 
     queries: list[Tensor]  # (G * b * H / G * m,) int64 of each stack, indices into T * H rows
@@ -70,14 +70,14 @@ class ForestMask:
         self.stacks: list[Stack] = []
         if forest.tokens.device.type == "cpu":
             self.stacks = [_stack(blocks) for blocks in stacked(forest_blocks(forest.segments, forest.parents))]
-        self._rows: dict[tuple[int, int], Rows] = {}
+        self._places: dict[tuple[int, int], Places] = {}
         self._biases: dict[object, Tensor] = {}
 
-    def rows(self, heads: int, groups: int) -> Rows:
+    def places(self, heads: int, groups: int) -> Places:
         """For H query and G key heads."""
-        if (heads, groups) not in self._rows:
-            self._rows[heads, groups] = _rows(self.stacks, self.positions.shape[0], heads, groups)
-        return self._rows[heads, groups]
+        if (heads, groups) not in self._places:
+            self._places[heads, groups] = _places(self.stacks, self.positions.shape[0], heads, groups)
+        return self._places[heads, groups]
 
     def bias(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """Of a stack, (b, 1, m, n): 0 where a query sees a key, else -inf."""
@@ -138,7 +138,7 @@ def _stack(blocks: list[Block]) -> Stack:
     return Stack(*map(torch.from_numpy, (queries, keys, counts)))
 
 
-def _rows(stacks: list[Stack], tokens: int, heads: int, groups: int) -> Rows:
+def _places(stacks: list[Stack], tokens: int, heads: int, groups: int) -> Places:
     """Rows of a stack are laid group by group, block by block; a block's queries head by head."""
     head, group = torch.arange(heads).view(groups, 1, -1, 1), torch.arange(groups).view(groups, 1, 1)
     queries, keys, own_queries, own_keys = [], [], [], []
@@ -155,4 +155,4 @@ def _rows(stacks: list[Stack], tokens: int, heads: int, groups: int) -> Rows:
     key_of = torch.cat(keys)[used]
     counts = key_of.bincount(minlength=tokens * groups)
     uses, first_use = used[key_of.argsort(stable=True)], counts.cumsum(0) - counts
-    return Rows(queries, keys, [(~own).nonzero()[:, 0] for own in own_queries], answers, uses, first_use)
+    return Places(queries, keys, [(~own).nonzero()[:, 0] for own in own_queries], answers, uses, first_use)

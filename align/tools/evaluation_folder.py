@@ -122,10 +122,12 @@ def identities(parts: Sequence[RewardPart]) -> dict[str, str]:
             file = getattr(sys.modules[part.function.partition(":")[0]], "__file__", None)
             found[part.title] = f"the function {part.function}" + (f" ({digest(Path(file))[:8]})" if file else "")
         elif part.adapter:
-            found[part.title] = f"the adapter {digest(Path(part.adapter) / 'adapter_model.safetensors')[:8]}"
+            weights = Path(part.adapter).expanduser() / "adapter_model.safetensors"
+            found[part.title] = f"the adapter {digest(weights)[:8]}"
         else:
-            local = digest(Path(part.model))[:8] if Path(part.model).is_dir() else part.model
-            found[part.title] = f"the model {local}" + (f", label {part.label}" if part.label else "")
+            folder = Path(part.model).expanduser()
+            kind = f"the model {digest(folder)[:8] if folder.is_dir() else part.model}"
+            found[part.title] = kind if part.label is None else f"{kind}, label {part.label}"
     return found
 
 

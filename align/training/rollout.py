@@ -10,12 +10,12 @@ k + 1 steps: before each token, and after the last. n labels, P paths and S = n 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -51,13 +51,6 @@ class Generation(Section):
     """Logits of what was said are divided by it (arXiv 1909.05858)."""
     stop: list[str] = Field(default_factory=list)
     """Texts that end a response; they stay in it."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _draws(cls, given: Any) -> Any:
-        if cls is Generation and isinstance(given, dict) and "beams" in given:
-            raise ValueError("PPO learns from draws, and a search draws none; `beams` belongs to align.evaluate")
-        return given
 
     @property
     def sampling(self) -> Sampling:
