@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from align.tools.evaluation import distinct, ratio, repetition
-from align.tools.evaluation_folder import source_names
+from align.tools.evaluation_folder import identities, source_names
 from align.tools.harness import figures
 from align.tools.statistics import Draws
+from align.training.rewards import RewardPart
 
 
 def test_variety_and_repetition():
@@ -39,3 +40,20 @@ def test_what_lm_eval_returns():
     assert [*found] == ["lm_eval/arc/acc", "lm_eval/arc/em/strict"]
     assert found["lm_eval/arc/acc"] == pytest.approx((0.5, 0.304, 0.696, 20), abs=1e-3)
     assert math.isnan(found["lm_eval/arc/em/strict"].low)
+
+
+def test_what_a_score_is_goes_by_content_and_label(tmp_path, monkeypatch):
+    """Not by where it lies; the home folder may be written as ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, content in (("one", "a"), ("copy", "a"), ("other", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_text(content)
+
+    def identity(**part) -> str:
+        return identities([RewardPart(name="gold", **part)])["gold"]
+
+    for kind in ("adapter", "model"):
+        one, copy, other = (identity(**{kind: where}) for where in ("~/one", str(tmp_path / "copy"), "~/other"))
+        assert one == copy != other
+    labelled = [identity(model="owner/judge", **more) for more in ({}, {"label": 0}, {"label": 1})]
+    assert len(set(labelled)) == 3
