@@ -1,9 +1,9 @@
 """Attention over a packed forest: one attention function, registered with transformers, for all model families.
 
 On a GPU it is FlexAttention (Dong et al. 2024, arXiv 2412.05496) under a block mask. On a CPU it goes segment by
-segment, like sizes together, so that its cost is the sum of squares of the segments, not the square of the row, and
-recomputes the probabilities in the backward pass: for trees of a few hundred tokens this is faster than the fused CPU
-kernel, and keeps nothing of quadratic size.
+segment, like sizes together, so that its cost is the sum of squares of the segments, not the square of the row. Long segments'
+probabilities are computed again in the backward pass, so nothing of quadratic size is kept: for trees of a few hundred
+tokens this is faster than the fused CPU kernel.
 
 Shapes: H query heads, G key/value heads, T tokens in the row, D head size; b blocks of m queries and n keys in a stack.
 """
@@ -21,6 +21,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from align.models.blocks import ForestMask, Places
 
 NAME = "align_forest"
+KEPT = 4  # probabilities stay for the backward pass while they take no more than so many tensors of the queries' size
 
 
 def forest_attention(
@@ -62,32 +63,38 @@ def _block_attention(*arguments: object) -> Tensor:
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask, scale, window, softcap):
-        ctx.save_for_backward(query, key, value)
-        ctx.plan = (mask, scale, window, softcap)
-        places = mask.places(query.shape[1], key.shape[1])
-        seen = []
-        for number, (queries, keys, values) in enumerate(_stacks(query, key, value, mask)):
-            bias = mask.bias(number, window, query.dtype)
-            probabilities, _ = _probabilities(queries, keys, bias, scale, softcap)
+        heads, groups = query.shape[1], key.shape[1]
+        ctx.plan = (mask, heads, groups, scale, window, softcap)
+        ctx.keeps = softcap is None and heads * mask.scores <= KEPT * query.numel()
+        seen, kept = [], [] if ctx.keeps else [query, key, value]
+        for number, stack in enumerate(_stacks(query, key, value, mask)):
+            queries, keys, values = stack
+            probabilities, _ = _probabilities(queries, keys, mask.bias(number, window, query.dtype), scale, softcap)
             seen.append(torch.bmm(probabilities, values).flatten(0, 1))
-        return _joined(seen).index_select(0, places.answers).view(1, *query.shape[2:0:-1], -1)
+            if ctx.keeps:
+                kept += [*stack, probabilities]
+        ctx.save_for_backward(*kept)
+        return _joined(seen).index_select(0, mask.places(heads, groups).answers).view(1, *query.shape[2:0:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        query, key, value = ctx.saved_tensors
-        mask, scale, window, softcap = ctx.plan
-        heads, groups = query.shape[1], key.shape[1]
-        places, above_rows = mask.places(heads, groups), upstream.reshape(-1, upstream.shape[-1])
+        mask, heads, groups, scale, window, softcap = ctx.plan
+        kept, places = ctx.saved_tensors, mask.places(heads, groups)
+        above_rows, capped = upstream.reshape(-1, upstream.shape[-1]), None
         of_queries, of_keys, of_values = [], [], []
-        for number, (queries, keys, values) in enumerate(_stacks(query, key, value, mask)):
-            bias = mask.bias(number, window, query.dtype)
-            probabilities, capped = _probabilities(queries, keys, bias, scale, softcap)
+        for number, stack in enumerate(zip(*[iter(kept)] * 4) if ctx.keeps else _stacks(*kept, mask)):
+            queries, keys, values, *known = stack
+            if known:
+                (probabilities,) = known
+            else:
+                bias = mask.bias(number, window, queries.dtype)
+                probabilities, capped = _probabilities(queries, keys, bias, scale, softcap)
             above = above_rows.index_select(0, places.queries[number])
             above = above.index_fill_(0, places.filling[number], 0.0).view(*queries.shape[:2], -1)
             of_values.append(torch.bmm(probabilities.transpose(1, 2), above).flatten(0, 1))
             slope = torch.bmm(above, values.transpose(1, 2))
-            slope = torch._softmax_backward_data(slope, probabilities, -1, query.dtype)
+            slope = torch._softmax_backward_data(slope, probabilities, -1, queries.dtype)
             if capped is not None:
                 slope = slope * (1 - capped.square())
             of_queries.append(torch.bmm(slope, keys).mul_(scale).flatten(0, 1))

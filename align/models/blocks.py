@@ -70,6 +70,7 @@ class ForestMask:
         self.stacks: list[Stack] = []
         if forest.tokens.device.type == "cpu":
             self.stacks = [_stack(blocks) for blocks in stacked(forest_blocks(forest.segments, forest.parents))]
+        self.scores = sum(stack.queries.numel() * stack.keys.shape[1] for stack in self.stacks)  # of a head
         self._places: dict[tuple[int, int], Places] = {}
         self._biases: dict[object, Tensor] = {}
 

@@ -20,7 +20,7 @@ from transformers.activations import SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
 from align.models.lora import LoraLinear, Product, joined, parted, product, product_backward
-from align.models.packed import Fixed, prepared
+from align.models.packed import Fixed, fixed, prepared
 
 
 def fuse(model: nn.Module) -> None:
@@ -88,13 +88,13 @@ def fixed_products(model: nn.Module, rows: int) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     groups = {id(layer.group): layer.group for layer in layers if layer.group is not None}
     alone = [layer for layer in layers if layer.group is None]
-    fixed = [(part, found) for part in (*groups.values(), *alone) if (found := _fixed(part, rows))]
-    for part, found in fixed:
+    ready = [(part, found) for part in (*groups.values(), *alone) if (found := _fixed(part, rows))]
+    for part, found in ready:
         part.fixed = found
     try:
         yield
     finally:
-        for part, _ in fixed:
+        for part, _ in ready:
             part.fixed = None
 
 
@@ -112,8 +112,7 @@ def _fixed(part: LoraLinear | Joined, rows: int) -> Fixed | None:
     if operands is None:
         return None
     weight, bias, a, b, scale = operands
-    low, high = (each.detach().to(weight.dtype) for each in (a, b))
-    return Fixed(prepared(weight, bias, rows), low, high, scale)
+    return fixed(weight, bias, rows, a, b, scale)
 
 
 def _join(module: nn.Module, names: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 Linear = Callable[[Tensor], Tensor]  # (n, i) -> (n, o)
 
@@ -16,17 +16,27 @@ class Fixed(NamedTuple):
     """y = W x + b, with + scale * B A x where an adapter acts, everything in one dtype."""
 
     base: Linear
-    a: Tensor | None = None  # (r, i)
     b: Tensor | None = None  # (o, r)
     scale: float = 1.0
+    a: Tensor | None = None  # (r, i); None: A x stands behind W x
 
     def __call__(self, x: Tensor) -> Tensor:
         """(…, i) -> (…, o), without gradient."""
         rows = x.reshape(-1, x.shape[-1])
         out = self.base(rows)
-        if self.a is not None:
-            out.addmm_(rows @ self.a.T, self.b.T, alpha=self.scale)
+        if self.b is not None:
+            out, low = out.split(self.b.shape, -1) if self.a is None else (out, rows @ self.a.T)
+            out.addmm_(low, self.b.T, alpha=self.scale)
         return out.view(*x.shape[:-1], -1)
+
+
+def fixed(weight: Tensor, bias: Tensor | None, rows: int, a: Tensor, b: Tensor, scale: float) -> Fixed:
+    """W x + b + scale * B A x for about so many rows at a time; A (r, i), B (o, r)."""
+    a, b = (each.detach().to(weight.dtype) for each in (a, b))
+    if _arranges(weight):  # it is copied anyway, so A goes with it and costs no product of its own
+        bias = None if bias is None else pad(bias, (0, len(a)))
+        return Fixed(prepared(torch.cat([weight, a]), bias, rows), b, scale)
+    return Fixed(prepared(weight, bias, rows), b, scale, a)
 
 
 def prepared(weight: Tensor, bias: Tensor | None, rows: int) -> Linear:
@@ -35,8 +45,12 @@ def prepared(weight: Tensor, bias: Tensor | None, rows: int) -> Linear:
     On a CPU, oneDNN rearranges a bfloat16 weight at every call, which for few rows takes as long as the product; here
     it does so once (a second copy of the weight; with 16 rows of SmolLM2 twice as fast).
     """
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+    if _arranges(weight):
         arranged = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         bias = None if bias is None else bias.detach()
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, arranged, bias, "none", [], "")
     return lambda x: linear(x, weight, bias)
+
+
+def _arranges(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+BLOCK = 256  # tokens of the vocabulary whose shares are summed first
 
 
 class Sampling(NamedTuple):
@@ -58,9 +61,20 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     A row's token depends on its own logits and number alone, whatever other rows there are.
     """
     assert uniform.shape == logits.shape[:1], (uniform.shape, logits.shape)
-    shares = logits.double().softmax(-1).cumsum(-1)
-    tokens = torch.searchsorted(shares, (uniform * shares[:, -1])[:, None], right=True)[:, 0]
-    return tokens.clamp(max=logits.shape[1] - 1)
+    rows, vocabulary = logits.shape
+    shares = pad(logits.softmax(-1), (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
+    blocks = shares.sum(-1, dtype=torch.float64).cumsum(-1)  # the block first, then the token: a 20th of the time
+    target = torch.minimum(uniform[:, None] * blocks[:, -1:], _below(blocks[:, -1:]))
+    block = torch.searchsorted(blocks, target, right=True)
+    before = pad(blocks, (1, 0)).gather(1, block)
+    within = shares[torch.arange(rows, device=logits.device), block[:, 0]].double().cumsum(-1)
+    rest = torch.minimum(target - before, _below(within[:, -1:]))
+    return (block * BLOCK + torch.searchsorted(within, rest, right=True))[:, 0]
+
+
+def _below(total: Tensor) -> Tensor:
+    """The next smaller number: what is rounded up to the whole must not pass its last token."""
+    return total.nextafter(total.new_zeros(()))
 
 
 def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from align.data.trees import Forest, TreeMask, plant
-from align.models import blocks
+from align.models import attention, blocks
 from align.models.attention import forest_attention
 from align.models.blocks import ForestMask
 
@@ -61,9 +61,11 @@ def compare(
         )
 
 
-@pytest.fixture(params=[256, 4], ids=["whole segments", "blocks of 4"])
+@pytest.fixture(params=[(256, 0), (4, 0), (4, 1e9)], ids=["whole segments", "blocks of 4", "probabilities kept"])
 def blocked(request, monkeypatch):
-    monkeypatch.setattr(blocks, "QUERY_BLOCK", request.param)
+    most, kept = request.param
+    monkeypatch.setattr(blocks, "QUERY_BLOCK", most)
+    monkeypatch.setattr(attention, "KEPT", kept)
 
 
 @pytest.mark.parametrize("softcap", [None, 0.7])

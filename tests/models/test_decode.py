@@ -129,6 +129,22 @@ def test_draws_by_hand():
     assert (uniforms((1, 2), 3) != uniforms((2, 1), 3)).all()
 
 
+def test_draws_are_those_of_the_cumulated_shares_and_never_a_token_without_a_share():
+    generator = torch.Generator().manual_seed(0)
+    for vocabulary in (5, 256, 257, 1000):
+        logits = torch.randn(64, vocabulary, generator=generator) * 3
+        logits[torch.rand(logits.shape, generator=generator) < 0.5] = -torch.inf
+        logits[:, 1] = 0.0
+        uniform = torch.rand(64, dtype=torch.float64, generator=generator)
+        shares = logits.double().softmax(-1).cumsum(-1)
+        expected = (shares <= (uniform * shares[:, -1])[:, None]).sum(-1)
+        assert draw(logits, uniform).tolist() == expected.tolist()
+    ends = torch.full((2, 1000), -torch.inf)
+    ends[0, [0, 255]] = ends[1, [256, 999]] = 0.0
+    assert draw(ends, torch.tensor([0.0, 0.0]).double()).tolist() == [0, 256]
+    assert draw(ends, torch.tensor([1 - 2**-53] * 2).double()).tolist() == [255, 999]
+
+
 def test_an_answer_is_text(trunk):
     assert (
         answer(trunk, "hello", 6, "text")
