@@ -1,163 +1,151 @@
-"""What one GPU does: SFT steps on models of real shapes with random weights. Under 9 minutes on one H200.
+"""What one GPU does, on models of real shapes with random weights. Under 9 minutes on one H200.
 
-    python benchmarks/gpu.py            # on a GPU: prints a table and writes benchmarks/results/gpu-DATE.md
-    python benchmarks/gpu.py --tiny     # on a CPU: proves the script on tiny shapes, writes nothing
+    python benchmarks/gpu.py            # on a GPU: prints a table and adds it to benchmarks/results/gpu-DATE.md
+    python benchmarks/gpu.py --tiny     # on a CPU: proves every part on tiny shapes, writes nothing
+    python benchmarks/gpu.py --parts ppo dpo --shapes 8B
 
-Random weights have the speed and the memory of trained ones, and need no model hub.
+SFT steps; sampling beside transformers' `generate`; a PPO update; DPO and reward steps on packed trees beside the same
+trunk with padded rows. Random weights have the speed and the memory of trained ones, and need no model hub. A part that
+there is no time or memory for is named, and so is one that fails; the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import signal
+import sys
 import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
+import gpu_parts
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
-
-from align.data.packing import pack
-from align.data.trees import Tree, graft, plant
-from align.models.base import Base
-from align.models.trunk import Trunk
-from align.recipe.schema import Lora, Model
-from align.training.meters import causal_attended, flops_per_token, matmul_params, mfu, peak_flops, peak_memory
+import transformers
+from gpu_models import Shape
+from gpu_parts import Row, Scale
 
 RESULTS = Path(__file__).parent / "results"
-BUDGET_SECONDS = 9 * 60
-MEAN_LENGTH, MAX_LENGTH = 400, 2048
-
-
-class Shape(NamedTuple):
-    """A model's size, and the tokens of one packed row."""
-
-    name: str
-    hidden: int
-    mlp: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    row_tokens: int
-
-
+BUDGET_SECONDS, LEAST_SECONDS = 8.5 * 60, 20  # the latter must be left for a part to begin
 TINY = [Shape("tiny", 64, 128, 2, 4, 2, 256, 512)]
+TINY_SCALE = Scale(steps=2, conversations=8, pairs=4, prompts=(2, 4), samples=2, new=6, updates=1)
 SHAPES = [
     Shape("135M (SmolLM2)", 576, 1536, 30, 9, 3, 49152, 32_768),
     Shape("1.7B (SmolLM2)", 2048, 8192, 24, 32, 32, 49152, 16_384),
     Shape("8B (Llama 3)", 4096, 14336, 32, 32, 8, 128256, 16_384),
 ]
+PARTS: dict[str, Callable[[Shape, Scale, torch.device], Iterator[Row]]] = {
+    "sft": gpu_parts.sft,
+    "sampling": gpu_parts.sampling,
+    "ppo": gpu_parts.update,
+    "dpo": gpu_parts.preferences,
+    "reward": gpu_parts.rewards,
+    "checkpointing": partial(gpu_parts.sft, checkpointing=True),
+    "static": gpu_parts.static,
+}
+LAST = ("checkpointing", "static")  # for every shape after all others
 
 
-class Row(NamedTuple):
-    """One measurement."""
-
-    what: str
-    tokens_per_second: float
-    mfu: float | None
-    peak_bytes: int
-    loss: float
+class OutOfTime(BaseException):
+    """Of the alarm; not an `Exception`, so that nothing on the way takes it for a fault of its own."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, for a machine without a GPU")
-    parser.add_argument("--steps", type=int, default=8, help="steps that are timed, after three that are not")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--shapes", nargs="+", default=[], help="only shapes whose names begin so, such as 135M 8B")
+    parser.add_argument("--steps", type=int, help="optimizer steps that are timed, in whole rounds over the rows")
+    parser.add_argument(
+        "--seconds", type=float, default=BUDGET_SECONDS, help="what is not measured by then is left out"
+    )
     args = parser.parse_args()
     if not args.tiny and not torch.cuda.is_available():
         raise SystemExit("no GPU here: not measured (--tiny proves the script on a CPU)")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    started, rows = time.monotonic(), []
-    for shape in TINY if args.tiny else SHAPES:
-        for checkpointing in (False, True):
-            if time.monotonic() - started > BUDGET_SECONDS * 0.8:
-                print(f"sft {shape.name}: not measured, out of time")
-                continue
-            rows.append(sft(shape, device, args.steps, checkpointing))
-            print(rows[-1], flush=True)
-    table = [
-        "| what | tokens/s | MFU | peak memory |",
-        "|---|---:|---:|---:|",
-        *(
-            f"| {r.what} | {r.tokens_per_second:,.0f} | {'–' if r.mfu is None else f'{r.mfu:.1%}'} "
-            f"| {r.peak_bytes / 1e9:.1f} GB |"
-            for r in rows
-        ),
-    ]
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    date = time.strftime("%Y-%m-%d")
-    print("\n".join(table))
-    if not args.tiny:
+    scale = TINY_SCALE if args.tiny else Scale()
+    scale = scale._replace(steps=args.steps or scale.steps)
+    shapes = [s for s in (TINY if args.tiny else SHAPES) if s.name.startswith(tuple(args.shapes or [""]))]
+    if not shapes:
+        parser.error("--shapes: there is no such shape")
+    plan = [(shape, part) for shape in shapes for part in PARTS if part in args.parts]
+    plan.sort(key=lambda item: item[1] in LAST)  # stable
+    signal.signal(signal.SIGALRM, _ring)
+    started, rows, missing = time.monotonic(), [], {}
+    for shape, part in plan:
+        left, before = args.seconds - (time.monotonic() - started), time.monotonic()
+        why = tried(partial(PARTS[part], shape, scale, device), left, rows)
+        told = f"not measured, {why}" if why else f"{time.monotonic() - before:.0f} s"
+        print(f"{part} {shape.name}: {told}", flush=True)
+        if why:
+            missing[f"{part} {shape.name}"] = why
+        release(device)
+    report(rows, missing, device, write=not args.tiny)
+    if any(why.startswith("failed") for why in missing.values()):
+        sys.exit(1)
+
+
+def tried(part: Callable[[], Iterator[Row]], seconds: float, rows: list[Row]) -> str | None:
+    """Add a part's rows as they come; why some are missing."""
+    if seconds < LEAST_SECONDS:
+        return "out of time"
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        for row in part():
+            rows.append(row)
+            print("  " + "  ".join(cells(row)), flush=True)
+    except OutOfTime:
+        return "out of time"
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except Exception as error:  # whatever it is, the other parts are still to be measured
+        traceback.print_exc()
+        return f"failed: {type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return None
+
+
+def release(device: torch.device) -> None:
+    """What a part held and compiled: the next begins as a run of its own would."""
+    gc.collect()
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def report(rows: list[Row], missing: dict[str, str], device: torch.device, write: bool) -> None:
+    """The table, and last the JSON line."""
+    name, date = torch.cuda.get_device_name() if device.type == "cuda" else "CPU", time.strftime("%Y-%m-%d")
+    table = ["| part | what | speed | peak memory | |", "|---|---|---:|---:|---|"]
+    table += [f"| {' | '.join(cells(row))} |" for row in rows]
+    lacking = [f"- {what}: not measured, {why}" for what, why in missing.items()]
+    text = "\n".join(table + [""] * bool(lacking) + lacking) + "\n"
+    print(f"\n{text}")
+    if write:
         RESULTS.mkdir(exist_ok=True)
-        head = f"`python benchmarks/gpu.py` on one {name}, torch {torch.__version__}, {date}\n\n"
-        (RESULTS / f"gpu-{date}.md").write_text(head + "\n".join(table) + "\n")
-    print(json.dumps({"benchmark": "gpu", "device": name, "date": date, "rows": [r._asdict() for r in rows]}))
+        command = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
+        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        with (RESULTS / f"gpu-{date}.md").open("a", encoding="utf-8") as file:
+            file.write(f"`{command}` on one {name}, {versions}, {date}\n\n{text}\n")
+    line = {
+        "benchmark": "gpu", "device": name, "date": date, "rows": [row._asdict() for row in rows], "missing": missing,
+    }  # fmt: skip
+    print(json.dumps(line))
 
 
-def sft(shape: Shape, device: torch.device, steps: int, checkpointing: bool) -> Row:
-    """LoRA SFT, r = 16 on all linear layers: forward, backward, optimizer step on one packed row."""
-    trunk = random_trunk(shape, device, checkpointing)
-    trained = [p for p in trunk.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    examples = conversations(shape, 64)
-    lengths = [tree.packed_length for tree in examples]
-    rows = [row for row in pack(lengths, shape.row_tokens) if row]
-    multiple = 128 if device.type == "cuda" else 1
-    batches = [plant(graft([examples[i] for i in row]), packed=trunk.packed, multiple=multiple) for row in rows]
-    seconds = tokens = 0.0
-    for step in range(steps + 3):
-        batch = batches[step % len(batches)].to(device)
-        synchronize(device)
-        begun = time.perf_counter()
-        loss = -trunk(batch).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        synchronize(device)
-        if step >= 3:
-            seconds += time.perf_counter() - begun
-            tokens += int((batch.tree >= 0).sum())
-    rate = tokens / seconds
-    flops = flops_per_token(trunk.plain.config, matmul_params(trunk.plain), causal_attended(lengths), lora=True)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    peak = peak_memory(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    what = f"sft {shape.name}, {trunk.layout}, rows of {shape.row_tokens:,}{', checkpointing' * checkpointing}"
-    return Row(what, rate, mfu(rate, flops, peak_flops(name, trunk.dtype)), peak, float(loss))
+def cells(row: Row) -> list[str]:
+    """A row as the table has it."""
+    speed = f"{row.rate:,.0f}" if row.rate >= 100 else f"{row.rate:.2f}"
+    more = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in row.more.items())
+    return [row.part, row.what, f"{speed} {row.unit}/s", f"{row.peak_bytes / 1e9:.1f} GB", more]
 
 
-def random_trunk(shape: Shape, device: torch.device, checkpointing: bool) -> Trunk:
-    """A Llama of this shape in bfloat16 with a LoRA."""
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocabulary,
-        tie_word_embeddings=shape.hidden < 2048,
-    )
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    section = Model(base=shape.name, gradient_checkpointing=checkpointing)
-    return Trunk(Base(model, None, "random", shape.name, shape.name), section, Lora(r=16, alpha=32)).train()
-
-
-def conversations(shape: Shape, count: int) -> list[Tree]:
-    """Random token trees with the lengths of a chat set: log-normal, a quarter of each the prompt."""
-    draw = np.random.default_rng(0)
-    longest = min(MAX_LENGTH, shape.row_tokens // 2)
-    lengths = np.clip(draw.lognormal(np.log(MEAN_LENGTH), 0.7, count), 16, longest).astype(int)
-    return [Tree((draw.integers(0, shape.vocabulary, n).astype(np.int32),), (np.arange(n) >= n // 4,)) for n in lengths]
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _ring(_signal: int, _frame: object) -> None:
+    raise OutOfTime
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Attention over a packed forest: one attention function, registered with transformers, for all model families.
 
 On a GPU it is FlexAttention (Dong et al. 2024, arXiv 2412.05496) under a block mask. On a CPU it goes segment by
-segment, like sizes together, so that its cost is the sum of squares of the segments, not the square of the row. Long segments'
-probabilities are computed again in the backward pass, so nothing of quadratic size is kept: for trees of a few hundred
-tokens this is faster than the fused CPU kernel.
+segment, like sizes together, so that its cost is the sum of squares of the segments, not the square of the row. The
+probabilities of long segments are computed again in the backward pass, so that nothing of quadratic size is kept; for
+trees of a few hundred tokens this is faster than the fused CPU kernel.
 
 Shapes: H query heads, G key/value heads, T tokens in the row, D head size; b blocks of m queries and n keys in a stack.
 """
@@ -83,7 +83,7 @@ class _BlockAttention(torch.autograd.Function):
         kept, places = ctx.saved_tensors, mask.places(heads, groups)
         above_rows, capped = upstream.reshape(-1, upstream.shape[-1]), None
         of_queries, of_keys, of_values = [], [], []
-        for number, stack in enumerate(zip(*[iter(kept)] * 4) if ctx.keeps else _stacks(*kept, mask)):
+        for number, stack in enumerate(zip(*[iter(kept)] * 4, strict=True) if ctx.keeps else _stacks(*kept, mask)):
             queries, keys, values, *known = stack
             if known:
                 (probabilities,) = known
