@@ -64,8 +64,12 @@ class Places(NamedTuple):
 class ForestMask:
     """What the attention function needs of a packed batch; made once a forward pass, shared by all layers."""
 
-    def __init__(self, forest: Forest) -> None:
+    def __init__(self, forest: Forest, where: Tensor | None = None) -> None:
+        """`where`: flat indices (m,) of the positions whose final states are read; None: all."""
         self.tree_mask = TreeMask(forest)
+        self.read = None
+        if where is not None:
+            self.read = torch.zeros_like(forest.tokens[0], dtype=torch.bool).index_fill_(0, where, True).nonzero()[:, 0]
         self.positions = forest.positions[0]
         self.stacks: list[Stack] = []
         if forest.tokens.device.type == "cpu":

@@ -39,6 +39,26 @@ def fuse(model: nn.Module) -> None:
             module.forward = MethodType(forward, module)
 
 
+def spare(last: nn.Module) -> None:
+    """Give the last layer's MLP, where it is fused, only the positions whose states are read."""
+    attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)
+    if attention is None or "forward" not in vars(mlp or object):
+        return
+    whole, read = mlp.forward, None
+
+    def forward(x: Tensor) -> Tensor:
+        if read is None or len(read) == x.shape[1]:
+            return whole(x)
+        return torch.zeros_like(x).index_copy(1, read, whole(x.index_select(1, read)))
+
+    def note(_attention: nn.Module, _args: tuple, given: dict) -> None:  # told again where the layer is recomputed
+        nonlocal read
+        read = given["forest"].read if "forest" in given else None
+
+    mlp.forward = forward
+    attention.register_forward_pre_hook(note, with_kwargs=True)
+
+
 class Joined:
     """Layers that are given one input, such as query, key and value: their weights stacked, computed as one product.
 

@@ -117,7 +117,7 @@ class Roles(nn.Module):
     def scores(self, role: str, forest: Forest, where: Tensor) -> Tensor:
         """A role's score of the given positions, flat indices (m,) -> (m,) float32."""
         with self.trunk.acting(role), self.trunk.autocast():
-            states = self.trunk.hidden(forest).flatten(0, 1)[where]
+            states = self.trunk.hidden(forest, where)
         return self.heads[role](states.float())[:, 0]
 
     def save(self, folder: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> None:

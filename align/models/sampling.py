@@ -65,11 +65,11 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     shares = pad(logits.softmax(-1), (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
     blocks = shares.sum(-1, dtype=torch.float64).cumsum(-1)  # the block first, then the token: a 20th of the time
     target = torch.minimum(uniform[:, None] * blocks[:, -1:], _below(blocks[:, -1:]))
-    block = torch.searchsorted(blocks, target, right=True)
+    block = torch.searchsorted(blocks, target, right=True).clamp(max=blocks.shape[1] - 1)  # past the end where NaN
     before = pad(blocks, (1, 0)).gather(1, block)
     within = shares[torch.arange(rows, device=logits.device), block[:, 0]].double().cumsum(-1)
     rest = torch.minimum(target - before, _below(within[:, -1:]))
-    return (block * BLOCK + torch.searchsorted(within, rest, right=True))[:, 0]
+    return (block * BLOCK + torch.searchsorted(within, rest, right=True))[:, 0].clamp(max=vocabulary - 1)
 
 
 def _below(total: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from align.data.trees import Forest, Tree, plant
 from align.models.attention import NAME as FOREST
 from align.models.base import META, Base, compute_dtype
 from align.models.blocks import ForestMask
-from align.models.fused import fuse
+from align.models.fused import fuse, spare
 from align.models.lora import lora_config
 from align.objectives.logprobs import linear_logprobs
 from align.recipe.errors import UserError
@@ -51,6 +51,7 @@ class Trunk(nn.Module):
             self.causal.active_peft_config.base_model_name_or_path = base.source
         if not model.compile:
             fuse(causal)
+            spare(self.layers[-1])
         device = next(causal.parameters()).device
         self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, device)
         self.acts_as: str | None = "default"  # the adapter in use; None: the bare trunk
@@ -109,7 +110,7 @@ class Trunk(nn.Module):
     def states(self, forest: Forest) -> Tensor:
         """Final hidden state of the position that predicts each label, (n, d), in `dtype`."""
         with self.autocast():
-            return self.hidden(forest).flatten(0, 1)[forest.where].to(self.dtype)
+            return self.hidden(forest, forest.where).to(self.dtype)
 
     def projection(self, temperature: float = 1.0) -> dict[str, Tensor | float | None]:
         """What makes logits of `states`, divided by the temperature."""
@@ -127,18 +128,19 @@ class Trunk(nn.Module):
             with self.autocast():
                 return self.plain(**inputs).logits.float()
         with self.autocast():
-            last = self.hidden(forest).flatten(0, 1)[forest.ends]  # (P, d)
+            last = self.hidden(forest, forest.ends)  # (P, d)
         return self.plain.score(last.to(torch.promote_types(last.dtype, torch.float32)))
 
-    def hidden(self, forest: Forest) -> Tensor:
-        """Final hidden states, (R, L, d)."""
+    def hidden(self, forest: Forest, where: Tensor) -> Tensor:
+        """Final hidden states of some positions, flat indices (m,) -> (m, d)."""
         if forest.packed:
-            inputs = {"forest": ForestMask(forest)}
+            inputs = {"forest": ForestMask(forest, where)}
         else:
             inputs = {"attention_mask": forest.tree >= 0}
-        return self.decoder(
+        states = self.decoder(
             input_ids=forest.tokens, position_ids=forest.positions, use_cache=False, **inputs
         ).last_hidden_state
+        return states.flatten(0, 1)[where]
 
     @contextmanager
     def acting(self, role: str | None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -10,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 
 import psutil
@@ -25,6 +26,7 @@ from align.recipe.load import parse_command
 from align.recipe.schema import BaseRecipe
 from align.training.session import Session
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
@@ -55,6 +57,7 @@ def run_stage(
             raise UserError("accelerate's DeepSpeed and FSDP plugins are not supported yet: use DDP (--multi_gpu)")
         _quiet_libraries()
         _use_all_cores()
+        _keep_freed_memory()
         console = Console(quiet=not accelerator.is_main_process)
         stage(Session(command.recipe, accelerator, console, command.fresh, command.show))
     except (KeyboardInterrupt, torch.OutOfMemoryError, MemoryError) as error:
@@ -146,6 +149,16 @@ def _use_all_cores() -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _keep_freed_memory() -> None:
+    """A step needs again what the last one freed. glibc would give it back to the system, and every page would be made
+    anew, which takes some 4 % of a step on a CPU."""
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        with suppress(AttributeError):  # another C library
+            tune = ctypes.CDLL(None).mallopt
+            tune(M_TRIM_THRESHOLD, 2**31 - 1)
+            tune(M_MMAP_THRESHOLD, 2**30)
 
 
 def _quiet_libraries() -> None:
