@@ -18,7 +18,9 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -59,13 +61,12 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--shapes", nargs="+", default=[], help="only shapes whose names begin so, such as 135M 8B")
     parser.add_argument("--steps", type=int, help="optimizer steps that are timed, in whole rounds over the rows")
-    parser.add_argument(
-        "--seconds", type=float, default=BUDGET_SECONDS, help="what is not measured by then is left out"
-    )
+    parser.add_argument("--seconds", type=float, default=BUDGET_SECONDS, help="what is not measured by then is not")
     args = parser.parse_args()
     if not args.tiny and not torch.cuda.is_available():
         raise SystemExit("no GPU here: not measured (--tiny proves the script on a CPU)")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     scale = TINY_SCALE if args.tiny else Scale()
     scale = scale._replace(steps=args.steps or scale.steps)
     shapes = [s for s in (TINY if args.tiny else SHAPES) if s.name.startswith(tuple(args.shapes or [""]))]
@@ -74,6 +75,7 @@ def main() -> None:
     plan = [(shape, part) for shape in shapes for part in PARTS if part in args.parts]
     plan.sort(key=lambda item: item[1] in LAST)  # stable
     signal.signal(signal.SIGALRM, _ring)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     started, rows, missing = time.monotonic(), [], {}
     for shape, part in plan:
         left, before = args.seconds - (time.monotonic() - started), time.monotonic()
@@ -83,7 +85,7 @@ def main() -> None:
         if why:
             missing[f"{part} {shape.name}"] = why
         release(device)
-    report(rows, missing, device, write=not args.tiny)
+    report(rows, missing, name, write=not args.tiny)
     if any(why.startswith("failed") for why in missing.values()):
         sys.exit(1)
 
@@ -114,12 +116,13 @@ def release(device: torch.device) -> None:
     gc.collect()
     torch.compiler.reset()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a device that has failed for good
+            torch.cuda.empty_cache()
 
 
-def report(rows: list[Row], missing: dict[str, str], device: torch.device, write: bool) -> None:
-    """The table, and last the JSON line."""
-    name, date = torch.cuda.get_device_name() if device.type == "cuda" else "CPU", time.strftime("%Y-%m-%d")
+def report(rows: list[Row], missing: dict[str, str], name: str, write: bool) -> None:
+    """The table, and last the JSON line; `name` is the device's."""
+    date = time.strftime("%Y-%m-%d")
     table = ["| part | what | speed | peak memory | |", "|---|---|---:|---:|---|"]
     table += [f"| {' | '.join(cells(row))} |" for row in rows]
     lacking = [f"- {what}: not measured, {why}" for what, why in missing.items()]
