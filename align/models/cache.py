@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 NAME = "align_decode"
-STRETCH = 64  # tokens by which the room grows
+STRETCH = 64  # tokens by which the room grows, where steps are not recorded
 
 
 class Recorder:
@@ -33,11 +33,11 @@ class Recorder:
 class KeyValues:
     """One row a response, each as far as its own length; rows are dropped, reordered or doubled."""
 
-    def __init__(self, recorded: Recorder, spans: list[tuple[int, int]]) -> None:
-        """`spans`: for each row where its prompt stands among the recorded tokens."""
+    def __init__(self, recorded: Recorder, spans: list[tuple[int, int]], more: int) -> None:
+        """`spans`: for each row where its prompt stands among the recorded tokens; room for so many `more`."""
         self.lengths = torch.tensor([last - first for first, last in spans])  # (B,) int64, tokens kept
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        room = int(self.lengths.max()) + STRETCH
+        room = int(self.lengths.max()) + more
         for layer in list(recorded.layers):
             kept = []
             for states in recorded.layers.pop(layer):
@@ -66,13 +66,18 @@ class KeyValues:
         return self._unseen[window]
 
     def _measure(self) -> None:
-        """What all layers of a step share; more room where it is used up."""
+        """What stays so until other rows go on."""
         self.rows = torch.arange(len(self.lengths), device=self.lengths.device)
-        self._unseen: dict[int | None, Tensor] = {}
         self.longest = int(self.lengths.max())
-        if self.longest == self.room:  # the kept are used whole: a part of them would have to be copied at each step
-            for layer, kept in self.layers.items():
-                self.layers[layer] = tuple(pad(buffer, (0, 0, 0, STRETCH)) for buffer in kept)
+
+    def make_room(self) -> bool:
+        """Before every step; whether what is kept moved."""
+        self._unseen: dict[int | None, Tensor] = {}  # what all layers of a step share
+        if self.longest < self.room:
+            return False
+        for layer, kept in self.layers.items():  # used whole: a part of them would have to be copied at each step
+            self.layers[layer] = tuple(pad(buffer, (0, 0, 0, STRETCH)) for buffer in kept)
+        return True
 
     @property
     def room(self) -> int:
@@ -84,9 +89,8 @@ class KeyValues:
         return self.longest
 
     def grow(self) -> None:
-        """The newest tokens are kept: after all layers have seen them."""
+        """The newest tokens are kept: after all layers have seen them. Nothing here waits for the device."""
         self.lengths += 1
-        self._measure()
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows, (b,) int64, go on, in this order; one may be named several times."""

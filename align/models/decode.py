@@ -21,7 +21,7 @@ from align.models.trunk import Trunk
 Heed = Callable[[list[int]], None]
 KEPT_TOKENS = {"cpu": 32_768, "cuda": 1_048_576}  # of all rows that are sampled at once
 FEW_ROWS = 16  # that products are prepared for
-LEAVE = 0.75  # rows that are done leave when no more than this share goes on
+LEAVE = {"cpu": 0.75, "cuda": 0.5}  # rows that are done leave when no more than this share goes on
 
 
 def sample(
@@ -106,7 +106,7 @@ class _Draws:
             going = torch.tensor(self._unfinished(tokens, t), device=tokens.device, dtype=torch.bool)
             if not going.any() or t + 1 == self.sampling.max_new:
                 break
-            leaving = going.float().mean() <= LEAVE
+            leaving = going.float().mean() <= LEAVE.get(self.active.device.type, LEAVE["cuda"])
             rows = going.nonzero()[:, 0] if leaving else None
             if leaving:
                 self.active, tokens = self.active[rows], tokens[rows]

@@ -21,10 +21,12 @@ from transformers.pytorch_utils import Conv1D
 
 from align.models.lora import LoraLinear, Product, joined, parted, product, product_backward
 from align.models.packed import Fixed, fixed, prepared
+from align.models.rotary import fuse_rotary
 
 
 def fuse(model: nn.Module) -> None:
     """Give every module that qualifies its fused forward."""
+    fuse_rotary(model)
     verdicts: dict[tuple[type, type | None], bool] = {}
     for module in model.modules():
         _join(module, ("q_proj", "k_proj", "v_proj"))

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from align.data.trees import Tree, plant
 from align.models.blocks import ForestMask
-from align.models.cache import KeyValues, Recorder
+from align.models.cache import STRETCH, KeyValues, Recorder
 from align.models.packed import Linear
+from align.models.replay import Replayed
 from align.models.sampling import Sampling, penalised
 from align.models.trunk import Trunk
 
@@ -36,6 +37,7 @@ class Rows:
         """`copies` rows of each prompt, side by side; `project`: hidden states to logits."""
         self.trunk, self.project, self.sampling = trunk, project, sampling
         self.ends = torch.tensor(sorted(end_tokens(trunk)), device=trunk.device)
+        self.replayed = Replayed(self._step, trunk.device.type)
         self.logits, self.kept = self._prompts(prompts, copies)
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros_like(self.logits, dtype=torch.bool)
@@ -46,9 +48,16 @@ class Rows:
         """One more token a row, (B,). `rows` (B,): which of the rows so far go on so; one may do so several times."""
         if rows is not None:
             self.kept.keep(rows)
+        if self.kept.make_room() or rows is not None:
+            self.replayed.renew()
         if self.sampling.repetition_penalty != 1:
             self.seen = self.seen if rows is None else self.seen[rows]
             self.seen[self.kept.rows, tokens] = True
+        self.logits = self.replayed(tokens)
+        self.kept.longest += 1
+
+    def _step(self, tokens: Tensor) -> Tensor:
+        """(B,) -> (B, V): the same work at the same places, so that it can be replayed."""
         trunk, kept = self.trunk, self.kept
         with trunk.autocast():
             hidden = trunk.decoder(
@@ -59,7 +68,7 @@ class Rows:
                 kept=kept,
             ).last_hidden_state[:, 0]
         kept.grow()
-        self.logits = self.project(hidden)
+        return self.project(hidden)
 
     def admitted(self, logits: Tensor, t: int) -> Tensor:
         """(B, V) as they are after t tokens: what was said is penalised, and nothing ends before its time."""
@@ -93,7 +102,8 @@ class Rows:
             ).last_hidden_state[0, forest.ends]
         edges = np.cumsum([0, *(len(prompt) for prompt in prompts)])
         spans = [(int(a), int(b)) for a, b in pairwise(edges) for _ in range(copies)]
-        return self.project(hidden).repeat_interleave(copies, 0), KeyValues(recorder, spans)
+        more = self.sampling.max_new if self.replayed.record else STRETCH
+        return self.project(hidden).repeat_interleave(copies, 0), KeyValues(recorder, spans, more)
 
 
 def end_tokens(trunk: Trunk) -> set[int]:
