@@ -19,7 +19,7 @@ from align.data.trees import Forest, TreeMask
 
 QUERY_BLOCK = 64  # queries of a block at most: with 256, half as many keys again are computed in vain
 KEY_MULTIPLE = 32  # a softmax over another number of keys takes up to twice as long
-FILLED = 1.25  # blocks are stacked while what they are filled up to is no more than this times their own size,
+FILLED = 1.1  # blocks are stacked while what they are filled up to is no more than this times their own size,
 SMALL = 16_384  # or no more than this,
 LARGE = 262_144  # and never more than this: scores of a head that stay in the cache
 
