@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FLEX_BLOCK = 128  # tokens of FlexAttention's blocks
+
 
 class Tree(NamedTuple):
     """One example: `segments[0]` is the stem, the others continue it, or each other.
@@ -224,9 +226,13 @@ class TreeMask:
         return (self.related[segment[:, None], segment[None]] & (index[:, None] >= index[None]))[None, None]
 
     def block_mask(self, window: int | None = None) -> object:
-        """A FlexAttention `BlockMask`; with `window`, only tokens less than `window` positions back."""
+        """A FlexAttention `BlockMask`; with `window`, only tokens less than `window` positions back.
+
+        L must be a multiple of FLEX_BLOCK. Blocks are found through the segments in them; `create_block_mask` would
+        write out (L, L).
+        """
         if window not in self._block_masks:
-            from torch.nn.attention.flex_attention import create_block_mask
+            from torch.nn.attention.flex_attention import BlockMask
 
             related, segment, positions = self.related, self.forest.segment[0], self.forest.positions[0]
 
@@ -234,9 +240,27 @@ class TreeMask:
                 seen = (query >= key) & related[segment[query], segment[key]]
                 return seen if window is None else seen & (positions[query] - positions[key] < window)
 
-            length = self.forest.tokens.shape[1]
-            self._block_masks[window] = create_block_mask(mask, 1, 1, length, length, device=segment.device)
+            some, whole = self._seen_blocks()
+            if window is not None:
+                some, whole = some | whole, torch.zeros_like(whole)
+            lists: list[Tensor] = []  # of each kind the number of a row's blocks, and which they are
+            for seen in (some[None, None], whole[None, None]):
+                order = seen.byte().argsort(dim=-1, descending=True, stable=True)
+                lists += [seen.sum(-1, dtype=torch.int32), order.int()]
+            self._block_masks[window] = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask)
         return self._block_masks[window]
+
+    def _seen_blocks(self) -> tuple[Tensor, Tensor]:
+        """(B, B) bool each for B blocks: where the row's see some of the column's, not all, and where all see all."""
+        segment = self.forest.segment[0]
+        assert len(segment) % FLEX_BLOCK == 0, len(segment)
+        blocks = torch.arange(len(segment), device=segment.device) // FLEX_BLOCK
+        holds = torch.zeros(len(segment) // FLEX_BLOCK, len(self.related), device=segment.device)
+        holds[blocks, segment] = 1.0
+        kin, strangers = (holds @ each.float() @ holds.T > 0 for each in (self.related, ~self.related))
+        before = torch.ones_like(kin).tril(-1)
+        own = torch.eye(len(kin), dtype=torch.bool, device=kin.device)
+        return kin & (before & strangers | own), before & ~strangers
 
 
 def graft(trees: Sequence[Tree], least: int = 8) -> list[Tree]:

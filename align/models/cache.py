@@ -35,18 +35,17 @@ class KeyValues:
 
     def __init__(self, recorded: Recorder, spans: list[tuple[int, int]], more: int) -> None:
         """`spans`: for each row where its prompt stands among the recorded tokens; room for so many `more`."""
-        self.lengths = torch.tensor([last - first for first, last in spans])  # (B,) int64, tokens kept
+        device = next(iter(recorded.layers.values()))[0].device
+        begin, end = torch.tensor(spans, device=device).T
+        self.lengths = end - begin  # (B,) int64, tokens kept
+        room = max(last - first for first, last in spans) + more
+        places = torch.minimum(begin[:, None] + torch.arange(room, device=device), end[:, None] - 1)  # (B, T)
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        room = int(self.lengths.max()) + more
         for layer in list(recorded.layers):
-            kept = []
-            for states in recorded.layers.pop(layer):
-                buffer = states.new_zeros(len(spans), states.shape[1], room, states.shape[3])
-                for row, (first, last) in enumerate(spans):
-                    buffer[row, :, : last - first] = states[0, :, first:last]
-                kept.append(buffer)
-            self.layers[layer] = (kept[0], kept[1])
-        self.lengths = self.lengths.to(kept[0].device)
+            self.layers[layer] = tuple(
+                states[0].index_select(1, places.flatten()).unflatten(1, places.shape).transpose(0, 1).contiguous()
+                for states in recorded.layers.pop(layer)
+            )
         self._measure()
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_more: object) -> tuple[Tensor, Tensor]:

@@ -107,17 +107,24 @@ class Joined:
 @contextmanager
 def fixed_products(model: nn.Module, rows: int) -> Iterator[None]:
     """While nothing trains: products with what acts now, joined and prepared once, for about so many rows."""
+    ready = fix_products(model, rows)
+    try:
+        yield
+    finally:
+        for part in ready:
+            part.fixed = None
+
+
+@torch.no_grad()
+def fix_products(model: nn.Module, rows: int) -> list[LoraLinear | Joined]:
+    """The same for good; what was prepared."""
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     groups = {id(layer.group): layer.group for layer in layers if layer.group is not None}
     alone = [layer for layer in layers if layer.group is None]
     ready = [(part, found) for part in (*groups.values(), *alone) if (found := _fixed(part, rows))]
     for part, found in ready:
         part.fixed = found
-    try:
-        yield
-    finally:
-        for part, _ in ready:
-            part.fixed = None
+    return [part for part, _ in ready]
 
 
 def _fixed(part: LoraLinear | Joined, rows: int) -> Fixed | None:

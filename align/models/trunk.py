@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from align.data.trees import Forest, Tree, plant
+from align.data.trees import FLEX_BLOCK, Forest, Tree, plant
 from align.models.attention import NAME as FOREST
 from align.models.base import META, Base, compute_dtype
 from align.models.blocks import ForestMask
@@ -73,8 +73,8 @@ class Trunk(nn.Module):
 
     @property
     def row_multiple(self) -> int:
-        """What the length of a planted row is rounded up to: FlexAttention works in blocks of 128."""
-        return 128 if self.device.type == "cuda" else 1
+        """What the length of a planted row is rounded up to."""
+        return FLEX_BLOCK if self.device.type == "cuda" else 1
 
     @property
     def plain(self) -> nn.Module:

@@ -30,6 +30,7 @@ from align.data.packing import pack_padded
 from align.data.trees import Tree, graft, plant
 from align.data.turns import Refused, a, filled, meant
 from align.models.base import META, load_base
+from align.models.fused import fix_products
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
@@ -70,6 +71,7 @@ class Classifier:
         else:
             self.trunk.plain.load_state_dict(load_file(folder / "model.safetensors"))
         self.tokenizer, self.row_tokens = base.tokenizer, row_budget("auto", device)
+        fix_products(self.trunk, self.row_tokens)
 
     @torch.inference_mode()
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:

@@ -38,7 +38,8 @@ def adamw(model: nn.Module, optim: Optim, rates: dict[str, float]) -> torch.opti
         {"params": params, "weight_decay": optim.weight_decay * decayed, "name": own, "share": rates.get(own, 1.0)}
         for (own, decayed), params in members.items()
     ]
-    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    betas = (optim.beta1, optim.beta2)
+    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=betas, eps=optim.eps, fused=True)
 
 
 def capture(named: Named, optimizer: torch.optim.Optimizer) -> Tensors:
@@ -69,8 +70,7 @@ def restore(path: Path, named: Named, optimizer: torch.optim.Optimizer, fingerpr
     for key, value in tensors["optimizer"].items():
         name, _, moment = key.rpartition("/")
         p = named[name]
-        # AdamW reads its step count on the CPU.
-        optimizer.state[p][moment] = value if value.ndim == 0 else _like(value, p)
+        optimizer.state[p][moment] = value.to(p.device) if value.ndim == 0 else _like(value, p)  # the former its step
     return state
 
 

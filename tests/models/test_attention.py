@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models.tiny import tree
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from align.data.trees import Forest, TreeMask, plant
 from align.models import attention, blocks
@@ -115,9 +115,21 @@ def test_blocks_cover_the_dense_mask_and_nothing_else(shapes, multiple, most, sm
 
 def test_blocks_of_like_size_share_a_stack_and_others_do_not(monkeypatch):
     monkeypatch.setattr(blocks, "QUERY_BLOCK", 256)
-    of_pairs = blocks.forest_blocks((100, 40, 44, 90, 42, 41, 200), (-1, 0, 0, -1, 3, 3, -1))
+    of_pairs = blocks.forest_blocks((100, 40, 44, 97, 42, 41, 200), (-1, 0, 0, -1, 3, 3, -1))
     sizes = [sorted((block.queries, block.keys) for block in stack) for stack in blocks.stacked(of_pairs)]
-    assert sizes == [[(200, 200)], [(90, 90), (100, 100)], [(40, 140), (41, 131), (42, 132), (44, 144)]]
+    assert sizes == [[(200, 200)], [(97, 97), (100, 100)], [(40, 140), (41, 138), (42, 139), (44, 144)]]
+
+
+def test_blocks_of_flex_attention_are_those_of_its_own_search():
+    forest = plant([tree(300, 150, 200, seed=1), tree(40), tree(500), tree(90, 30, 20, 5)], multiple=128)
+    ours = TreeMask(forest).block_mask()
+    length = forest.tokens.shape[1]
+    found = create_block_mask(ours.mask_mod, 1, 1, length, length, device="cpu")
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(found, name)), name
+    assert torch.equal(ours.to_dense(), found.to_dense())
+    assert ours.full_kv_num_blocks.sum() > 3  # blocks that need no mask
+    assert ours.kv_num_blocks.sum() + ours.full_kv_num_blocks.sum() < (length // 128) * (length // 128 + 1) / 2
 
 
 @pytest.mark.parametrize("window", [None, 4])
