@@ -242,7 +242,9 @@ class TreeMask:
 
             some, whole = self._seen_blocks()
             if window is not None:
-                some, whole = some | whole, torch.zeros_like(whole)
+                blocks = positions.view(-1, FLEX_BLOCK)
+                near = blocks.amin(1)[:, None] - blocks.amax(1) < window
+                some, whole = (some | whole) & near, torch.zeros_like(whole)
             lists: list[Tensor] = []  # of each kind the number of a row's blocks, and which they are
             for seen in (some[None, None], whole[None, None]):
                 order = seen.byte().argsort(dim=-1, descending=True, stable=True)

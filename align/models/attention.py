@@ -21,7 +21,9 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from align.models.blocks import ForestMask, Places
 
 NAME = "align_forest"
-KEPT = 4  # probabilities stay for the backward pass while they take no more than so many tensors of the queries' size
+KEPT = (
+    8  # stacks and probabilities stay for the backward pass if they take no more than so many tensors like the queries
+)
 
 
 def forest_attention(
@@ -65,7 +67,7 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, mask, scale, window, softcap):
         heads, groups = query.shape[1], key.shape[1]
         ctx.plan = (mask, heads, groups, scale, window, softcap)
-        ctx.keeps = softcap is None and heads * mask.scores <= KEPT * query.numel()
+        ctx.keeps = softcap is None and mask.size(heads, groups, query.shape[-1]) <= KEPT * query.numel()
         seen, kept = [], [] if ctx.keeps else [query, key, value]
         for number, stack in enumerate(_stacks(query, key, value, mask)):
             queries, keys, values = stack

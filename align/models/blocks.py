@@ -74,7 +74,6 @@ class ForestMask:
         self.stacks: list[Stack] = []
         if forest.tokens.device.type == "cpu":
             self.stacks = [_stack(blocks) for blocks in stacked(forest_blocks(forest.segments, forest.parents))]
-        self.scores = sum(stack.queries.numel() * stack.keys.shape[1] for stack in self.stacks)  # of a head
         self._places: dict[tuple[int, int], Places] = {}
         self._biases: dict[object, Tensor] = {}
 
@@ -83,6 +82,11 @@ class ForestMask:
         if (heads, groups) not in self._places:
             self._places[heads, groups] = _places(self.stacks, self.positions.shape[0], heads, groups)
         return self._places[heads, groups]
+
+    def size(self, heads: int, groups: int, width: int) -> int:
+        """Numbers in all stacks' queries, keys, values and probabilities, for heads of D = `width`."""
+        queries = sum(stack.queries.numel() * (width + stack.keys.shape[1]) for stack in self.stacks)
+        return heads * queries + 2 * groups * width * sum(stack.keys.numel() for stack in self.stacks)
 
     def bias(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """Of a stack, (b, 1, m, n): 0 where a query sees a key, else -inf."""

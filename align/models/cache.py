@@ -69,9 +69,12 @@ class KeyValues:
         self.rows = torch.arange(len(self.lengths), device=self.lengths.device)
         self.longest = int(self.lengths.max())
 
+    def begin(self) -> None:
+        """A step: what its layers share is made anew."""
+        self._unseen: dict[int | None, Tensor] = {}
+
     def make_room(self) -> bool:
         """Before every step; whether what is kept moved."""
-        self._unseen: dict[int | None, Tensor] = {}  # what all layers of a step share
         if self.longest < self.room:
             return False
         for layer, kept in self.layers.items():  # used whole: a part of them would have to be copied at each step

@@ -167,4 +167,5 @@ def _evaluating(trunk: Trunk) -> Iterator[None]:
     try:
         yield
     finally:
+        trunk.replayed.renew()  # what was recorded holds memory
         trunk.train(training)

@@ -6,7 +6,9 @@ they do. On a GPU they become one CUDA graph (https://docs.nvidia.com/cuda/cuda-
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +16,32 @@ from torch import Tensor
 Step = Callable[[Tensor], Tensor]
 
 
+class Recorder(NamedTuple):
+    """How a device records a step."""
+
+    watch: Callable[[], AbstractContextManager]  # around a step that is to be recorded next; raises RuntimeError
+    record: Callable[[Step, Tensor], Step]  # what it returns runs the step for other values of the tensor's shape
+
+
+@contextmanager
+def never_waiting() -> Iterator[None]:
+    """An error where the host waits for the GPU, as some rotary embeddings make it: that cannot be recorded."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def cuda_graph(step: Step, given: Tensor) -> Step:
-    """`step` for other values of `given`'s shape; what it returns is written over by the next call."""
-    given, graph = given.clone(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step(given)
+    """What the step returns is written over by the next call."""
+    given, graph, stream = given.clone(), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            out = step(given)
+    finally:
+        torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
 
     def again(values: Tensor) -> Tensor:
         given.copy_(values)
@@ -28,14 +51,14 @@ def cuda_graph(step: Step, given: Tensor) -> Step:
     return again
 
 
-RECORDERS: dict[str, Callable[[Step, Tensor], Step]] = {"cuda": cuda_graph}  # by device
+RECORDERS = {"cuda": Recorder(never_waiting, cuda_graph)}  # by device
 
 
 class Replayed:
-    """A step, recorded at its second run after `renew`: the first lets libraries make what they need."""
+    """Steps, recorded at the second run after `renew`: the first lets libraries make what they need."""
 
-    def __init__(self, step: Step, device: str) -> None:
-        self.step, self.record = step, RECORDERS.get(device)
+    def __init__(self, device: str) -> None:
+        self.recorder = RECORDERS.get(device)
         self.renew()
 
     def renew(self) -> None:
@@ -43,15 +66,18 @@ class Replayed:
         self.again: Step | None = None
         self.ran = False
 
-    def __call__(self, given: Tensor) -> Tensor:
-        """What the step returns; with a recorder only until the next call."""
-        if self.record is None or not self.ran:
-            self.ran = True
-            return self.step(given)
-        if self.again is None:
-            try:
-                self.again = self.record(self.step, given)
-            except RuntimeError:  # a step that waits for the device, as some rotary embeddings do
-                self.record = None
-                return self.step(given)
+    def __call__(self, step: Step, given: Tensor) -> Tensor:
+        """What the step returns; once it is recorded, only until the next call."""
+        if self.recorder is None:
+            return step(given)
+        try:
+            if not self.ran:
+                self.ran = True
+                with self.recorder.watch():
+                    return step(given)
+            if self.again is None:
+                self.again = self.recorder.record(step, given)
+        except RuntimeError:
+            self.recorder = None
+            return step(given)
         return self.again(given)

@@ -27,7 +27,7 @@ def fuse_rotary(model: nn.Module) -> None:
         if own is None or not isinstance(size, int) or not hasattr(module, "q_proj"):
             continue
         if (forward, size) not in forwards:
-            forwards[forward, size] = _with_rotate(forward) if _agrees(own, size) else None
+            forwards[forward, size] = _rebound(forward, own) if _agrees(own, size) else None
         if forwards[forward, size] is not None:
             module.forward = MethodType(forwards[forward, size], module)
 
@@ -61,9 +61,14 @@ class _Rotated(torch.autograd.Function):
         return out, None, None
 
 
-def _with_rotate(forward: FunctionType) -> FunctionType:
-    """The same code, which finds `rotate` under the name."""
-    names = {**forward.__globals__, NAME: rotate}
+def _rebound(forward: FunctionType, own: Callable) -> FunctionType:
+    """The same code, which finds `rotate` under the name; its own acts where a part of D is turned, or in float32."""
+
+    def chosen(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: object, **named: object) -> tuple[Tensor, Tensor]:
+        plain = cos.shape[-1] == q.shape[-1] and cos.dtype == q.dtype
+        return (rotate if plain else own)(q, k, cos, sin, *more, **named)
+
+    names = {**forward.__globals__, NAME: chosen}
     made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     made.__kwdefaults__ = forward.__kwdefaults__
     return made

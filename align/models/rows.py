@@ -16,7 +16,6 @@ from align.data.trees import Tree, plant
 from align.models.blocks import ForestMask
 from align.models.cache import STRETCH, KeyValues, Recorder
 from align.models.packed import Linear
-from align.models.replay import Replayed
 from align.models.sampling import Sampling, penalised
 from align.models.trunk import Trunk
 
@@ -37,7 +36,8 @@ class Rows:
         """`copies` rows of each prompt, side by side; `project`: hidden states to logits."""
         self.trunk, self.project, self.sampling = trunk, project, sampling
         self.ends = torch.tensor(sorted(end_tokens(trunk)), device=trunk.device)
-        self.replayed = Replayed(self._step, trunk.device.type)
+        self.replayed = trunk.replayed
+        self.replayed.renew()
         self.logits, self.kept = self._prompts(prompts, copies)
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros_like(self.logits, dtype=torch.bool)
@@ -53,12 +53,13 @@ class Rows:
         if self.sampling.repetition_penalty != 1:
             self.seen = self.seen if rows is None else self.seen[rows]
             self.seen[self.kept.rows, tokens] = True
-        self.logits = self.replayed(tokens)
+        self.logits = self.replayed(self._step, tokens)
         self.kept.longest += 1
 
     def _step(self, tokens: Tensor) -> Tensor:
         """(B,) -> (B, V): the same work at the same places, so that it can be replayed."""
         trunk, kept = self.trunk, self.kept
+        kept.begin()
         with trunk.autocast():
             hidden = trunk.decoder(
                 input_ids=tokens[:, None],
@@ -102,7 +103,7 @@ class Rows:
             ).last_hidden_state[0, forest.ends]
         edges = np.cumsum([0, *(len(prompt) for prompt in prompts)])
         spans = [(int(a), int(b)) for a, b in pairwise(edges) for _ in range(copies)]
-        more = self.sampling.max_new if self.replayed.record else STRETCH
+        more = self.sampling.max_new if self.replayed.recorder and self.sampling.beams == 1 else STRETCH
         return self.project(hidden).repeat_interleave(copies, 0), KeyValues(recorder, spans, more)
 
 

@@ -25,6 +25,7 @@ from align.models.base import META, Base, compute_dtype
 from align.models.blocks import ForestMask
 from align.models.fused import fuse, spare
 from align.models.lora import lora_config
+from align.models.replay import Replayed
 from align.objectives.logprobs import linear_logprobs
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
@@ -60,6 +61,9 @@ class Trunk(nn.Module):
             again = {"context_fn": lambda: (nullcontext(), self.acting(self.acts_as))} if self.adapted else {}
             causal.gradient_checkpointing_enable({"use_reentrant": False, **again})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
+        self.replayed = Replayed(
+            device.type
+        )  # what is found out about recording steps of sampling holds for all of them
         self.layout, self.layout_reason = self._layout(model.layout)
         self._set_attention(FOREST if self.packed else self.own_attention)
         if model.compile:
@@ -74,7 +78,7 @@ class Trunk(nn.Module):
     @property
     def row_multiple(self) -> int:
         """What the length of a planted row is rounded up to."""
-        return FLEX_BLOCK if self.device.type == "cuda" else 1
+        return 1 if self.device.type == "cpu" else FLEX_BLOCK
 
     @property
     def plain(self) -> nn.Module:

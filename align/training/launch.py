@@ -157,8 +157,8 @@ def _keep_freed_memory() -> None:
     if sys.platform == "linux" and not torch.cuda.is_available():
         with suppress(AttributeError):  # another C library
             tune = ctypes.CDLL(None).mallopt
-            tune(M_TRIM_THRESHOLD, 2**31 - 1)
-            tune(M_MMAP_THRESHOLD, 2**30)
+            if tune(M_MMAP_THRESHOLD, 2**30) or tune(M_MMAP_THRESHOLD, 2**25):  # the most that older ones take
+                tune(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _quiet_libraries() -> None:

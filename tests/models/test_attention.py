@@ -129,6 +129,10 @@ def test_blocks_of_flex_attention_are_those_of_its_own_search():
         assert torch.equal(getattr(ours, name), getattr(found, name)), name
     assert torch.equal(ours.to_dense(), found.to_dense())
     assert ours.full_kv_num_blocks.sum() > 3  # blocks that need no mask
+    near = TreeMask(forest).block_mask(60)
+    searched = create_block_mask(near.mask_mod, 1, 1, length, length, device="cpu").to_dense().bool()
+    assert (searched <= near.to_dense().bool()).all()  # none is missed
+    assert near.to_dense().sum() < ours.to_dense().sum()
     assert ours.kv_num_blocks.sum() + ours.full_kv_num_blocks.sum() < (length // 128) * (length // 128 + 1) / 2
 
 

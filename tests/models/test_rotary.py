@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models.tiny import FAMILIES, tiny_model
+from models.tiny import FAMILIES, VOCABULARY, tiny_model, tiny_trunk, tree
+from transformers import AutoModelForCausalLM, NemotronConfig, Olmo2Config
 from transformers.models.glm import modeling_glm
 from transformers.models.llama import modeling_llama
 
+from align.data.trees import plant
+from align.models import rotary
 from align.models.rotary import fuse_rotary, rotate
+from align.recipe.schema import Lora
 
 
 def given(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -51,3 +55,26 @@ def test_models_say_the_same_and_others_are_not_touched(family):
         assert len(fused) == model.config.num_hidden_layers
     for module in fused:
         assert type(module).forward.__globals__["apply_rotary_pos_emb"] is not rotate
+
+
+@pytest.mark.parametrize("config", [NemotronConfig, Olmo2Config], ids=["a part of each head", "turned in float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_rotate_does_not_do_is_left_to_the_model(config, dtype):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = config(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, **sizes)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    ids = torch.arange(5, 25).view(2, 10)
+    expected = model(ids).logits
+    fuse_rotary(model)
+    assert "forward" in vars(model.model.layers[0].self_attn)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_trunk_turns_with_it(monkeypatch):
+    calls, ours = [], rotary.rotate
+    monkeypatch.setattr(rotary, "rotate", lambda *args: calls.append(args) or ours(*args))
+    trunk = tiny_trunk("llama", Lora(r=4, alpha=8))
+    calls.clear()
+    trunk(plant([tree(9)]))
+    assert len(calls) == trunk.plain.config.num_hidden_layers
