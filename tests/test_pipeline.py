@@ -395,7 +395,12 @@ def test_stopped_by_a_signal_then_killed_it_ends_as_if_nothing_had_happened(ran,
     assert lines(log)[-1]["step"] == step < 6
     stage = stages_of(Document(path), Path("runs/both"))[0]
     command = ["python", "-m", "align.sft", "runs/both/stages/sft.yaml"]
-    Job(stage, command, Path("runs/both/logs/sft.log"), {}, 0)
+    own = Path("runs/both/logs/sft.log")
+    Job(stage, command, own, {}, 0)
+    until = time.monotonic() + 60
+    while not holders(own):  # who looks before is not told of it, and never looks while its pipeline lives
+        assert time.monotonic() < until
+        time.sleep(0.01)
     told = align(path, stage=pipeline)
     assert told.status == 0
     assert "sft: still runs, without its pipeline; it is asked to save and to stop" in told.out
