@@ -24,7 +24,7 @@ from align.recipe.errors import UserError
 from align.recipe.load import load_recipe
 from align.tools.board import Board
 from align.tools.inputs import digests
-from align.tools.jobs import Job, Launcher
+from align.tools.jobs import Job, Launcher, holders
 from align.tools.records import Records
 from align.tools.stages import stages_of
 
