@@ -44,7 +44,7 @@ def fuse(model: nn.Module) -> None:
 def spare(last: nn.Module) -> None:
     """Give the last layer's MLP, where it is fused, only the positions whose states are read."""
     attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)
-    if attention is None or "forward" not in vars(mlp or object):
+    if attention is None or mlp is None or "forward" not in vars(mlp):
         return
     whole, read = mlp.forward, None
 

@@ -1,4 +1,4 @@
-"""Rotary embeddings in one autograd step: the same numbers, a third of the passes over memory.
+"""Rotary embeddings in one autograd step: the same numbers, fewer passes over memory.
 
 An attention module whose own function for them gives the same on random input is given this one in its place; nothing
 of transformers changes for others.

@@ -63,7 +63,7 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     assert uniform.shape == logits.shape[:1], (uniform.shape, logits.shape)
     rows, vocabulary = logits.shape
     shares = pad(logits.softmax(-1), (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
-    blocks = shares.sum(-1, dtype=torch.float64).cumsum(-1)  # the block first, then the token: a 20th of the time
+    blocks = shares.sum(-1, dtype=torch.float64).cumsum(-1)  # no float64 over the whole vocabulary
     target = torch.minimum(uniform[:, None] * blocks[:, -1:], _below(blocks[:, -1:]))
     block = torch.searchsorted(blocks, target, right=True).clamp(max=blocks.shape[1] - 1)  # past the end where NaN
     before = pad(blocks, (1, 0)).gather(1, block)

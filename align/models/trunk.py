@@ -61,9 +61,7 @@ class Trunk(nn.Module):
             again = {"context_fn": lambda: (nullcontext(), self.acting(self.acts_as))} if self.adapted else {}
             causal.gradient_checkpointing_enable({"use_reentrant": False, **again})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
-        self.replayed = Replayed(
-            device.type
-        )  # what is found out about recording steps of sampling holds for all of them
+        self.replayed = Replayed(device.type)  # one for all samplings: it knows what could not be recorded
         self.layout, self.layout_reason = self._layout(model.layout)
         self._set_attention(FOREST if self.packed else self.own_attention)
         if model.compile:
