@@ -1,8 +1,9 @@
 """Token trees: a stem of tokens with zero or more branches, packed end to end into one row without padding.
 
-The last stem token is moved to the head of every branch, so that each position has at most one next-token label and a
-branch sees exactly what it would see alone: the stem before it, then itself. Positions run along each root-to-leaf
-path. The *padded* layout is the same batch type with one path per row, for models whose layers cannot follow a tree.
+Where branches begin with labels, the last stem token is moved to the head of each, so that every position has at most
+one next-token label and a branch sees exactly what it would see alone: the stem before it, then itself. Positions run
+along each root-to-leaf path. The *padded* layout is the same batch type with one path per row, for models whose layers
+cannot follow a tree.
 
 Shapes: R rows (1 when packed), L tokens in a row, n labels, P paths (a tree without branches is one path).
 """
@@ -51,10 +52,16 @@ class Tree(NamedTuple):
         return len(self.leaves)
 
     @property
+    def handing_on(self) -> set[int]:
+        """Segments whose last token has to predict the first of one that continues them: it moves to the head of all
+        that do."""
+        return {self.parent(i) for i, marks in enumerate(self.trained) if i and marks[0]}
+
+    @property
     def packed_segments(self) -> tuple[int, ...]:
-        """Lengths as laid out in a row: what is continued gives its last token to the head of all that continue it."""
-        continued = {self.parent(i) for i in range(len(self.segments))}
-        return tuple(len(part) + (i > 0) - (i in continued) for i, part in enumerate(self.segments))
+        """Lengths as laid out in a row."""
+        moved = self.handing_on
+        return tuple(len(part) + (self.parent(i) in moved) - (i in moved) for i, part in enumerate(self.segments))
 
     @property
     def packed_length(self) -> int:
@@ -95,6 +102,7 @@ class Forest(NamedTuple):
     ends: Tensor  # (P,) int64, flat index into R * L of each path's last token
     owner: Tensor  # (P,) int64, which example of the batch a path is of
     targets: Tensor  # (P,) float32, what is known of each path; 0 where nothing is
+    distinct: int  # tokens of all trees, those that paths share counted once
     segments: tuple[int, ...] | None  # packed lengths, tree by tree; None when padded
     parents: tuple[int, ...] = ()  # the segment that each packed segment continues; -1 for a stem
 
@@ -131,15 +139,14 @@ def _plant_packed(trees: Sequence[Tree], multiple: int) -> Forest:
     start = 0
     for t, tree in enumerate(trees):
         assert all(map(len, tree.segments)), "a segment has at least one token"
-        base, leaves, packed = len(lengths), tree.leaves, tree.packed_segments
+        base, leaves, packed, moved = len(lengths), tree.leaves, tree.packed_segments, tree.handing_on
         depth = [0]  # tokens before each segment on its path
         for i, (part, marks) in enumerate(zip(tree.segments, tree.trained, strict=True)):
             above = tree.parent(i)
-            if above is None:
-                line, marks = part, marks[1:]
-            else:
+            given = above in moved  # a token of the one above, which predicts the first of this one
+            line, marks = (np.concatenate([tree.segments[above][-1:], part]), marks) if given else (part, marks[1:])
+            if above is not None:
                 depth.append(depth[above] + len(tree.segments[above]))
-                line = np.concatenate([tree.segments[above][-1:], part])  # the token that predicts the first of it
             leaf = bisect_left(leaves, i)  # the first path through this segment
             marked = np.flatnonzero(marks)
             where.append(start + marked)
@@ -147,7 +154,7 @@ def _plant_packed(trees: Sequence[Tree], multiple: int) -> Forest:
             path.append(np.full(len(marked), len(ends) + leaf))
             line = line[: packed[i]]
             tokens.append(line)
-            positions.append(np.arange(len(line)) + depth[i] - (i > 0))
+            positions.append(np.arange(len(line)) + depth[i] - given)
             tree_ids.append(np.full(len(line), t))
             segment_ids.append(np.full(len(line), len(lengths)))
             lengths.append(len(line))
@@ -164,7 +171,7 @@ def _plant_packed(trees: Sequence[Tree], multiple: int) -> Forest:
         lengths.append(fill)
         parents.append(-1)
     row = [_long(parts)[None] for parts in (tokens, positions, tree_ids, segment_ids)]
-    about = _about(trees)
+    about = (*_about(trees), _distinct(trees))
     return Forest(*row, *map(_long, (where, labels, path, [ends])), *about, tuple(lengths), tuple(parents))
 
 
@@ -185,7 +192,8 @@ def _plant_padded(trees: Sequence[Tree], multiple: int) -> Forest:
         ends.append(r * length + len(row) - 1)
     positions = np.broadcast_to(np.arange(length), shape)
     grids = [torch.from_numpy(np.array(grid, np.int64)) for grid in (tokens, positions, tree_ids, np.zeros(shape))]
-    return Forest(*grids, _long(where), _long(labels), _long(path), _long([ends]), *_about(trees), None)
+    about = (*_about(trees), _distinct(trees))
+    return Forest(*grids, _long(where), _long(labels), _long(path), _long([ends]), *about, None)
 
 
 def _about(trees: Sequence[Tree]) -> tuple[Tensor, Tensor]:
@@ -195,6 +203,10 @@ def _about(trees: Sequence[Tree]) -> tuple[Tensor, Tensor]:
     owner = [n for t, tree in enumerate(trees) for n in tree.owners or (t,) * tree.path_count]
     targets = [target for tree in trees for target in tree.targets or (0.0,) * tree.path_count]
     return _long([owner]), torch.tensor(targets, dtype=torch.float32)
+
+
+def _distinct(trees: Sequence[Tree]) -> int:
+    return sum(len(part) for tree in trees for part in tree.segments)
 
 
 def _long(parts: Sequence[np.ndarray | list[int]]) -> Tensor:
@@ -263,36 +275,3 @@ class TreeMask:
         before = torch.ones_like(kin).tril(-1)
         own = torch.eye(len(kin), dtype=torch.bool, device=kin.device)
         return kin & (before & strangers | own), before & ~strangers
-
-
-def graft(trees: Sequence[Tree], least: int = 8) -> list[Tree]:
-    """Make one tree of all that begin alike, such as with the same system prompt: it is then computed once.
-
-    Only what none of them has to predict is shared; below `least` tokens it is not worth a branch. The loss over all
-    labels stays what it was; the order of labels and paths may change, and `owners` tell which of `trees` each is of.
-    """
-    groups: dict[object, list[Tree]] = {}
-    for number, tree in enumerate(trees):
-        tree = tree._replace(owners=(number,) * tree.path_count)
-        alone = len(tree.segments[0]) <= least or tree.trained[0][:least].any()
-        groups.setdefault(number if alone else tree.segments[0][:least].tobytes(), []).append(tree)
-    return [group[0] if len(group) == 1 else _graft(group) for group in groups.values()]
-
-
-def _graft(group: list[Tree]) -> Tree:
-    stems, marks = [tree.segments[0] for tree in group], [tree.trained[0] for tree in group]
-    free = min(int(trained.argmax()) if trained.any() else len(trained) for trained in marks)
-    shortest = min(min(map(len, stems)) - 1, free)
-    heads = np.stack([stem[:shortest] for stem in stems])
-    differing = np.flatnonzero((heads != heads[0]).any(0))
-    shared = int(differing[0]) if len(differing) else shortest
-    segments, trained, targets, parents = [stems[0][:shared]], [np.zeros(shared, bool)], [], []
-    for tree in group:
-        own = len(segments)  # where this tree's stem now stands
-        parents += [0, *(own + tree.parent(i) for i in range(1, len(tree.segments)))]
-        segments += [tree.segments[0][shared:], *tree.segments[1:]]
-        trained += [tree.trained[0][shared:], *tree.trained[1:]]
-        targets += tree.targets or (0.0,) * tree.path_count
-    known = tuple(targets) if any(tree.targets for tree in group) else ()
-    owners = tuple(number for tree in group for number in tree.owners)
-    return Tree(tuple(segments), tuple(trained), known, tuple(parents), owners)

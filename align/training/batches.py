@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from align.data.graft import graft
 from align.data.packing import pack, pack_padded
-from align.data.trees import Forest, Tree, graft, plant
+from align.data.trees import Forest, Tree, plant
 from align.models.trunk import Trunk
 from align.training.plan import row_budget
 from align.training.screen import Screen
@@ -45,14 +46,6 @@ class Batches:
             lengths, paths = examples.longest[chosen].tolist(), examples.paths[chosen].tolist()
             rows = pack_padded(lengths, self.row_tokens, self.world, paths)
         return [[int(chosen[i]) for i in row] for row in rows[self.rank :: self.world]]
-
-    def distinct(self, examples: Planted, row: list[int], forest: Forest) -> int:
-        """Tokens of a row, each once: neither padding nor what branches repeat."""
-        if not forest.packed:
-            return int(examples.lengths[row].sum())
-        continued = [above for above in forest.parents if above >= 0]
-        repeated = len(continued) - len(set(continued))
-        return int((forest.tree >= 0).sum()) - repeated
 
     def each(
         self,

@@ -170,7 +170,7 @@ class Loop:
                 total, metrics = loss(self.model, batch)
                 # A process without examples in this row computes along, and adds nothing.
                 self.accelerator.backward(total if row else total * 0.0)
-            sums.add("distinct", self.batches.distinct(examples, row, batch) if row else 0)
+            sums.add("distinct", batch.distinct if row else 0)
             for name, (value, count) in metrics.items() if row else ():
                 sums.add(name, value, count)
         return sums.merged(self.accelerator)

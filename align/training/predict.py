@@ -25,11 +25,13 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 from align.data.files import data_files, read_file, text_lines
+from align.data.graft import graft
 from align.data.lines import Broken, lines_of
 from align.data.packing import pack_padded
-from align.data.trees import Tree, graft, plant
+from align.data.trees import Tree, plant
 from align.data.turns import Refused, a, filled, meant
 from align.models.base import META, load_base
+from align.models.blocks import KEY_MULTIPLE
 from align.models.fused import fix_products
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
@@ -92,11 +94,12 @@ class Classifier:
         return softmax(scores)
 
     def _rows(self, paths: list[list[int]]) -> list[list[int]]:
-        """Texts that are computed together: those that begin alike, for a beginning is then computed once."""
+        """Texts that are computed together: of like length, and among them those that begin alike, for a beginning is
+        then computed once."""
         if not self.trunk.packed:
             return pack_padded([len(ids) for ids in paths], self.row_tokens)
         rows, room = [], 0
-        for i in sorted(range(len(paths)), key=lambda i: paths[i]):
+        for i in sorted(range(len(paths)), key=lambda i: (-(-len(paths[i]) // KEY_MULTIPLE), paths[i])):
             if len(paths[i]) > room:
                 rows.append([])
                 room = self.row_tokens

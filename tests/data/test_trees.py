@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from align.data.graft import graft
 from align.data.packing import pack, pack_padded
-from align.data.trees import Forest, Tree, TreeMask, graft, plant
+from align.data.trees import Forest, Tree, TreeMask, plant
 
 LENGTH = st.integers(1, 6)
 TREES = st.lists(
@@ -211,7 +212,7 @@ def test_only_what_nobody_has_to_predict_is_shared():
     (one,) = graft([example(1, 20), example(2, 15)])
     assert [len(segment) for segment in one.segments] == [15, 6, 6]
     assert one.label_count == example(1, 20).label_count + example(2, 15).label_count
-    apart = [example(1, 20), example(2, 5)]  # only five tokens are free: not worth a branch
+    apart = [example(1, 20), example(2, 0)]  # all of it has to be predicted
     assert [tree.segments for tree in graft(apart)] == [tree.segments for tree in apart]
     assert [tree.owners for tree in graft(apart)] == [(0,), (1,)]
 
@@ -233,7 +234,26 @@ def test_pairs_that_begin_alike_share_their_beginning():
     assert rows(forest.positions[0, forest.ends]) == [14, 15, 14, 13, 10]
     assert rows(forest.labels) == [3, 4, 5, 7, 8, 9, 8]
     assert rows(forest.path) == [0, 1, 1, 2, 2, 3, 4]
-    assert rows(forest.tokens[0]) == [*opening[:-1], 61, 1, 2, 3, 2, 4, 5, 61, 6, 7, 8, 6, 9, *[9] * 9, 9, 8]
+    assert rows(forest.tokens[0]) == [*opening, 1, 2, 3, 2, 4, 5, 6, 7, 8, 6, 9, *[9] * 9, 9, 8]
+    assert forest.distinct == 12 + 2 + 1 + 2 + 1 + 2 + 1 + 10 + 1
+
+
+def test_unlabelled_texts_become_a_tree_of_all_they_share():
+    """Every token once, but the last of a text that others continue or repeat."""
+    texts = [[1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8], [1, 2, 3, 6, 7, 9], [1, 2, 3, 6, 7, 9], [1, 2, 9], [1, 2], [5, 5, 5]]
+    trees = [Tree((np.array(ids, np.int32),), (np.zeros(len(ids), bool),)) for ids in texts]
+    grafted = graft(trees)
+    assert [[part.tolist() for part in tree.segments] for tree in grafted] == [
+        [[1], [2], [3], [4, 5], [6, 7], [8], [9], [9], [9], [2]],
+        [[5, 5, 5]],
+    ]
+    forest = plant(grafted)
+    assert forest.tokens.numel() == forest.distinct == 15
+    dense = TreeMask(forest).dense[0, 0]
+    for end, owner in zip(forest.ends, forest.owner, strict=True):
+        seen = dense[end].nonzero()[:, 0]
+        assert rows(forest.tokens[0, seen]) == texts[owner]
+        assert rows(forest.positions[0, seen]) == list(range(len(seen)))
 
 
 @given(TREES, st.integers(0, 3))

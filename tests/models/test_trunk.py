@@ -19,7 +19,8 @@ from models.tiny import (
 )
 from peft import LoraConfig, get_peft_model
 
-from align.data.trees import Tree, graft, plant
+from align.data.graft import graft
+from align.data.trees import Tree, plant
 from align.models.base import Base
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
