@@ -193,7 +193,7 @@ def test_a_poisoned_weight_is_never_trained_on(world, here):
     recipe = world.recipe(here / "recipe.yaml", model={"base": str(base), "layout": "tree"})
     told = align(recipe)
     assert told.status == 2
-    assert told.err.startswith("step 0: the loss on the eval rows is not finite (nan); check model.base")
+    assert told.err.startswith("step 0: the eval rows' loss is not finite (nan); check model.base")
     told = align(recipe, "run=unseen", "data.eval.sources=[]")
     assert told.status == 2
     assert told.err.startswith("step 1: the loss is not finite (loss nan, ")

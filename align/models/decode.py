@@ -12,7 +12,7 @@ from torch import Tensor
 
 from align.models.beams import search
 from align.models.cache import NAME as DECODE
-from align.models.fused import fixed_products
+from align.models.joined import fixed_products
 from align.models.packed import Linear, prepared
 from align.models.rows import Response, Rows
 from align.models.sampling import Sampling, draw, filtered, uniforms

@@ -9,6 +9,7 @@ Shapes: n tokens, i and o the layer's input and output size, r the rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,25 +19,28 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from align.models.packed import Fixed
+from align.models.packed import Fixed, Ready
 from align.recipe.schema import Lora
 
 
 class Product(NamedTuple):
-    """The operands of y = W x + b + scale * B A x."""
+    """The operands of y = W x + b + scale * B A x; W, b, A and B of one dtype."""
 
     weight: Tensor  # (o, i), frozen
     bias: Tensor | None  # (o,), frozen
-    a: Tensor  # (r, i) float32
-    b: Tensor  # (o, r) float32
+    a: Tensor  # (r, i)
+    b: Tensor  # (o, r)
     scale: float
+    ready: Ready | None  # products with the weight, prepared
+    trained: tuple[Tensor, ...]  # what A and B are rounded from, each layer's in turn
 
 
 class LoraLinear(lora.Linear):
     """peft's layer with `product` for its forward where one plain adapter is active."""
 
-    group = None  # of layers that are computed together (see align.models.fused)
+    group = None  # of layers that are computed together (see align.models.joined)
     fixed: Fixed | None = None  # its product prepared, while nothing trains
+    ready: Ready | None = None  # those with its frozen weight, for a training
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(…, i) -> (…, o)."""
@@ -47,84 +51,91 @@ class LoraLinear(lora.Linear):
             if out is not None:
                 return out
         operands = None if args or kwargs else self.plain_product()
-        return super().forward(x, *args, **kwargs) if operands is None else _LoraProduct.apply(x, *operands)
+        if operands is None:
+            return super().forward(x, *args, **kwargs)
+        return _LoraProduct.apply(x, operands, *operands.trained)
 
-    def plain_product(self) -> Product | None:
-        """What to multiply with; None if adapters are off, merged, several, or have dropout."""
+    def plain_adapter(self) -> str | None:
+        """The adapter that acts; None if adapters are off, merged, several, or have dropout."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(names) != 1:
             return None
-        (name,) = names
-        if not isinstance(self.lora_dropout[name], nn.Identity):
+        return names[0] if isinstance(self.lora_dropout[names[0]], nn.Identity) else None
+
+    def plain_product(self) -> Product | None:
+        """What to multiply with; None if there is no plain adapter."""
+        name = self.plain_adapter()
+        if name is None:
             return None
         base = self.get_base_layer()
         weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-        return Product(weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        trained = (self.lora_A[name].weight, self.lora_B[name].weight)
+        return Product(weight, base.bias, *rounded(trained, weight.dtype), self.scaling[name], self.ready, trained)
 
 
-def joined(parts: list[Product], weight: Tensor, bias: Tensor | None) -> Product:
-    """Products of one input as one product, its outputs side by side: the As stacked, the scaled Bs on a diagonal.
+@torch.no_grad()
+def rounded(trained: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A (r, i) and B (o, r) of layers that are given one input, from theirs in turn: the As stacked, the Bs on a
+    diagonal, for their outputs stand side by side."""
+    if len(trained) == 2:
+        return trained[0].to(dtype), trained[1].to(dtype)
+    ranks, heights = [len(a) for a in trained[::2]], [len(b) for b in trained[1::2]]
+    a = trained[0].new_empty(sum(ranks), trained[0].shape[1], dtype=dtype)
+    b = trained[0].new_zeros(sum(heights), sum(ranks), dtype=dtype)
+    places, row, column = [], 0, 0
+    for rank, height in zip(ranks, heights, strict=True):
+        last, bottom = column + rank, row + height
+        places += [a[column:last], b[row:bottom, column:last]]
+        row, column = bottom, last
+    torch._foreach_copy_(places, list(trained))
+    return a, b
 
-    `weight` (sum of o, i) and `bias` are those of the parts, stacked.
-    """
-    a = torch.cat([part.a for part in parts])
-    b = a.new_zeros(len(weight), len(a))
-    row = column = 0
-    for part in parts:
-        height, width = part.b.shape
-        torch.mul(part.b, part.scale, out=b[row : row + height, column : column + width])
-        row, column = row + height, column + width
-    return Product(weight, bias, a, b, 1.0)
 
-
-def parted(grad_a: Tensor, grad_b: Tensor, parts: list[Product]) -> list[Tensor]:
-    """Gradients of a joined product's A and B as those of its parts, A and B in turn."""
-    gradients, row, column = [], 0, 0
-    for part in parts:
-        height, width = part.b.shape
-        own = grad_b[row : row + height, column : column + width]
-        gradients += [grad_a[column : column + width], own * part.scale]
-        row, column = row + height, column + width
-    return gradients
+def plain(rows: Tensor, weight: Tensor, bias: Tensor | None, ready: Ready | None) -> Tensor:
+    """W x + b, by what is prepared if something is."""
+    return nn.functional.linear(rows, weight, bias) if ready is None else ready.forward(rows)
 
 
 def product(rows: Tensor, operands: Product) -> tuple[Tensor, Tensor]:
-    """rows (n, i) -> y (n, o) and the low-rank A x (n, r), kept for the backward pass."""
-    weight, bias, a, b, scale = operands
-    low = rows @ a.to(rows.dtype).T
-    out = nn.functional.linear(rows, weight, bias)
-    return out.addmm_(low, b.to(rows.dtype).T, alpha=scale), low
+    """rows (n, i) -> y (n, o) and scale * A x (n, r), kept for the backward pass."""
+    low = (rows @ operands.a.T).mul_(operands.scale)
+    out = plain(rows, operands.weight, operands.bias, operands.ready)
+    return out.addmm_(low, operands.b.T), low
 
 
 def product_backward(
-    above: Tensor, rows: Tensor, low: Tensor, operands: Product, onto: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, A and B from that of y, `above` (n, o); x's is added `onto` another where one is given."""
-    weight, _, a, b, scale = operands
-    up = above @ b.to(above.dtype)  # (n, r)
-    grad_a = (up.T @ rows).to(a.dtype).mul_(scale)
-    grad_b = (low.T @ above).T.to(b.dtype).mul_(scale)  # this way round is the faster product on a CPU
-    grad_x = above @ weight if onto is None else onto.addmm_(above, weight)
-    return grad_x.addmm_(up, a.to(above.dtype), alpha=scale), grad_a, grad_b
+    above: Tensor, rows: Tensor, low: Tensor, operands: Product, onwards: bool = True
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Gradients of x (None unless it goes `onwards`) and of what is trained from that of y, `above` (n, o)."""
+    weight, _, a, b, scale, ready, trained = operands
+    up = (above @ b).mul_(scale)  # (n, r)
+    of_a, of_b = up.T @ rows, low.T @ above  # (r, i), (r, o): this way round is the faster product on a CPU
+    of_a, gradients, row, column = of_a.to(trained[0].dtype), [], 0, 0
+    for own_a, own_b in zip(trained[::2], trained[1::2], strict=True):
+        last, bottom = column + len(own_a), row + len(own_b)
+        gradients += [of_a[column:last], torch.empty_like(own_b).copy_(of_b[column:last, row:bottom].T)]
+        row, column = bottom, last
+    if not onwards:  # below the first layer nothing trains
+        return None, gradients
+    grad_x = above @ weight if ready is None else ready.backward(above)
+    return grad_x.addmm_(up, a), gradients
 
 
 class _LoraProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale):
+    def forward(ctx, x, operands, *_trained):
         rows = x.reshape(-1, x.shape[-1])
-        operands = Product(weight, bias, a, b, scale)
         out, low = product(rows, operands)
-        ctx.save_for_backward(rows, low, weight, bias, a, b)
-        ctx.scale, ctx.shape = scale, x.shape
+        ctx.save_for_backward(rows, low)
+        ctx.operands, ctx.shape = operands, x.shape
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        rows, low, *tensors = ctx.saved_tensors
-        above = upstream.reshape(-1, upstream.shape[-1])
-        grad_x, grad_a, grad_b = product_backward(above, rows, low, Product(*tensors, ctx.scale))
-        return grad_x.view(ctx.shape), None, None, grad_a, grad_b, None
+        rows, low = ctx.saved_tensors
+        grad_x, gradients = product_backward(upstream.reshape(len(rows), -1), rows, low, ctx.operands)
+        return grad_x.view(ctx.shape), None, *gradients
 
 
 def lora_config(section: Lora, model: nn.Module, quantized: bool = False, scores: bool = False) -> LoraConfig:

@@ -1,4 +1,4 @@
-"""Products with weights that stay as they are for a while, as in sampling: prepared once for many calls."""
+"""Products with weights that stay as they are: prepared once for many calls."""
 
 from __future__ import annotations
 
@@ -30,10 +30,21 @@ class Fixed(NamedTuple):
         return out.view(*x.shape[:-1], -1)
 
 
+class Ready(NamedTuple):
+    """Products with a frozen weight W (o, i) in both directions."""
+
+    forward: Linear  # x W^T + b
+    backward: Linear  # y W, (n, o) -> (n, i)
+
+
+def both_ways(weight: Tensor, bias: Tensor | None, rows: int) -> Ready:
+    """Both prepared for about so many rows at a time: two more copies of the weight."""
+    return Ready(prepared(weight, bias, rows), prepared(weight.T, None, rows))
+
+
 def fixed(weight: Tensor, bias: Tensor | None, rows: int, a: Tensor, b: Tensor, scale: float) -> Fixed:
-    """W x + b + scale * B A x for about so many rows at a time; A (r, i), B (o, r)."""
-    a, b = (each.detach().to(weight.dtype) for each in (a, b))
-    if _arranges(weight):  # it is copied anyway, so A goes with it and costs no product of its own
+    """W x + b + scale * B A x for about so many rows at a time; A (r, i), B (o, r), all of one dtype."""
+    if arranges(weight):  # it is copied anyway, so A goes with it and costs no product of its own
         bias = None if bias is None else pad(bias, (0, len(a)))
         return Fixed(prepared(torch.cat([weight, a]), bias, rows), b, scale)
     return Fixed(prepared(weight, bias, rows), b, scale, a)
@@ -45,12 +56,13 @@ def prepared(weight: Tensor, bias: Tensor | None, rows: int) -> Linear:
     On a CPU, oneDNN rearranges a bfloat16 weight at every call, which for few rows takes as long as the product; here
     it does so once (a second copy of the weight; with 16 rows of SmolLM2 twice as fast).
     """
-    if _arranges(weight):
-        arranged = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    if arranges(weight):
+        arranged = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
         bias = None if bias is None else bias.detach()
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, arranged, bias, "none", [], "")
     return lambda x: linear(x, weight, bias)
 
 
-def _arranges(weight: Tensor) -> bool:
+def arranges(weight: Tensor) -> bool:
+    """Whether preparing makes a copy of the weight."""
     return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()

@@ -23,6 +23,7 @@ from align.data.examples import Examples
 from align.data.mixture import Prepared
 from align.data.trees import Forest
 from align.models.decode import answer
+from align.models.joined import prepare_products
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.training.batches import Batches, Planted
@@ -36,6 +37,7 @@ from align.training.screen import Screen
 from align.training.session import Session
 from align.training.state import adamw, capture, restore, trained_parameters, whole
 
+MILDER = "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"
 Metrics = dict[str, tuple[Tensor | float, Tensor | float]]  # name -> (sum, count), or vectors of them
 Loss = Callable[[nn.Module, Forest], tuple[Tensor, Metrics]]  # (model, batch) -> (summed loss, metrics with "loss")
 Work = tuple[Planted, list[int], Loss]  # a row of examples and what is to be learnt of it
@@ -87,6 +89,8 @@ class Loop:
         self.model, wrapped = self.accelerator.prepare(self.module, adamw(self.module, self.recipe.optim, rates or {}))
         self.optimizer, self.named = wrapped.optimizer, trained_parameters(self.model)
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
+        if not self.recipe.model.compile:  # a compiler makes its own products
+            prepare_products(trunk)
         self.batches = Batches(trunk, self.accelerator, self.recipe.batch.row_tokens)
         self.step, self.tokens_seen, self.elapsed = 0, 0, 0.0
         self.memory: dict[str, Any] = {}  # what the algorithm has to know of earlier steps; JSON can hold it
@@ -143,7 +147,6 @@ class Loop:
         """One step; whether any process was asked to stop."""
         step, started = self.step + 1, time.perf_counter()
         torch.manual_seed((self.recipe.seed << 20) + (step << 8) + self.accelerator.process_index)
-        self.model.train()
         chosen = self.plan.batch(step)
         rate = learning_rate(self.recipe.optim, step, self.plan.steps)
         metrics, distinct, tokens = self.algorithm.learn(self, chosen, rate)
@@ -206,8 +209,7 @@ class Loop:
         raise UserError(
             f"step {self.step + 1}: the {what} is not finite (loss {loss}, gradient norm {norm}); the state after step "
             f"{self.step} is saved in {self.run.checkpoints}. Look at the step's examples "
-            f"({where}{', …' if len(chosen) > 8 else ''}), or start again in another run folder with a lower "
-            "optim.learning_rate or in float32 (model.dtype=float32)"
+            f"({where}{', …' if len(chosen) > 8 else ''}), or {MILDER}"
         )
 
     def _evaluate(self, screen: Screen) -> None:
@@ -216,13 +218,13 @@ class Loop:
         self.model.eval()
         started = time.perf_counter()
         record = {"step": self.step, "split": "eval", **self.algorithm.evaluate(self)}
+        self.model.train()
         if not math.isfinite(record.get("loss", 0.0)):
             if self.step:
                 self.save_state()
                 self._close()
             raise UserError(
-                f"step {self.step}: the loss on the eval rows is not finite ({record['loss']}); check model.base, or "
-                "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"
+                f"step {self.step}: the eval rows' loss is not finite ({record['loss']}); check model.base, or {MILDER}"
             )
         record["eval_seconds"] = time.perf_counter() - started
         self._log(record, screen)

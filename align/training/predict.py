@@ -32,7 +32,7 @@ from align.data.trees import Tree, plant
 from align.data.turns import Refused, a, filled, meant
 from align.models.base import META, load_base
 from align.models.blocks import KEY_MULTIPLE
-from align.models.fused import fix_products
+from align.models.joined import fix_products
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model

@@ -9,7 +9,8 @@ from peft.tuners import lora as peft_lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from align.models.lora import LoraLinear, lora_config
+from align.models.joined import prepare_products
+from align.models.lora import LoraLinear, lora_config, rounded
 from align.recipe.schema import Lora
 
 LAYERS = {
@@ -131,3 +132,28 @@ def test_no_gradient_is_taken_where_none_is_asked():
     ours, _ = pair("linear", Lora(r=3, targets=["0"]))
     with torch.no_grad():
         assert not ours(torch.randn(4, 6)).requires_grad
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_prepared_products_are_the_plain_ones(layer, monkeypatch):
+    """In bfloat16, where a CPU makes copies of the frozen weights; never more than may be."""
+    section = Lora(r=3, alpha=6, targets=["0"])
+    prepared, plain = (pair(layer, section, torch.bfloat16)[0] for _ in range(2))
+    monkeypatch.setattr("align.models.joined.COPIES", 0)
+    prepare_products(plain)
+    monkeypatch.undo()
+    prepare_products(prepared)
+    copies = [next(m for m in model.modules() if isinstance(m, LoraLinear)).ready for model in (prepared, plain)]
+    assert copies[0] is not None
+    assert copies[1] is None
+    (out, grads), (stock, known) = (run(model, torch.bfloat16) for model in (prepared, plain))
+    torch.testing.assert_close(out, stock, rtol=0.02, atol=0.02)
+    for name, grad in known.items():
+        assert (grads[name] - grad).norm() <= 0.02 * grad.norm(), name
+
+
+def test_matrices_of_one_input_are_joined():
+    trained = [torch.randn(shape) for shape in ((2, 5), (4, 2), (3, 5), (6, 3))]
+    a, b = rounded(trained, torch.bfloat16)
+    assert torch.equal(a, torch.cat([trained[0], trained[2]]).bfloat16())
+    assert torch.equal(b, torch.block_diag(trained[1], trained[3]).bfloat16())
