@@ -18,6 +18,7 @@ from transformers.activations import SiLUActivation
 
 from align.models.joined import join
 from align.models.lora import LoraLinear, product, product_backward
+from align.models.packed import FixedGate
 from align.models.rotary import fuse_rotary
 
 
@@ -36,6 +37,8 @@ def fuse(model: nn.Module) -> None:
             verdicts[kind] = _agrees(module, forward)
         if verdicts[kind]:
             module.forward = MethodType(forward, module)
+            if forward is _mlp_forward and module.gate_proj.group is not None:
+                module.gate_proj.group.gated = True
 
 
 def spare(last: nn.Module) -> None:
@@ -117,8 +120,11 @@ class _RmsNorm(torch.autograd.Function):
 
 def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
     group = getattr(self.gate_proj, "group", None)
-    both, down = group and group.plain_product(), self.down_proj.plain_product()
-    if both is None or down is None or not torch.is_grad_enabled():
+    if group is None or not torch.is_grad_enabled():
+        gate = group and group.fixed
+        return self.down_proj(gate(x)) if isinstance(gate, FixedGate) else type(self).forward(self, x)
+    both, down = group.plain_product(), self.down_proj.plain_product()
+    if both is None or down is None:
         return type(self).forward(self, x)
     return _GatedMlp.apply(x, both, down, *both.trained, *down.trained)
 
@@ -131,19 +137,19 @@ class _GatedMlp(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         both, low = product(rows, gate_and_up)  # (n, 2h): gate, up
         gate, up = both.chunk(2, -1)
-        out, down_low = product(nn.functional.silu(gate).mul_(up), down)
-        ctx.save_for_backward(rows, both, low, down_low)
+        active = nn.functional.silu(gate)
+        out, down_low = product(active * up, down)
+        ctx.save_for_backward(rows, both, active, low, down_low)
         ctx.operands, ctx.shape = (gate_and_up, down), x.shape
         return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        rows, both, low, down_low = ctx.saved_tensors
+        rows, both, active, low, down_low = ctx.saved_tensors
         gate_and_up, down = ctx.operands
         above = upstream.reshape(-1, upstream.shape[-1])
         gate, up = both.chunk(2, -1)
-        active = nn.functional.silu(gate)
         grad_mid, of_down = product_backward(above, active * up, down_low, down)
         grads = torch.empty_like(both)
         grad_gate, grad_up = grads.chunk(2, -1)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from align.models.lora import LoraLinear, Product, plain, product, product_backward, rounded
-from align.models.packed import Fixed, Ready, arranges, both_ways, fixed, prepared
+from align.models.packed import Fixed, FixedGate, Ready, arranges, both_ways, fixed, fixed_gate, prepared
 
 COPIES = 2**31  # bytes that prepared copies for a training may take; of a larger trunk none are made
 TRAINED_ROWS = 1024  # tokens that copies for a training are prepared for; with others they serve as well
@@ -48,7 +48,8 @@ class Joined:
         self.sizes = [len(base.weight) for base in bases]
         for base, rows in zip(bases, self.weight.split(self.sizes), strict=True):
             base.weight.data = rows
-        self.fixed: Fixed | None = None  # as a layer's
+        self.gated = False  # gate and up, of which only silu(gate) * up is wanted
+        self.fixed: Fixed | FixedGate | None = None  # as a layer's, or of gate and up what is wanted
         self.ready: Ready | None = None
         self.given: Tensor | None = None
         self.waiting: dict[LoraLinear, Tensor] = {}
@@ -70,7 +71,7 @@ class Joined:
         """The layer's output for x; None if it has to be computed alone."""
         if self.given is not x or layer not in self.waiting:
             self.given, self.waiting = x, {}
-            if self.fixed is not None and not torch.is_grad_enabled():
+            if isinstance(self.fixed, Fixed) and not torch.is_grad_enabled():
                 outputs = self.fixed(x).split(self.sizes, -1)
             elif all(part.disable_adapters and not part.merged for part in self.layers):
                 outputs = plain(x, self.weight, self.bias, self.ready).split(self.sizes, -1)
@@ -99,10 +100,10 @@ def fixed_products(model: nn.Module, rows: int) -> Iterator[None]:
 @torch.no_grad()
 def fix_products(model: nn.Module, rows: int) -> list[LoraLinear | Joined]:
     """The same for good; what was prepared."""
-    known = [(part, found) for part in _products(model) if (found := _fixed(part, rows))]
-    for part, found in known:
-        part.fixed = found
-    return [part for part, _ in known]
+    parts = _products(model)
+    for part in parts:
+        part.fixed = _fixed(part, rows)
+    return parts
 
 
 def prepare_products(model: nn.Module) -> None:
@@ -126,7 +127,7 @@ def _frozen(part: LoraLinear | Joined) -> tuple[Tensor, Tensor | None]:
     return base.weight.T if isinstance(base, Conv1D) else base.weight, base.bias
 
 
-def _fixed(part: LoraLinear | Joined, rows: int) -> Fixed | None:
+def _fixed(part: LoraLinear | Joined, rows: int) -> Fixed | FixedGate | None:
     """None where a layer does not multiply plainly."""
     layers = part.layers if isinstance(part, Joined) else [part]
     if all(layer.disable_adapters and not layer.merged for layer in layers):
@@ -135,7 +136,8 @@ def _fixed(part: LoraLinear | Joined, rows: int) -> Fixed | None:
     if operands is None:
         return None
     weight, bias, a, b, scale, *_ = operands
-    return fixed(weight, bias, rows, a, b, scale)
+    gated = isinstance(part, Joined) and part.gated and arranges(weight)
+    return (fixed_gate if gated else fixed)(weight, bias, rows, a, b, scale)
 
 
 class _JoinedProduct(torch.autograd.Function):

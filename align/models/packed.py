@@ -30,6 +30,20 @@ class Fixed(NamedTuple):
         return out.view(*x.shape[:-1], -1)
 
 
+class FixedGate(NamedTuple):
+    """silu(G x) * (U x), G and U each with its B A x: their columns stand beside G's and U's, and A x beside x."""
+
+    gate: Linear  # silu(G x)
+    up: Callable[[Tensor, Tensor], Tensor]  # (x, y) -> y * (U x)
+    low: Linear  # A x
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(…, i) -> (…, o), without gradient."""
+        rows = x.reshape(-1, x.shape[-1])
+        rows = torch.cat([rows, self.low(rows)], 1)
+        return self.up(rows, self.gate(rows)).view(*x.shape[:-1], -1)
+
+
 class Ready(NamedTuple):
     """Products with a frozen weight W (o, i) in both directions."""
 
@@ -50,6 +64,23 @@ def fixed(weight: Tensor, bias: Tensor | None, rows: int, a: Tensor, b: Tensor, 
     return Fixed(prepared(weight, bias, rows), b, scale, a)
 
 
+def fixed_gate(weight: Tensor, bias: Tensor | None, rows: int, a: Tensor, b: Tensor, scale: float) -> FixedGate:
+    """For about so many rows at a time; weight (2 o, i), bias and B (2 o, r): gate's above up's; A (r, i).
+
+    Only of weights that are arranged: oneDNN then takes activation and product along.
+    """
+    (gate, up), (of_gate, of_up) = (
+        (None, None) if part is None else part.chunk(2) for part in (torch.cat([weight, scale * b], 1), bias)
+    )
+    gate, up = arranged(gate, rows), arranged(up, rows)
+    multiply = torch.ops.mkldnn._linear_pointwise
+    return FixedGate(
+        lambda x: multiply(x, gate, of_gate, "swish", [], ""),
+        lambda x, y: multiply.binary(x, y, up, of_up, "mul"),
+        prepared(a, None, rows),
+    )
+
+
 def prepared(weight: Tensor, bias: Tensor | None, rows: int) -> Linear:
     """W x + b for about so many rows at a time.
 
@@ -57,10 +88,15 @@ def prepared(weight: Tensor, bias: Tensor | None, rows: int) -> Linear:
     it does so once (a second copy of the weight; with 16 rows of SmolLM2 twice as fast).
     """
     if arranges(weight):
-        arranged = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+        copy = arranged(weight, rows)
         bias = None if bias is None else bias.detach()
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, arranged, bias, "none", [], "")
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
     return lambda x: linear(x, weight, bias)
+
+
+def arranged(weight: Tensor, rows: int) -> Tensor:
+    """A copy in oneDNN's own order."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
 
 
 def arranges(weight: Tensor) -> bool:

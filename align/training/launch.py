@@ -57,7 +57,7 @@ def run_stage(
             raise UserError("accelerate's DeepSpeed and FSDP plugins are not supported yet: use DDP (--multi_gpu)")
         _quiet_libraries()
         _use_all_cores()
-        _keep_freed_memory()
+        keep_freed_memory()
         console = Console(quiet=not accelerator.is_main_process)
         stage(Session(command.recipe, accelerator, console, command.fresh, command.show))
     except (KeyboardInterrupt, torch.OutOfMemoryError, MemoryError) as error:
@@ -151,7 +151,7 @@ def _use_all_cores() -> None:
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """A step needs again what the last one freed. glibc would give it back to the system, and every page would be made
     anew, which takes some 4 % of a step on a CPU."""
     if sys.platform == "linux" and not torch.cuda.is_available():

@@ -37,6 +37,7 @@ from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
 from align.training.classification import softmax
+from align.training.launch import keep_freed_memory
 from align.training.plan import row_budget
 
 WINDOW = 4096  # texts that are read and sorted into rows of like length at once
@@ -125,6 +126,7 @@ def predict_command(argv: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    keep_freed_memory()
     try:
         texts = _texts(options.file, options.text)
         first = list(islice(texts, 1))  # a fault of the file is told before the model is loaded

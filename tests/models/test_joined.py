@@ -1,0 +1,59 @@
+"""Products that are joined and prepared give the numbers of those that are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from align.data.trees import plant
+from align.models.joined import Joined, fixed_products, prepare_products
+from align.models.packed import Fixed, FixedGate, fixed_gate
+from align.recipe.schema import Lora
+from tests.models.test_trunk import FORESTS
+from tests.models.tiny import tiny_model, tiny_trunk
+
+
+def groups(model: nn.Module) -> list[Joined]:
+    found = {id(m.group): m.group for m in model.modules() if getattr(m, "group", None) is not None}
+    return list(found.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # without biases, and with
+def test_prepared_products_give_the_same_numbers(family):
+    """While nothing trains, and for a training; with the adapter, and without."""
+    trunk = tiny_trunk(family, Lora(r=4, alpha=8), "tree", model=tiny_model(family).bfloat16())
+    for name, p in trunk.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    forest = plant(FORESTS["pairs"])
+
+    def numbers() -> list[torch.Tensor]:
+        with torch.no_grad(), trunk.acting(None):
+            bare = trunk.states(forest).float()
+        with torch.no_grad():
+            return [bare, trunk.states(forest).float()]
+
+    plain = numbers()
+    assert (plain[0] - plain[1]).norm() > 0.3 * plain[1].norm()
+    with fixed_products(trunk, 64):
+        assert {type(group.fixed) for group in groups(trunk)} == {Fixed, FixedGate}
+        with torch.no_grad():
+            fixed = trunk.states(forest).float()
+    assert not any(group.fixed for group in groups(trunk))
+    prepare_products(trunk)
+    assert all(group.ready for group in groups(trunk))
+    for found, known in zip([fixed, *numbers()], [plain[1], *plain], strict=True):
+        assert (found - known).norm() <= 0.02 * known.norm()
+
+
+def test_a_prepared_gate_takes_biases_along():
+    torch.manual_seed(0)
+    weight, bias, a = torch.randn(12, 8), torch.randn(12), torch.randn(4, 8)
+    b = torch.block_diag(torch.randn(6, 2), torch.randn(6, 2))
+    x = torch.randn(2, 5, 8)
+    gate, up = (x @ weight.T + bias + 0.5 * x @ a.T @ b.T).chunk(2, -1)
+    found = fixed_gate(weight.bfloat16(), bias.bfloat16(), 10, a.bfloat16(), b.bfloat16(), 0.5)(x.bfloat16())
+    known = nn.functional.silu(gate) * up
+    assert found.shape == (2, 5, 6)
+    assert (found.float() - known).norm() <= 0.02 * known.norm()
