@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from align.models.lora import LoraLinear, Product, plain, product, product_backward, rounded
+from align.models.lora import LoraLinear, Product, plain, product, product_backward, rounded, usable
 from align.models.packed import Fixed, FixedGate, Ready, arranges, both_ways, fixed, fixed_gate, prepared
 
 COPIES = 2**31  # bytes that prepared copies for a training may take; of a larger trunk none are made
@@ -74,7 +74,7 @@ class Joined:
             if isinstance(self.fixed, Fixed) and not torch.is_grad_enabled():
                 outputs = self.fixed(x).split(self.sizes, -1)
             elif all(part.disable_adapters and not part.merged for part in self.layers):
-                outputs = plain(x, self.weight, self.bias, self.ready).split(self.sizes, -1)
+                outputs = plain(x, self.weight, self.bias, usable(self.ready)).split(self.sizes, -1)
             elif operands := self.plain_product():
                 outputs = _JoinedProduct.apply(x, operands, self.sizes, *operands.trained)
             else:

@@ -52,7 +52,8 @@ class LoraLinear(lora.Linear):
                 return out
         operands = None if args or kwargs else self.plain_product()
         if operands is None:
-            return super().forward(x, *args, **kwargs)
+            ready = usable(self.ready) if self.disable_adapters and not self.merged else None
+            return super().forward(x, *args, **kwargs) if ready is None else ready.forward(x)
         return _LoraProduct.apply(x, operands, *operands.trained)
 
     def plain_adapter(self) -> str | None:
@@ -89,6 +90,11 @@ def rounded(trained: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tens
         row, column = bottom, last
     torch._foreach_copy_(places, list(trained))
     return a, b
+
+
+def usable(ready: Ready | None) -> Ready | None:
+    """What is prepared, where no gradient has to find its way through it."""
+    return None if torch.is_grad_enabled() else ready
 
 
 def plain(rows: Tensor, weight: Tensor, bias: Tensor | None, ready: Ready | None) -> Tensor:

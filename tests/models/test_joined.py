@@ -43,6 +43,10 @@ def test_prepared_products_give_the_same_numbers(family):
     assert not any(group.fixed for group in groups(trunk))
     prepare_products(trunk)
     assert all(group.ready for group in groups(trunk))
+    with trunk.acting(None):  # a gradient goes through the frozen weights themselves
+        embedded = trunk.decoder.get_input_embeddings()(forest.tokens).detach().requires_grad_()
+        trunk.layers[0].mlp(embedded).float().square().sum().backward()
+    assert embedded.grad.abs().sum() > 0
     for found, known in zip([fixed, *numbers()], [plain[1], *plain], strict=True):
         assert (found - known).norm() <= 0.02 * known.norm()
 
