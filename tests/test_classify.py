@@ -31,6 +31,7 @@ from world import align as world_align
 from align import classify
 from align.classify import class_weights, loss
 from align.training.classification_plots import classification_section
+from align.training.loop import Loop
 
 ROWS = [
     {"label": "spam" if said == "Name" else "ham", "text": f"{said} the {thing} {n}"}
@@ -130,6 +131,21 @@ def test_a_run_cut_short_goes_on_as_if_nothing_had_happened(world, here, run):
     assert told.status == 0, told.err
     assert metrics(here / "run") == metrics(run)
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(here / "run").items())
+
+
+def test_every_step_is_taken_in_training_mode(world, here, monkeypatch):
+    """Without eval rows, after which the mode is set again, and with a layout that nothing has to be tried for."""
+    modes, gradients = [], Loop.gradients
+
+    def watched(loop: Loop, work: list) -> Any:
+        modes.append(all(module.training for module in loop.model.modules()))
+        return gradients(loop, work)
+
+    monkeypatch.setattr(Loop, "gradients", watched)
+    path = recipe(world, here / "r.yaml", data={"eval": {"fraction": 0.0}})
+    told = align(path, "model.layout=tree", "train.steps=2", "train.eval_every=null")
+    assert told.status == 0, told.err
+    assert modes == [True, True]
 
 
 def test_killed_before_final_is_written_the_test_record_comes_once(world, here, run):

@@ -72,7 +72,8 @@ class Examples:
 
     @property
     def room(self) -> np.ndarray:
-        """(n,) int64, tokens that each takes in a packed row: every branch but one repeats the stem's last."""
+        """(n,) int64, tokens that each takes in a packed row at most: branches that begin with a label repeat the
+        stem's last."""
         return self.lengths + self.paths - 1
 
     def __len__(self) -> int:

@@ -1,8 +1,9 @@
-"""Norms and gated MLPs in one autograd step each: the same numbers, fewer passes over memory, half of it kept.
+"""Norms and gated MLPs in one autograd step each: the same numbers, fewer passes over memory, less of it kept.
 
 The stock modules keep a float32 copy of every normalised input and four tensors of the MLP's width for the backward
-pass; these keep the input, and gate and up, and compute the rest again. Which modules qualify is tried, not looked up:
-a module that looks right is run both ways on random input, and is left alone unless value and gradient agree.
+pass; these keep the input, and gate, up and (on a CPU) silu(gate), and compute the rest again. Which modules qualify is
+tried, not looked up: a module that looks right is run both ways on random input, and is left alone unless value and
+gradient agree.
 
 Shapes: n tokens, d hidden size, h the MLP's width, r a LoRA's rank.
 """
@@ -139,17 +140,20 @@ class _GatedMlp(torch.autograd.Function):
         gate, up = both.chunk(2, -1)
         active = nn.functional.silu(gate)
         out, down_low = product(active * up, down)
-        ctx.save_for_backward(rows, both, active, low, down_low)
-        ctx.operands, ctx.shape = (gate_and_up, down), x.shape
+        kept = active if rows.device.type == "cpu" else None  # on a GPU memory is dearer than computing it again
+        matrices = (part for operands in (gate_and_up, down) for part in (operands.a, operands.b))
+        ctx.save_for_backward(rows, both, kept, low, down_low, *matrices)
+        ctx.operands, ctx.shape = [part._replace(a=None, b=None) for part in (gate_and_up, down)], x.shape
         return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        rows, both, active, low, down_low = ctx.saved_tensors
-        gate_and_up, down = ctx.operands
+        rows, both, kept, low, down_low, a, b, down_a, down_b = ctx.saved_tensors
+        gate_and_up, down = ctx.operands[0]._replace(a=a, b=b), ctx.operands[1]._replace(a=down_a, b=down_b)
         above = upstream.reshape(-1, upstream.shape[-1])
         gate, up = both.chunk(2, -1)
+        active = nn.functional.silu(gate) if kept is None else kept
         grad_mid, of_down = product_backward(above, active * up, down_low, down)
         grads = torch.empty_like(both)
         grad_gate, grad_up = grads.chunk(2, -1)

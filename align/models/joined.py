@@ -108,7 +108,7 @@ def fix_products(model: nn.Module, rows: int) -> list[LoraLinear | Joined]:
 
 def prepare_products(model: nn.Module) -> None:
     """For a training: products with frozen weights in both directions, with copies of them that are prepared once."""
-    parts = {part: _frozen(part) for part in _products(model)}
+    parts = {part: _frozen(part) for part in _products(model) if part.plain_product()}
     sizes = [weight.nbytes for weight, _ in parts.values() if arranges(weight)]
     if 2 * sum(sizes) <= COPIES:
         for part, (weight, bias) in parts.items():
@@ -145,14 +145,14 @@ class _JoinedProduct(torch.autograd.Function):
     def forward(ctx, x, operands, sizes, *_trained):
         rows = x.reshape(-1, x.shape[-1])
         out, low = product(rows, operands)
-        ctx.save_for_backward(rows, low)
-        ctx.operands, ctx.shape = operands, x.shape
+        ctx.save_for_backward(rows, low, operands.a, operands.b)
+        ctx.operands, ctx.shape = operands._replace(a=None, b=None), x.shape
         return out.view(*x.shape[:-1], -1).split(sizes, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
-        rows, low = ctx.saved_tensors
+        rows, low, a, b = ctx.saved_tensors
         above = torch.cat([part.reshape(len(rows), -1) for part in upstream], -1)
-        grad_x, gradients = product_backward(above, rows, low, ctx.operands, ctx.needs_input_grad[0])
+        grad_x, gradients = product_backward(above, rows, low, ctx.operands._replace(a=a, b=b), ctx.needs_input_grad[0])
         return None if grad_x is None else grad_x.view(ctx.shape), None, None, *gradients

@@ -132,15 +132,16 @@ class _LoraProduct(torch.autograd.Function):
     def forward(ctx, x, operands, *_trained):
         rows = x.reshape(-1, x.shape[-1])
         out, low = product(rows, operands)
-        ctx.save_for_backward(rows, low)
-        ctx.operands, ctx.shape = operands, x.shape
+        ctx.save_for_backward(rows, low, operands.a, operands.b)
+        ctx.operands, ctx.shape = operands._replace(a=None, b=None), x.shape
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        rows, low = ctx.saved_tensors
-        grad_x, gradients = product_backward(upstream.reshape(len(rows), -1), rows, low, ctx.operands)
+        rows, low, a, b = ctx.saved_tensors
+        operands = ctx.operands._replace(a=a, b=b)
+        grad_x, gradients = product_backward(upstream.reshape(len(rows), -1), rows, low, operands)
         return grad_x.view(ctx.shape), None, *gradients
 
 

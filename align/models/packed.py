@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -101,4 +102,9 @@ def arranged(weight: Tensor, rows: int) -> Tensor:
 
 def arranges(weight: Tensor) -> bool:
     """Whether preparing makes a copy of the weight."""
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _multiplies_bfloat16()
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -78,7 +78,6 @@ class Loop:
         rates: dict[str, float] | None = None,
     ) -> None:
         """`module`: what is trained, if not the trunk alone; it has `save` as a trunk has.
-
         `rates`: part of a parameter's name -> its learning rate as a multiple of the recipe's; each such group is
         clipped by itself.
         """
@@ -88,6 +87,7 @@ class Loop:
         self.module = module or trunk
         self.model, wrapped = self.accelerator.prepare(self.module, adamw(self.module, self.recipe.optim, rates or {}))
         self.optimizer, self.named = wrapped.optimizer, trained_parameters(self.model)
+        self.model.train()
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
         if not self.recipe.model.compile:  # a compiler makes its own products
             prepare_products(trunk)
