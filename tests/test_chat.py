@@ -34,7 +34,7 @@ class Terminal(io.StringIO):
 
 
 class Screen(io.StringIO):
-    """Notes what is written piece by piece; a person who sees `enough` pieces presses Ctrl-C, maybe twice."""
+    """Notes what is written piece by piece; a person who sees `enough` of an answer presses Ctrl-C, maybe twice."""
 
     def __init__(self, enough: int | None = None, presses: int = 1) -> None:
         super().__init__()
@@ -42,10 +42,15 @@ class Screen(io.StringIO):
 
     def write(self, text: str) -> int:
         self.pieces += [text] * bool(text)
-        if len(self.pieces) == self.enough and self.presses:
+        if len(self.answer) == self.enough and self.presses:
             self.presses -= 1
             signal.raise_signal(signal.SIGINT)  # to this thread: another one would let some pieces pass
         return super().write(text)
+
+    @property
+    def answer(self) -> list[str]:
+        """What came after the first prompt; before it, a slow machine may be shown that something is loading."""
+        return self.pieces[self.pieces.index("> ") + 1 :] if "> " in self.pieces else []
 
 
 @pytest.fixture
@@ -130,16 +135,15 @@ def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(tuned, talk, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal(f"{ASKED[0]}\n"))
     monkeypatch.setattr(sys, "stdout", screen)
     chat.main([str(word) for word in (tuned, *WARM, "--max-new", 30)])
-    first = next(i for i, piece in enumerate(screen.pieces) if piece == "> ") + 1
     whole = by_hand(tuned, ASKED[:1], Sampling(30, temperature=1.5, top_p=0.9), 5)[0]
-    assert "".join(screen.pieces[first:]).startswith(f"{whole}\n")
-    assert len(screen.pieces) > first + 4, "piece by piece"
+    assert "".join(screen.answer).startswith(f"{whole}\n")
+    assert len(screen.answer) > 4, "piece by piece"
     for presses, note in ((1, "(stopped)\n"), (2, "(stopped; this turn is not kept)\n")):
-        hasty = Screen(first + 2, presses)
+        hasty = Screen(2, presses)
         monkeypatch.setattr(sys, "stdin", Terminal(f"{ASKED[0]}\n/help\n"))
         monkeypatch.setattr(sys, "stdout", hasty)
         chat.main([str(word) for word in (tuned, *WARM, "--max-new", 30)])
-        told = "".join(hasty.pieces[first:])
+        told = "".join(hasty.answer)
         assert f"\n{note}> {chat.HELP}\n" in told
         assert not told.startswith(whole)
         assert whole.startswith(told.split("\n")[0])
