@@ -130,7 +130,15 @@ def test_what_was_saved_is_what_sft_reads(tuned, talk, here, world):
     assert "messages" in told.out
 
 
-def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(tuned, talk, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """SIGINT as a shell in front leaves it; a command in the background is told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(tuned, talk, monkeypatch, interruptible):
     screen = Screen()
     monkeypatch.setattr(sys, "stdin", Terminal(f"{ASKED[0]}\n"))
     monkeypatch.setattr(sys, "stdout", screen)
