@@ -21,9 +21,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from align.models.blocks import ForestMask, Places
 
 NAME = "align_forest"
-KEPT = (
-    8  # stacks and probabilities stay for the backward pass if they take no more than so many tensors like the queries
-)
+KEPT = 8  # stacks and probabilities stay for the backward pass while no larger than so many tensors like the queries
 
 
 def forest_attention(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models.test_trunk import FORESTS
+from models.tiny import tiny_model, tiny_trunk
 from torch import nn
 
 from align.data.trees import plant
 from align.models.joined import Joined, fixed_products, prepare_products
-from align.models.packed import Fixed, FixedGate, fixed_gate
+from align.models.packed import Fixed, FixedGate, arranges, fixed_gate
 from align.recipe.schema import Lora
-from tests.models.test_trunk import FORESTS
-from tests.models.tiny import tiny_model, tiny_trunk
+
+pytestmark = pytest.mark.skipif(
+    not arranges(torch.empty(1, 1, dtype=torch.bfloat16)), reason="this CPU does not multiply bfloat16"
+)
 
 
 def groups(model: nn.Module) -> list[Joined]:

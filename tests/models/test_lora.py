@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from align.models.joined import prepare_products
 from align.models.lora import LoraLinear, lora_config, rounded
+from align.models.packed import arranges
 from align.recipe.schema import Lora
 
 LAYERS = {
@@ -134,6 +135,7 @@ def test_no_gradient_is_taken_where_none_is_asked():
         assert not ours(torch.randn(4, 6)).requires_grad
 
 
+@pytest.mark.skipif(not arranges(torch.empty(1, 1, dtype=torch.bfloat16)), reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize("layer", LAYERS)
 def test_prepared_products_are_the_plain_ones(layer, monkeypatch):
     """In bfloat16, where a CPU makes copies of the frozen weights; never more than may be."""
@@ -150,6 +152,12 @@ def test_prepared_products_are_the_plain_ones(layer, monkeypatch):
     torch.testing.assert_close(out, stock, rtol=0.02, atol=0.02)
     for name, grad in known.items():
         assert (grads[name] - grad).norm() <= 0.02 * grad.norm(), name
+
+
+def test_nothing_is_prepared_that_is_not_used():
+    model, _ = pair("linear", Lora(r=3, alpha=6, targets=["0"], dropout=0.1), torch.bfloat16)
+    prepare_products(model)
+    assert all(m.ready is None for m in model.modules() if isinstance(m, LoraLinear))
 
 
 def test_matrices_of_one_input_are_joined():
