@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 
+from align.models import native
 from align.models.blocks import ForestMask, Places
 
 NAME = "align_forest"
@@ -49,6 +50,8 @@ def forest_attention(
         if device != "cpu":
             mask = forest.tree_mask.block_mask(sliding_window)
             return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
+        if sliding_window is not None and sliding_window >= forest.depth:
+            sliding_window = None
         return _block_attention(query, key, value, forest, scaling, sliding_window, softcap), None
 
 
@@ -56,8 +59,28 @@ AttentionInterface.register(NAME, forest_attention)
 
 
 @torch.compiler.disable  # its loop follows the batch's segments: a compiler would start again for every batch
-def _block_attention(*arguments: object) -> Tensor:
-    return _BlockAttention.apply(*arguments)
+def _block_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: ForestMask, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    plain = window is None and softcap is None and query.shape[-1] <= native.WIDEST_HEAD
+    if plain and native.serve(query, key, value):
+        return _KernelAttention.apply(query, key, value, mask, scale)
+    return _BlockAttention.apply(query, key, value, mask, scale, window, softcap)
+
+
+class _KernelAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, mask, scale):
+        out, logsum = native.attention(query, key, value, mask, scale)
+        ctx.save_for_backward(query, key, value, out, logsum)
+        ctx.plan = mask, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        query, key, value, out, logsum = ctx.saved_tensors
+        return *native.attention_backward(upstream, query, key, value, *ctx.plan, out, logsum), None, None
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -9,6 +9,8 @@ Shapes: H query heads, G key/value heads, T tokens in the row; b blocks of m que
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +63,14 @@ class Places(NamedTuple):
     first_use: Tensor  # (T * G,) int64, where those of each key begin
 
 
+class Walks(NamedTuple):
+    """The blocks as they are, one after the other, for kernels that walk along them."""
+
+    blocks: Tensor  # (b, 4) int64: start, stop, its first span, behind its last
+    spans: Tensor  # (s, 2) int64: start, stop
+    trees: Tensor  # (t + 1,) int64, where the blocks of each tree begin, and where the last ends
+
+
 class ForestMask:
     """What the attention function needs of a packed batch; made once a forward pass, shared by all layers."""
 
@@ -71,11 +81,30 @@ class ForestMask:
         if where is not None:
             self.read = torch.zeros_like(forest.tokens[0], dtype=torch.bool).index_fill_(0, where, True).nonzero()[:, 0]
         self.positions = forest.positions[0]
-        self.stacks: list[Stack] = []
-        if forest.tokens.device.type == "cpu":
-            self.stacks = [_stack(blocks) for blocks in stacked(forest_blocks(forest.segments, forest.parents))]
+        self._blocks = lambda: forest_blocks(forest.segments, forest.parents)
         self._places: dict[tuple[int, int], Places] = {}
         self._biases: dict[object, Tensor] = {}
+
+    @cached_property
+    def stacks(self) -> list[Stack]:
+        """Blocks of like size together."""
+        return [_stack(blocks) for blocks in stacked(self._blocks())]
+
+    @cached_property
+    def walks(self) -> Walks:
+        """The blocks in their order."""
+        blocks = self._blocks()
+        edges = np.cumsum([0, *(len(block.spans) for block in blocks)])
+        rows = [(block.start, block.stop, *edge) for block, edge in zip(blocks, pairwise(edges), strict=True)]
+        roots = np.array([block.spans[0][0] for block in blocks])
+        trees = [0, *(np.flatnonzero(np.diff(roots)) + 1), len(blocks)]
+        spans = [span for block in blocks for span in block.spans]
+        return Walks(*(torch.from_numpy(np.array(part, np.int64)) for part in (rows, spans, trees)))
+
+    @cached_property
+    def depth(self) -> int:
+        """Tokens of the longest path."""
+        return int(self.positions.max()) + 1
 
     def places(self, heads: int, groups: int) -> Places:
         """For H query and G key heads."""

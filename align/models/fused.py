@@ -1,7 +1,7 @@
 """Norms and gated MLPs in one autograd step each: the same numbers, fewer passes over memory, less of it kept.
 
 The stock modules keep a float32 copy of every normalised input and four tensors of the MLP's width for the backward
-pass; these keep the input, and gate, up and (on a CPU) silu(gate), and compute the rest again. Which modules qualify is
+pass; these keep the input, gate and up (in bfloat16 on a CPU their product too), and compute the rest again. Which modules qualify is
 tried, not looked up: a module that looks right is run both ways on random input, and is left alone unless value and
 gradient agree.
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
+from align.models import native
 from align.models.joined import join
 from align.models.lora import LoraLinear, product, product_backward
-from align.models.packed import FixedGate
 from align.models.rotary import fuse_rotary
 
 
@@ -38,8 +38,6 @@ def fuse(model: nn.Module) -> None:
             verdicts[kind] = _agrees(module, forward)
         if verdicts[kind]:
             module.forward = MethodType(forward, module)
-            if forward is _mlp_forward and module.gate_proj.group is not None:
-                module.gate_proj.group.gated = True
 
 
 def spare(last: nn.Module) -> None:
@@ -99,6 +97,10 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
+        if native.serve(x, weight):
+            out, scale = native.norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, scale)
+            return out
         wide = x.to(torch.float32, copy=True)
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # (…, 1)
         scale = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
@@ -109,6 +111,8 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         x, weight, scale = ctx.saved_tensors
+        if native.serve(x, weight) and not ctx.needs_input_grad[1]:
+            return native.norm_backward(upstream, x, weight, scale), None, None
         unit = x.to(torch.float32, copy=True).mul_(scale)
         grad_weight = None
         if ctx.needs_input_grad[1]:
@@ -121,13 +125,26 @@ class _RmsNorm(torch.autograd.Function):
 
 def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
     group = getattr(self.gate_proj, "group", None)
-    if group is None or not torch.is_grad_enabled():
-        gate = group and group.fixed
-        return self.down_proj(gate(x)) if isinstance(gate, FixedGate) else type(self).forward(self, x)
+    if group is None:
+        return type(self).forward(self, x)
+    if not torch.is_grad_enabled() and (both := group.settled(x)) is not None:
+        return self.down_proj(_gated(both.flatten(0, -2)).view(*x.shape[:-1], -1))
     both, down = group.plain_product(), self.down_proj.plain_product()
     if both is None or down is None:
         return type(self).forward(self, x)
     return _GatedMlp.apply(x, both, down, *both.trained, *down.trained)
+
+
+def _gated(both: Tensor) -> Tensor:
+    """Gate and up side by side, (n, 2h) -> silu(gate) * up."""
+    if _in_kernels(both):
+        return native.gated(both)
+    gate, up = both.chunk(2, -1)
+    return nn.functional.silu(gate) * up
+
+
+def _in_kernels(both: Tensor) -> bool:
+    return native.serve(both) and not both.shape[1] % (2 * native.LANES)
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -136,28 +153,29 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate_and_up, down, *_trained):
         rows = x.reshape(-1, x.shape[-1])
-        both, low = product(rows, gate_and_up)  # (n, 2h): gate, up
-        gate, up = both.chunk(2, -1)
-        active = nn.functional.silu(gate)
-        out, down_low = product(active * up, down)
-        kept = active if rows.device.type == "cpu" else None  # on a GPU memory is dearer than computing it again
-        matrices = (part for operands in (gate_and_up, down) for part in (operands.a, operands.b))
-        ctx.save_for_backward(rows, both, kept, low, down_low, *matrices)
-        ctx.operands, ctx.shape = [part._replace(a=None, b=None) for part in (gate_and_up, down)], x.shape
+        both, both_kept = product(rows, gate_and_up)  # (n, 2h): gate, up
+        middle = _gated(both)
+        kept = middle if _in_kernels(both) else None  # elsewhere memory is dearer than computing it again
+        out, down_kept = product(middle, down)
+        ctx.save_for_backward(rows, both, kept, *both_kept, *down_kept)
+        ctx.operands, ctx.shape = (gate_and_up, down), x.shape
         return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        rows, both, kept, low, down_low, a, b, down_a, down_b = ctx.saved_tensors
-        gate_and_up, down = ctx.operands[0]._replace(a=a, b=b), ctx.operands[1]._replace(a=down_a, b=down_b)
+        rows, both, kept, *of_products = ctx.saved_tensors
+        (gate_and_up, down), count = ctx.operands, len(of_products) // 2
+        both_kept, down_kept = of_products[:count], of_products[count:]
         above = upstream.reshape(-1, upstream.shape[-1])
-        gate, up = both.chunk(2, -1)
-        active = nn.functional.silu(gate) if kept is None else kept
-        grad_mid, of_down = product_backward(above, active * up, down_low, down)
-        grads = torch.empty_like(both)
-        grad_gate, grad_up = grads.chunk(2, -1)
-        torch.mul(active, grad_mid, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad_mid.mul_(up), gate, grad_input=grad_gate)
-        grad_x, of_both = product_backward(grads, rows, low, gate_and_up)
+        if kept is not None:
+            grad_mid, of_down = product_backward(above, kept, down_kept, down)
+            grads = native.gated_backward(both, grad_mid)
+        else:
+            (gate, up), grads = both.chunk(2, -1), torch.empty_like(both)
+            active, (grad_gate, grad_up) = nn.functional.silu(gate), grads.chunk(2, -1)
+            grad_mid, of_down = product_backward(above, active * up, down_kept, down)
+            torch.mul(active, grad_mid, out=grad_up)
+            torch.ops.aten.silu_backward.grad_input(grad_mid.mul_(up), gate, grad_input=grad_gate)
+        grad_x, of_both = product_backward(grads, rows, both_kept, gate_and_up)
         return grad_x.view(ctx.shape), None, None, *of_both, *of_down

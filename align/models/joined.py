@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from align.models.lora import LoraLinear, Product, plain, product, product_backward, rounded, usable
-from align.models.packed import Fixed, FixedGate, Ready, arranges, both_ways, fixed, fixed_gate, prepared
+from align.models.native import Small
+from align.models.packed import Fixed, Ready, arranges, both_ways, prepared
 
 COPIES = 2**31  # bytes that prepared copies for a training may take; of a larger trunk none are made
 TRAINED_ROWS = 1024  # tokens that copies for a training are prepared for; with others they serve as well
@@ -48,8 +51,7 @@ class Joined:
         self.sizes = [len(base.weight) for base in bases]
         for base, rows in zip(bases, self.weight.split(self.sizes), strict=True):
             base.weight.data = rows
-        self.gated = False  # gate and up, of which only silu(gate) * up is wanted
-        self.fixed: Fixed | FixedGate | None = None  # as a layer's, or of gate and up what is wanted
+        self.fixed: Fixed | None = None  # as a layer's
         self.ready: Ready | None = None
         self.given: Tensor | None = None
         self.waiting: dict[LoraLinear, Tensor] = {}
@@ -64,17 +66,22 @@ class Joined:
         if len(scales) != 1:
             return None
         trained = tuple(part[name].weight for layer in self.layers for part in (layer.lora_A, layer.lora_B))
-        matrices = rounded(trained, self.weight.dtype)
-        return Product(self.weight, self.bias, *matrices, scales.pop(), self.ready, trained)
+        return Product(self.weight, self.bias, trained, scales.pop(), self.ready)
+
+    def settled(self, x: Tensor) -> Tensor | None:
+        """All outputs side by side, where nothing of theirs trains; else None."""
+        if self.fixed is not None and not torch.is_grad_enabled():
+            return self.fixed(x)
+        if all(part.disable_adapters and not part.merged for part in self.layers):
+            return plain(x, self.weight, self.bias, usable(self.ready))
+        return None
 
     def of(self, layer: LoraLinear, x: Tensor) -> Tensor | None:
         """The layer's output for x; None if it has to be computed alone."""
         if self.given is not x or layer not in self.waiting:
             self.given, self.waiting = x, {}
-            if isinstance(self.fixed, Fixed) and not torch.is_grad_enabled():
-                outputs = self.fixed(x).split(self.sizes, -1)
-            elif all(part.disable_adapters and not part.merged for part in self.layers):
-                outputs = plain(x, self.weight, self.bias, usable(self.ready)).split(self.sizes, -1)
+            if (whole := self.settled(x)) is not None:
+                outputs = whole.split(self.sizes, -1)
             elif operands := self.plain_product():
                 outputs = _JoinedProduct.apply(x, operands, self.sizes, *operands.trained)
             else:
@@ -127,7 +134,7 @@ def _frozen(part: LoraLinear | Joined) -> tuple[Tensor, Tensor | None]:
     return base.weight.T if isinstance(base, Conv1D) else base.weight, base.bias
 
 
-def _fixed(part: LoraLinear | Joined, rows: int) -> Fixed | FixedGate | None:
+def _fixed(part: LoraLinear | Joined, rows: int) -> Fixed | None:
     """None where a layer does not multiply plainly."""
     layers = part.layers if isinstance(part, Joined) else [part]
     if all(layer.disable_adapters and not layer.merged for layer in layers):
@@ -135,24 +142,32 @@ def _fixed(part: LoraLinear | Joined, rows: int) -> Fixed | FixedGate | None:
     operands = part.plain_product()
     if operands is None:
         return None
-    weight, bias, a, b, scale, *_ = operands
-    gated = isinstance(part, Joined) and part.gated and arranges(weight)
-    return (fixed_gate if gated else fixed)(weight, bias, rows, a, b, scale)
+    weight, bias, trained, scale, _ = operands
+    if Small.serves(weight, trained):
+        small = Small(trained, scale)
+        a, add = small.stacked().to(weight.dtype), partial(small.up, small.packed())
+    else:
+        a, b = rounded(trained, weight.dtype)
+        a, add = scale * a, lambda low, out: out.addmm_(low, b.T)
+    if not arranges(weight):
+        return Fixed(prepared(weight, bias, rows), add, a=a)
+    bias = None if bias is None else pad(bias, (0, len(a)))  # the weight is copied anyway, so A goes with it
+    return Fixed(prepared(torch.cat([weight, a]), bias, rows), add, len(a))
 
 
 class _JoinedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, operands, sizes, *_trained):
         rows = x.reshape(-1, x.shape[-1])
-        out, low = product(rows, operands)
-        ctx.save_for_backward(rows, low, operands.a, operands.b)
-        ctx.operands, ctx.shape = operands._replace(a=None, b=None), x.shape
+        out, kept = product(rows, operands)
+        ctx.save_for_backward(rows, *kept)
+        ctx.operands, ctx.shape = operands, x.shape
         return out.view(*x.shape[:-1], -1).split(sizes, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
-        rows, low, a, b = ctx.saved_tensors
+        rows, *kept = ctx.saved_tensors
         above = torch.cat([part.reshape(len(rows), -1) for part in upstream], -1)
-        grad_x, gradients = product_backward(above, rows, low, ctx.operands._replace(a=a, b=b), ctx.needs_input_grad[0])
+        grad_x, gradients = product_backward(above, rows, kept, ctx.operands, ctx.needs_input_grad[0])
         return None if grad_x is None else grad_x.view(ctx.shape), None, None, *gradients

@@ -19,20 +19,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from align.models.native import Small
 from align.models.packed import Fixed, Ready
 from align.recipe.schema import Lora
 
 
 class Product(NamedTuple):
-    """The operands of y = W x + b + scale * B A x; W, b, A and B of one dtype."""
+    """The operands of y = W x + b + scale * B A x."""
 
     weight: Tensor  # (o, i), frozen
-    bias: Tensor | None  # (o,), frozen
-    a: Tensor  # (r, i)
-    b: Tensor  # (o, r)
+    bias: Tensor | None  # (o,), frozen, of the weight's dtype
+    trained: tuple[Tensor, ...]  # A (r, i) and B (o, r) of each layer in turn
     scale: float
     ready: Ready | None  # products with the weight, prepared
-    trained: tuple[Tensor, ...]  # what A and B are rounded from, each layer's in turn
 
 
 class LoraLinear(lora.Linear):
@@ -71,7 +70,7 @@ class LoraLinear(lora.Linear):
         base = self.get_base_layer()
         weight = base.weight.T if isinstance(base, Conv1D) else base.weight
         trained = (self.lora_A[name].weight, self.lora_B[name].weight)
-        return Product(weight, base.bias, *rounded(trained, weight.dtype), self.scaling[name], self.ready, trained)
+        return Product(weight, base.bias, trained, self.scaling[name], self.ready)
 
 
 @torch.no_grad()
@@ -102,46 +101,63 @@ def plain(rows: Tensor, weight: Tensor, bias: Tensor | None, ready: Ready | None
     return nn.functional.linear(rows, weight, bias) if ready is None else ready.forward(rows)
 
 
-def product(rows: Tensor, operands: Product) -> tuple[Tensor, Tensor]:
-    """rows (n, i) -> y (n, o) and scale * A x (n, r), kept for the backward pass."""
-    low = (rows @ operands.a.T).mul_(operands.scale)
-    out = plain(rows, operands.weight, operands.bias, operands.ready)
-    return out.addmm_(low, operands.b.T), low
+def product(rows: Tensor, operands: Product) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """rows (n, i) -> y (n, o), and what the backward pass needs besides: scale * A x, and A and B where they were
+    rounded."""
+    weight, bias, trained, scale, ready = operands
+    if Small.serves(rows, trained):
+        small = Small(trained, scale)
+        low = small.down(rows)
+        return small.up(small.packed(), low, plain(rows, weight, bias, ready)), (low,)
+    a, b = rounded(trained, weight.dtype)
+    low = (rows @ a.T).mul_(scale)
+    return plain(rows, weight, bias, ready).addmm_(low, b.T), (low, a, b)
 
 
 def product_backward(
-    above: Tensor, rows: Tensor, low: Tensor, operands: Product, onwards: bool = True
+    above: Tensor, rows: Tensor, kept: Sequence[Tensor], operands: Product, onwards: bool = True
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradients of x (None unless it goes `onwards`) and of what is trained from that of y, `above` (n, o)."""
-    weight, _, a, b, scale, ready, trained = operands
-    up = (above @ b).mul_(scale)  # (n, r)
-    of_a, of_b = up.T @ rows, low.T @ above  # (r, i), (r, o): this way round is the faster product on a CPU
+    """Gradients of x (None unless it goes `onwards`: below the first layer nothing trains) and of what is trained from
+    that of y, `above` (n, o)."""
+    weight, _, trained, scale, ready = operands
+    low, *matrices = kept
+    if matrices:
+        a, b = matrices
+        up = (above @ b).mul_(scale)  # (n, r)
+        gradients = _parted(up.T @ rows, low.T @ above, trained)  # this way round is the faster product on a CPU
+    else:
+        small = Small(trained, scale)
+        up, gradients = small.backward(above, rows, low)
+    if not onwards:
+        return None, gradients
+    grad_x = above @ weight if ready is None else ready.backward(above)
+    return grad_x.addmm_(up, a) if matrices else small.onwards(up, grad_x), gradients
+
+
+def _parted(of_a: Tensor, of_b: Tensor, trained: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of each layer's A (r, i) and B (o, r), from those of A's stacked and of B's on a diagonal, (R, O)."""
     of_a, gradients, row, column = of_a.to(trained[0].dtype), [], 0, 0
     for own_a, own_b in zip(trained[::2], trained[1::2], strict=True):
         last, bottom = column + len(own_a), row + len(own_b)
         gradients += [of_a[column:last], torch.empty_like(own_b).copy_(of_b[column:last, row:bottom].T)]
         row, column = bottom, last
-    if not onwards:  # below the first layer nothing trains
-        return None, gradients
-    grad_x = above @ weight if ready is None else ready.backward(above)
-    return grad_x.addmm_(up, a), gradients
+    return gradients
 
 
 class _LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, operands, *_trained):
         rows = x.reshape(-1, x.shape[-1])
-        out, low = product(rows, operands)
-        ctx.save_for_backward(rows, low, operands.a, operands.b)
-        ctx.operands, ctx.shape = operands._replace(a=None, b=None), x.shape
+        out, kept = product(rows, operands)
+        ctx.save_for_backward(rows, *kept)
+        ctx.operands, ctx.shape = operands, x.shape
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        rows, low, a, b = ctx.saved_tensors
-        operands = ctx.operands._replace(a=a, b=b)
-        grad_x, gradients = product_backward(upstream.reshape(len(rows), -1), rows, low, operands)
+        rows, *kept = ctx.saved_tensors
+        grad_x, gradients = product_backward(upstream.reshape(len(rows), -1), rows, kept, ctx.operands)
         return grad_x.view(ctx.shape), None, *gradients
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from align.models import native
+
 NAME = "apply_rotary_pos_emb"  # what transformers' modules call it
 
 
@@ -34,8 +36,22 @@ def fuse_rotary(model: nn.Module) -> None:
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """q, k (R, H, T, D), cos, sin (R, T, D) -> both turned by their positions (Su et al. 2021, arXiv 2104.09864)."""
+    if unsqueeze_dim == 1 and len(cos) == len(q) and q.shape[-1] % (2 * native.LANES) == 0 and native.serve(q, k, cos):
+        return _KernelRotated.apply(q, cos, sin), _KernelRotated.apply(k, cos, sin)
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return _Rotated.apply(q, cos, sin), _Rotated.apply(k, cos, sin)
+
+
+class _KernelRotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return native.rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        return native.rotated(upstream, *ctx.saved_tensors, back=True), None, None
 
 
 class _Rotated(torch.autograd.Function):

@@ -31,7 +31,6 @@ from align.data.packing import pack_padded
 from align.data.trees import Tree, plant
 from align.data.turns import Refused, a, filled, meant
 from align.models.base import META, load_base
-from align.models.blocks import KEY_MULTIPLE
 from align.models.joined import fix_products
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
@@ -40,7 +39,7 @@ from align.training.classification import softmax
 from align.training.launch import keep_freed_memory
 from align.training.plan import row_budget
 
-WINDOW = 4096  # texts that are read and sorted into rows of like length at once
+WINDOW = 4096  # texts that are read and sorted into rows at once
 
 
 class Text(NamedTuple):
@@ -95,12 +94,12 @@ class Classifier:
         return softmax(scores)
 
     def _rows(self, paths: list[list[int]]) -> list[list[int]]:
-        """Texts that are computed together: of like length, and among them those that begin alike, for a beginning is
-        then computed once."""
+        """Texts that are computed together: those that begin alike, for a beginning is then computed once; or of like
+        length, where rows are padded."""
         if not self.trunk.packed:
             return pack_padded([len(ids) for ids in paths], self.row_tokens)
         rows, room = [], 0
-        for i in sorted(range(len(paths)), key=lambda i: (-(-len(paths[i]) // KEY_MULTIPLE), paths[i])):
+        for i in sorted(range(len(paths)), key=paths.__getitem__):
             if len(paths[i]) > room:
                 rows.append([])
                 room = self.row_tokens

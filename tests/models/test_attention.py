@@ -98,6 +98,7 @@ def test_blocks_cover_the_dense_mask_and_nothing_else(shapes, multiple, most, sm
         for name, value in (("QUERY_BLOCK", most), ("SMALL", small), ("KEY_MULTIPLE", keys_of)):
             patch.setattr(blocks, name, value)
         mask = ForestMask(forest)
+        assert mask.stacks  # they are made when they are first asked for
     seen = torch.zeros(forest.tokens.shape[1], forest.tokens.shape[1], dtype=torch.int64)
     answered = []
     for number, stack in enumerate(mask.stacks):

@@ -10,7 +10,7 @@ from torch import nn
 
 from align.data.trees import plant
 from align.models.joined import Joined, fixed_products, prepare_products
-from align.models.packed import Fixed, FixedGate, arranges, fixed_gate
+from align.models.packed import Fixed, arranges
 from align.recipe.schema import Lora
 
 pytestmark = pytest.mark.skipif(
@@ -41,7 +41,7 @@ def test_prepared_products_give_the_same_numbers(family):
     plain = numbers()
     assert (plain[0] - plain[1]).norm() > 0.3 * plain[1].norm()
     with fixed_products(trunk, 64):
-        assert {type(group.fixed) for group in groups(trunk)} == {Fixed, FixedGate}
+        assert {type(group.fixed) for group in groups(trunk)} == {Fixed}
         with torch.no_grad():
             fixed = trunk.states(forest).float()
     assert not any(group.fixed for group in groups(trunk))
@@ -53,15 +53,3 @@ def test_prepared_products_give_the_same_numbers(family):
     assert embedded.grad.abs().sum() > 0
     for found, known in zip([fixed, *numbers()], [plain[1], *plain], strict=True):
         assert (found - known).norm() <= 0.02 * known.norm()
-
-
-def test_a_prepared_gate_takes_biases_along():
-    torch.manual_seed(0)
-    weight, bias, a = torch.randn(12, 8), torch.randn(12), torch.randn(4, 8)
-    b = torch.block_diag(torch.randn(6, 2), torch.randn(6, 2))
-    x = torch.randn(2, 5, 8)
-    gate, up = (x @ weight.T + bias + 0.5 * x @ a.T @ b.T).chunk(2, -1)
-    found = fixed_gate(weight.bfloat16(), bias.bfloat16(), 10, a.bfloat16(), b.bfloat16(), 0.5)(x.bfloat16())
-    known = nn.functional.silu(gate) * up
-    assert found.shape == (2, 5, 6)
-    assert (found.float() - known).norm() <= 0.02 * known.norm()

@@ -1,0 +1,75 @@
+/* What is computed row by row, in one pass over memory: n rows of d numbers, a multiple of 16. */
+#include "vectors.h"
+
+/* ---- norms: y = w * x / rms(x), and its gradient ---- */
+
+void norm_forward(const bf16 *x, const bf16 *w, bf16 *y, float *scale, int64_t n, int64_t d, float eps, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; i++) {
+        const bf16 *row = x + i * d;
+        vec squares = {0};
+        for (int64_t j = 0; j < d; j += LANES) squares += widen(row + j) * widen(row + j);
+        scale[i] = 1.0f / sqrtf(_mm512_reduce_add_ps(squares) / d + eps);
+        for (int64_t j = 0; j < d; j += LANES) narrow(y + i * d + j, widen(w + j) * rounded(widen(row + j) * scale[i]));
+    }
+}
+
+void norm_backward(const bf16 *above, const bf16 *x, const bf16 *w, const float *scale, bf16 *below, int64_t n,
+                   int64_t d, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; i++) {
+        const bf16 *up = above + i * d, *row = x + i * d;
+        vec sum = {0};
+        for (int64_t j = 0; j < d; j += LANES) sum += widen(up + j) * widen(w + j) * widen(row + j);
+        float along = _mm512_reduce_add_ps(sum) * scale[i] * scale[i] / d;
+        for (int64_t j = 0; j < d; j += LANES)
+            narrow(below + i * d + j, (widen(up + j) * widen(w + j) - widen(row + j) * along) * scale[i]);
+    }
+}
+
+/* ---- gated MLPs: silu(gate) * up, of rows (gate, up), and its gradient ---- */
+
+INLINE vec sigmoid(vec x) {
+    vec y = 1.0f + exponential(_mm512_min_ps((vec){0} + 88.0f, -x)), guess = _mm512_rcp14_ps(y);
+    return guess * (2.0f - y * guess); /* Newton's step */
+}
+
+void gated_forward(const bf16 *both, int64_t row, bf16 *out, int64_t n, int64_t d, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < d; j += LANES) {
+            vec gate = widen(both + i * row + j), up = widen(both + i * row + d + j);
+            narrow(out + i * d + j, rounded(gate * sigmoid(gate)) * up);
+        }
+}
+
+void gated_backward(const bf16 *both, const bf16 *above, bf16 *below, int64_t n, int64_t d, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < d; j += LANES) {
+            const int64_t at_gate = 2 * i * d + j, at_up = at_gate + d;
+            vec gate = widen(both + at_gate), up = widen(both + at_up), slope = widen(above + i * d + j);
+            vec share = sigmoid(gate);
+            narrow(below + at_up, slope * rounded(gate * share));
+            narrow(below + at_gate, slope * up * share * (1.0f + gate * (1.0f - share)));
+        }
+}
+
+/* ---- rotary embeddings: (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2), halves of D; backwards with `sign` -1 ---- */
+
+void rotate(const bf16 *x, int64_t stride, const bf16 *cos, const bf16 *sin, bf16 *out, int64_t n, int64_t heads,
+            int64_t size, float sign, int threads) {
+    const int64_t part = size / 2;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t h = 0; h < heads; h++) {
+            const bf16 *from = x + i * stride + h * size, *c = cos + i * size, *s = sin + i * size;
+            bf16 *to = out + (i * heads + h) * size;
+            for (int64_t j = 0; j < part; j += LANES) {
+                vec x1 = widen(from + j), x2 = widen(from + part + j);
+                vec first = widen(s + (sign > 0 ? 0 : part) + j), second = widen(s + (sign > 0 ? part : 0) + j);
+                narrow(to + j, x1 * widen(c + j) - sign * x2 * first);
+                narrow(to + part + j, x2 * widen(c + part + j) + sign * x1 * second);
+            }
+        }
+}
