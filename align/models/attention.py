@@ -20,6 +20,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 
 from align.models import native
 from align.models.blocks import ForestMask, Places
+from align.models.compiled import serve
 
 NAME = "align_forest"
 KEPT = 8  # stacks and probabilities stay for the backward pass while no larger than so many tensors like the queries
@@ -63,7 +64,7 @@ def _block_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: ForestMask, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
     plain = window is None and softcap is None and query.shape[-1] <= native.WIDEST_HEAD
-    if plain and native.serve(query, key, value):
+    if plain and serve(query, key, value):
         return _KernelAttention.apply(query, key, value, mask, scale)
     return _BlockAttention.apply(query, key, value, mask, scale, window, softcap)
 
@@ -80,7 +81,7 @@ class _KernelAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         query, key, value, out, logsum = ctx.saved_tensors
-        return *native.attention_backward(upstream, query, key, value, *ctx.plan, out, logsum), None, None
+        return *native.attention_backward(upstream, (query, key, value), *ctx.plan, out, logsum), None, None
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -1,9 +1,9 @@
 """Norms and gated MLPs in one autograd step each: the same numbers, fewer passes over memory, less of it kept.
 
 The stock modules keep a float32 copy of every normalised input and four tensors of the MLP's width for the backward
-pass; these keep the input, gate and up (in bfloat16 on a CPU their product too), and compute the rest again. Which modules qualify is
-tried, not looked up: a module that looks right is run both ways on random input, and is left alone unless value and
-gradient agree.
+pass; these keep the input, gate and up (and, where C kernels do it, silu(gate) * up), and compute the rest again. Which
+modules qualify is tried, not looked up: a module that looks right is run both ways on random input, and is left alone
+unless value and gradient agree.
 
 Shapes: n tokens, d hidden size, h the MLP's width, r a LoRA's rank.
 """
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
 from align.models import native
+from align.models.compiled import LANES, serve
 from align.models.joined import join
 from align.models.lora import LoraLinear, product, product_backward
 from align.models.rotary import fuse_rotary
@@ -97,7 +98,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        if native.serve(x, weight):
+        if serve(x, weight):
             out, scale = native.norm(x, weight, eps)
             ctx.save_for_backward(x, weight, scale)
             return out
@@ -111,7 +112,7 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         x, weight, scale = ctx.saved_tensors
-        if native.serve(x, weight) and not ctx.needs_input_grad[1]:
+        if serve(x, weight) and not ctx.needs_input_grad[1]:
             return native.norm_backward(upstream, x, weight, scale), None, None
         unit = x.to(torch.float32, copy=True).mul_(scale)
         grad_weight = None
@@ -144,7 +145,7 @@ def _gated(both: Tensor) -> Tensor:
 
 
 def _in_kernels(both: Tensor) -> bool:
-    return native.serve(both) and not both.shape[1] % (2 * native.LANES)
+    return serve(both) and not both.shape[1] % (2 * LANES)
 
 
 class _GatedMlp(torch.autograd.Function):

@@ -135,7 +135,7 @@ def product_backward(
 
 
 def _parted(of_a: Tensor, of_b: Tensor, trained: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of each layer's A (r, i) and B (o, r), from those of A's stacked and of B's on a diagonal, (R, O)."""
+    """The gradients of each layer's A (r, i) and B (o, r), from those of the As stacked and of the Bs, (R, O)."""
     of_a, gradients, row, column = of_a.to(trained[0].dtype), [], 0, 0
     for own_a, own_b in zip(trained[::2], trained[1::2], strict=True):
         last, bottom = column + len(own_a), row + len(own_b)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from align.models import native
+from align.models.compiled import LANES, serve
 
 NAME = "apply_rotary_pos_emb"  # what transformers' modules call it
 
@@ -36,7 +37,7 @@ def fuse_rotary(model: nn.Module) -> None:
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """q, k (R, H, T, D), cos, sin (R, T, D) -> both turned by their positions (Su et al. 2021, arXiv 2104.09864)."""
-    if unsqueeze_dim == 1 and len(cos) == len(q) and q.shape[-1] % (2 * native.LANES) == 0 and native.serve(q, k, cos):
+    if unsqueeze_dim == 1 and len(cos) == len(q) and q.shape[-1] % (2 * LANES) == 0 and serve(q, k, cos):
         return _KernelRotated.apply(q, cos, sin), _KernelRotated.apply(k, cos, sin)
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return _Rotated.apply(q, cos, sin), _Rotated.apply(k, cos, sin)

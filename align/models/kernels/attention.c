@@ -61,7 +61,6 @@ typedef struct {
     const int64_t *blocks, *spans;                   /* (b, 4): start, stop, first span, last span; (s, 2): start, stop */
     int64_t heads, groups, size;
     float scale;
-    int threads;
 } Attention;
 
 typedef struct {
@@ -121,9 +120,9 @@ static void hide(float *scores, int64_t seen, int64_t vecs) { /* what lies behin
     }
 }
 
-void attention_forward(const Attention *at, int64_t block_count, bf16 *out, float *logsum) {
+void attention_forward(const Attention *at, int64_t block_count, bf16 *out, float *logsum, int64_t threads) {
     const int64_t size = at->size, shared = at->heads / at->groups, each = QUERIES * size;
-#pragma omp parallel num_threads(at->threads)
+#pragma omp parallel num_threads(threads)
     {
         float *keys = malloc(sizeof(float) * (LINE * size + KEYS * size + QUERIES * LINE + shared * (2 * each + 2 * QUERIES)));
         float *values = keys + LINE * size, *scores = values + KEYS * size, *query = scores + QUERIES * LINE;
@@ -186,9 +185,9 @@ void attention_forward(const Attention *at, int64_t block_count, bf16 *out, floa
  * gradients (T, H or G, D). */
 void attention_backward(const Attention *at, const int64_t *trees, int64_t tree_count, int64_t tokens_in_all,
                         const bf16 *out, const float *logsum, const bf16 *above, float *of_keys, float *of_values,
-                        bf16 *grad_query, bf16 *grad_key, bf16 *grad_value) {
+                        bf16 *grad_query, bf16 *grad_key, bf16 *grad_value, int64_t threads) {
     const int64_t size = at->size, heads = at->heads, shared = heads / at->groups, line = heads * size;
-#pragma omp parallel num_threads(at->threads)
+#pragma omp parallel num_threads(threads)
     {
         float *keys = malloc(sizeof(float) * (2 * (KEYS + LINE) * size + 2 * QUERIES * LINE + 3 * QUERIES * size));
         float *turned_keys = keys + KEYS * size, *turned_values = turned_keys + LINE * size;

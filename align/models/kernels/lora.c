@@ -83,7 +83,6 @@ typedef struct {
     const float *const *a, *const *b;
     const int64_t *ranks, *heights; /* of each layer: r, o */
     float scale;
-    int threads;
 } Lora;
 
 static int64_t filled(int64_t rank) { return (rank + LANES - 1) / LANES * LANES; }
@@ -130,9 +129,9 @@ static void interleave(const bf16 *x, int64_t row, int64_t n, int64_t columns, b
 }
 
 /* low (n, R) = scale * A x, of all layers. */
-void lora_down(const Lora *at, const bf16 *x, bf16 *low, int64_t n) {
+void lora_down(const Lora *at, const bf16 *x, bf16 *low, int64_t n, int64_t threads) {
     bf16 *packed = calloc(at->inputs * at->rank, sizeof(bf16)); /* (i / 2, R, 2), 0 where no rank is */
-#pragma omp parallel num_threads(at->threads)
+#pragma omp parallel num_threads(threads)
     {
         int64_t column = 0;
         for (int64_t l = 0; l < at->layers; column += filled(at->ranks[l++]))
@@ -147,8 +146,8 @@ void lora_down(const Lora *at, const bf16 *x, bf16 *low, int64_t n) {
 }
 
 /* B of all layers as lora_up takes it: of each (r / 2, o, 2); R * O numbers. */
-void lora_pack(const Lora *at, bf16 *packed) {
-#pragma omp parallel num_threads(at->threads)
+void lora_pack(const Lora *at, bf16 *packed, int64_t threads) {
+#pragma omp parallel num_threads(threads)
     {
         bf16 *to = packed;
         for (int64_t l = 0; l < at->layers; to += filled(at->ranks[l]) * at->heights[l], l++)
@@ -157,8 +156,9 @@ void lora_pack(const Lora *at, bf16 *packed) {
 }
 
 /* out (n, O) += B low, of all layers, each in its columns. */
-void lora_up(const Lora *at, const bf16 *packed, const bf16 *low, int64_t low_row, bf16 *out, int64_t out_row, int64_t n) {
-#pragma omp parallel for num_threads(at->threads) schedule(static, 1)
+void lora_up(const Lora *at, const bf16 *packed, const bf16 *low, int64_t low_row, bf16 *out, int64_t out_row,
+             int64_t n, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t i = 0; i < n; i += 2 * TALL) {
         const bf16 *b = packed;
         int64_t rank = 0, column = 0;
@@ -174,11 +174,11 @@ void lora_up(const Lora *at, const bf16 *packed, const bf16 *low, int64_t low_ro
 
 /* From the gradient of the outputs, `above` (n, O): that of A x, `up` (n, R), times scale; and those of A and B. */
 void lora_backward(const Lora *at, const bf16 *above, const bf16 *x, const bf16 *low, bf16 *up, float *const *of_a,
-                   float *const *of_b, int64_t n) {
+                   float *const *of_b, int64_t n, int64_t threads) {
     const int64_t pairs = (n + 1) / 2, side = at->rank > STRIP ? at->rank : STRIP;
     bf16 *packed = malloc(sizeof(bf16) * at->outputs * at->rank); /* of each layer (o / 2, r, 2) */
     bf16 *lows = malloc(sizeof(bf16) * 4 * pairs * at->rank), *ups = lows + 2 * pairs * at->rank;
-#pragma omp parallel num_threads(at->threads)
+#pragma omp parallel num_threads(threads)
     {
         bf16 *strip = malloc(sizeof(bf16) * 2 * pairs * side), *to = packed;
         for (int64_t l = 0; l < at->layers; to += filled(at->ranks[l]) * at->heights[l], l++)
@@ -230,9 +230,9 @@ void lora_backward(const Lora *at, const bf16 *above, const bf16 *x, const bf16 
 }
 
 /* below (n, i), the gradient of x, += up A, of all layers. */
-void lora_onwards(const Lora *at, const bf16 *up, bf16 *below, int64_t n) {
+void lora_onwards(const Lora *at, const bf16 *up, bf16 *below, int64_t n, int64_t threads) {
     bf16 *packed = malloc(sizeof(bf16) * at->rank * at->inputs); /* (R / 2, i, 2) */
-#pragma omp parallel num_threads(at->threads)
+#pragma omp parallel num_threads(threads)
     {
         int64_t rank = 0;
         for (int64_t l = 0; l < at->layers; rank += filled(at->ranks[l++]))

@@ -3,7 +3,8 @@
 
 /* ---- norms: y = w * x / rms(x), and its gradient ---- */
 
-void norm_forward(const bf16 *x, const bf16 *w, bf16 *y, float *scale, int64_t n, int64_t d, float eps, int threads) {
+void norm_forward(const bf16 *x, const bf16 *w, bf16 *y, float *scale, int64_t n, int64_t d, float eps,
+                  int64_t threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < n; i++) {
         const bf16 *row = x + i * d;
@@ -15,7 +16,7 @@ void norm_forward(const bf16 *x, const bf16 *w, bf16 *y, float *scale, int64_t n
 }
 
 void norm_backward(const bf16 *above, const bf16 *x, const bf16 *w, const float *scale, bf16 *below, int64_t n,
-                   int64_t d, int threads) {
+                   int64_t d, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < n; i++) {
         const bf16 *up = above + i * d, *row = x + i * d;
@@ -31,10 +32,11 @@ void norm_backward(const bf16 *above, const bf16 *x, const bf16 *w, const float 
 
 INLINE vec sigmoid(vec x) {
     vec y = 1.0f + exponential(_mm512_min_ps((vec){0} + 88.0f, -x)), guess = _mm512_rcp14_ps(y);
-    return guess * (2.0f - y * guess); /* Newton's step */
+    const __mmask16 some = _mm512_cmp_ps_mask(x, (vec){0} - 88.0f, _CMP_NLT_UQ); /* below, 0 */
+    return _mm512_maskz_mul_ps(some, guess, 2.0f - y * guess); /* Newton's step */
 }
 
-void gated_forward(const bf16 *both, int64_t row, bf16 *out, int64_t n, int64_t d, int threads) {
+void gated_forward(const bf16 *both, int64_t row, bf16 *out, int64_t n, int64_t d, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < n; i++)
         for (int64_t j = 0; j < d; j += LANES) {
@@ -43,7 +45,7 @@ void gated_forward(const bf16 *both, int64_t row, bf16 *out, int64_t n, int64_t 
         }
 }
 
-void gated_backward(const bf16 *both, const bf16 *above, bf16 *below, int64_t n, int64_t d, int threads) {
+void gated_backward(const bf16 *both, const bf16 *above, bf16 *below, int64_t n, int64_t d, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < n; i++)
         for (int64_t j = 0; j < d; j += LANES) {
@@ -58,7 +60,7 @@ void gated_backward(const bf16 *both, const bf16 *above, bf16 *below, int64_t n,
 /* ---- rotary embeddings: (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2), halves of D; backwards with `sign` -1 ---- */
 
 void rotate(const bf16 *x, int64_t stride, const bf16 *cos, const bf16 *sin, bf16 *out, int64_t n, int64_t heads,
-            int64_t size, float sign, int threads) {
+            int64_t size, float sign, int64_t threads) {
     const int64_t part = size / 2;
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < n; i++)
