@@ -37,7 +37,15 @@ from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import BaseRecipe, Eval, Fraction, PositiveInt, Section
 from align.training.checkpoint import write_atomic
-from align.training.classification import at_threshold, measured, mistakes, outcome, softmax, threshold_for
+from align.training.classification import (
+    at_threshold,
+    measured,
+    mistakes,
+    outcome,
+    softmax,
+    threshold_for,
+    threshold_of_best_f1,
+)
 from align.training.launch import run_stage
 from align.training.loop import Loop, Metrics
 from align.training.meters import Sums, interval
@@ -70,6 +78,8 @@ class Classify(Section):
     precision: Annotated[float, Field(gt=0, le=1)] | None = None
     """Of two classes: the precision wanted of the positive one. Its threshold is chosen on the eval rows, with as much
     recall as there can be, is tested and saved, and `--predict` goes by it."""
+    threshold: Literal["best_f1"] | None = None
+    """Of two classes, in place of `precision`: the threshold with the best F1 of the positive one on the eval rows."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Classify:
@@ -79,8 +89,11 @@ class Classify(Section):
             raise ValueError("`labels` may not be empty or begin or end with white space")
         if self.blocks and self.train != "last_blocks":
             raise ValueError("`blocks` needs `train: last_blocks`")
-        if self.precision and self.labels is not None and len(self.labels) > 2:
-            raise ValueError("`precision` needs two classes")
+        for name in ("precision", "threshold"):
+            if getattr(self, name) and self.labels is not None and len(self.labels) > 2:
+                raise ValueError(f"`{name}` needs two classes")
+        if self.precision and self.threshold:
+            raise ValueError("`precision` and `threshold` each choose the threshold: give one")
         return self
 
 
@@ -103,8 +116,9 @@ class Recipe(BaseRecipe):
         if self.data.eval.fraction + self.classify.test.fraction >= 1:
             raise ValueError("`data.eval.fraction` and `classify.test.fraction` leave nothing to train on")
         held = self.data.eval
-        if self.classify.precision and not (held.fraction or held.sources):
-            raise ValueError("`classify.precision` needs eval rows to choose the threshold on: set `data.eval`")
+        for name in ("precision", "threshold"):
+            if getattr(self.classify, name) and not (held.fraction or held.sources):
+                raise ValueError(f"`classify.{name}` needs eval rows to choose the threshold on: set `data.eval`")
         return self
 
 
@@ -155,15 +169,17 @@ def choose(trunk: Trunk, section: Classify) -> None:
 
 def conclude(loop: Loop, labels: list[str], test: Examples) -> dict[str, Any]:
     """Measure the held-out sides and choose the threshold; what `--predict` has to know."""
-    recipe, wanted = loop.recipe, loop.recipe.classify.precision
+    recipe, section = loop.recipe, loop.recipe.classify
     sides = {name: side for name, side in (("eval", loop.data.eval), ("test", test)) if len(side)}
     known = {name: (probabilities(loop, side, name), class_numbers(side)) for name, side in sides.items()}
     threshold = None
-    if wanted:
+    if wanted := section.precision or section.threshold:
         likely, numbers = known["eval"]
-        threshold = threshold_for(wanted, likely[:, 1], numbers == 1)
+        choose = partial(threshold_for, section.precision) if section.precision else threshold_of_best_f1
+        threshold = choose(likely[:, 1], numbers == 1)
         if threshold is None:
-            loop.session.say(f"no threshold on the eval rows gives {labels[1]} a precision of {wanted:g}")
+            aim = f"a precision of {wanted:g}" if section.precision else "an F1"
+            loop.session.say(f"no threshold on the eval rows gives {labels[1]} {aim}")
     if "test" in known:
         record = {"step": loop.step, "split": "test", "examples": len(test)} | measured(*known["test"], labels)
         record["accuracy_low"], record["accuracy_high"] = interval(record["accuracy"] * len(test), len(test))
@@ -229,8 +245,9 @@ def train(session: Session) -> None:
     with session.accelerator.main_process_first():  # the first fetches and tokenises what is not there yet
         tokenizer = load_tokenizer(recipe.model)
         labels = section.labels or find_labels(recipe.data.train)
-        if section.precision and len(labels) > 2:
-            raise UserError(f"classify.precision: needs two classes, found {len(labels)}: {', '.join(labels[:10])}")
+        for name in ("precision", "threshold"):
+            if getattr(section, name) and len(labels) > 2:
+                raise UserError(f"classify.{name}: needs two classes, found {len(labels)}: {', '.join(labels[:10])}")
         undersample, cache = section.balance == "undersample", cache_folder()
         with counting(session.console) as progress:
             data, test = prepare_classes(

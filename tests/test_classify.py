@@ -195,6 +195,8 @@ def test_only_what_the_recipe_names_trains(world, here, kind):
         ({"classify": {"labels": ["ham "]}}, "`labels` needs two or more, each once"),
         ({"classify": {"test": {"fraction": 0.8}}}, "leave nothing to train on"),
         ({"classify": {"precision": 0.9}, "data": {"eval": {}}}, "needs eval rows to choose the threshold on"),
+        ({"classify": {"threshold": "best_f1"}, "data": {"eval": {}}}, "`classify.threshold` needs eval rows"),
+        ({"classify": {"threshold": "best_f1", "precision": 0.9}}, "each choose the threshold: give one"),
         ({"log": {"samples": ["Hi"]}}, "a classifier writes no answers"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BINS = 15  # of confidence, as in Guo et al. 2017
+EDGES = (1e-6, 1 - 1e-6)  # probabilities beyond count as these, where log-odds are taken
 
 
 class Curve(NamedTuple):
@@ -131,6 +132,26 @@ def threshold_for(precision: float, scores: np.ndarray, positive: np.ndarray) ->
     best = good[-1]  # recall never falls along the curve
     below = curve.thresholds[best + 1] if best + 1 < len(curve.thresholds) else 0.0
     return Threshold(float((curve.thresholds[best] + below) / 2), float(curve.y[best]), float(curve.x[best]))
+
+
+def threshold_of_best_f1(scores: np.ndarray, positive: np.ndarray) -> Threshold | None:
+    """The threshold on probabilities whose F1 is the best; None without positives.
+
+    A whole range of thresholds has it. Of all such ranges it stands in the one that is widest in log-odds, in the
+    middle, where scores that are a little different from these change least.
+    """
+    if not positive.any():
+        return None
+    values, hits, taken = _taken(scores, positive)
+    f1 = _ratio(2 * hits, taken + positive.sum())
+    odds = np.log(np.clip(values, *EDGES)) - np.log1p(-np.clip(values, *EDGES))
+    tops, bottoms = odds, np.append(odds[1:], np.log(EDGES[0]))  # between which the threshold may stand, of each F1
+    best = np.flatnonzero(f1 == f1.max())
+    ranges = np.split(best, np.flatnonzero(np.diff(best) > 1) + 1)
+    widest = max(ranges, key=lambda those: tops[those[0]] - bottoms[those[-1]])
+    threshold = float(1 / (1 + np.exp(-(tops[widest[0]] + bottoms[widest[-1]]) / 2)))
+    last = int((values >= threshold).sum()) - 1
+    return Threshold(threshold, float(hits[last] / taken[last]), float(hits[last] / positive.sum()))
 
 
 def at_threshold(threshold: float, probabilities: np.ndarray, classes: np.ndarray) -> dict[str, float]:

@@ -26,6 +26,7 @@ from align.training.classification import (
     roc,
     softmax,
     threshold_for,
+    threshold_of_best_f1,
 )
 
 # Three classes: of 4 a, 3 are found; of 3 b, 2; of 2 c, none.
@@ -119,6 +120,23 @@ def test_threshold_has_the_most_recall_at_the_wanted_precision():
     assert found == near(
         {"threshold": 0.45, "threshold_precision": 0.75, "threshold_recall": 1.0, "threshold_f1": 6 / 7}
     )
+
+
+def test_threshold_of_the_best_f1_stands_where_there_is_most_room():
+    scores = np.array([0.99, 0.9, 0.6, 0.5, 0.01])
+    positive = np.array([True, True, False, True, False])
+    # F1: 1/2, 4/5, 2/3, 6/7, 3/4 from the highest score down
+    threshold = 1 / (1 + 99**0.5)  # halfway between 0.5 and 0.01 in log-odds
+    assert threshold_of_best_f1(scores, positive) == near((threshold, 3 / 4, 1.0))
+    # Of equal ranges, the widest: 2/3 between 0.9 and 0.8, and again between 0.5 and 0.2.
+    scores, positive = np.array([0.9, 0.8, 0.7, 0.5, 0.2]), np.array([True, False, False, True, False])
+    assert threshold_of_best_f1(scores, positive) == near((1 / 3, 1 / 2, 1.0))
+    # Ties may leave F1 as it is, 2/3 at 0.8 and at 0.5: then it is one range.
+    scores = np.array([0.9, 0.8, *[0.5] * 3, *[0.1] * 6])
+    positive = np.array([True, True, True, *[False] * 2, True, *[False] * 5])
+    assert threshold_of_best_f1(scores, positive) == near((0.4, 3 / 5, 3 / 4))
+    assert threshold_of_best_f1(scores, positive & False) is None
+    assert threshold_of_best_f1(np.ones(3), np.ones(3, bool)) == near((0.5, 1.0, 1.0))
 
 
 def test_of_two_classes_the_second_is_the_positive_one():
