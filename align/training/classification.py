@@ -144,8 +144,9 @@ def threshold_of_best_f1(scores: np.ndarray, positive: np.ndarray) -> Threshold 
         return None
     values, hits, taken = _taken(scores, positive)
     f1 = _ratio(2 * hits, taken + positive.sum())
-    odds = np.log(np.clip(values, *EDGES)) - np.log1p(-np.clip(values, *EDGES))
-    tops, bottoms = odds, np.append(odds[1:], np.log(EDGES[0]))  # between which the threshold may stand, of each F1
+    likely = np.clip(np.append(values, 0.0), *EDGES)
+    odds = np.log(likely) - np.log1p(-likely)
+    tops, bottoms = odds[:-1], odds[1:]  # between which a threshold may stand, for each F1
     best = np.flatnonzero(f1 == f1.max())
     ranges = np.split(best, np.flatnonzero(np.diff(best) > 1) + 1)
     widest = max(ranges, key=lambda those: tops[those[0]] - bottoms[those[-1]])
