@@ -1,9 +1,9 @@
 """Attention over a packed forest: one attention function, registered with transformers, for all model families.
 
 On a GPU it is FlexAttention (Dong et al. 2024, arXiv 2412.05496) under a block mask. On a CPU it goes segment by
-segment, like sizes together, so that its cost is the sum of squares of the segments, not the square of the row. The
-probabilities of long segments are computed again in the backward pass, so that nothing of quadratic size is kept; for
-trees of a few hundred tokens this is faster than the fused CPU kernel.
+segment, so that its cost is the sum of squares of the segments, not the square of the row: in a C kernel where it can
+(bfloat16, no window that cuts, no cap), else with like sizes together. The probabilities of long segments are computed
+again in the backward pass, so that nothing of quadratic size is kept.
 
 Shapes: H query heads, G key/value heads, T tokens in the row, D head size; b blocks of m queries and n keys in a stack.
 """

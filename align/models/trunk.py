@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from align.data.trees import FLEX_BLOCK, Forest, Tree, plant
+from align.models import compiled
 from align.models.attention import NAME as FOREST
 from align.models.base import META, Base, compute_dtype
 from align.models.blocks import ForestMask
@@ -97,6 +98,14 @@ class Trunk(nn.Module):
     def dtype(self) -> torch.dtype:
         """What matrix products are computed in."""
         return self.autocast_dtype or self.plain.get_input_embeddings().weight.dtype
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should know of how it computes."""
+        remarks = [f"padded layout, for {self.layout_reason}"] if self.layout_reason else []
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16 and compiled.library() is None:
+            remarks.append("PyTorch does alone what C kernels do faster: they could not be compiled (is gcc there?)")
+        return remarks
 
     @property
     def device(self) -> torch.device:

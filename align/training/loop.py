@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from align.data.examples import Examples
 from align.data.mixture import Prepared
 from align.data.trees import Forest
-from align.models.compiled import library
 from align.models.decode import answer
 from align.models.joined import prepare_products
 from align.models.trunk import Trunk
@@ -300,10 +299,8 @@ class Loop:
             f"threads), {str(trunk.dtype).removeprefix('torch.')}, {trunk.layout} layout; "
             f"{trained:,} of {total:,} parameters train"
         )
-        if trunk.device.type == "cpu" and trunk.dtype == torch.bfloat16 and library() is None:
-            say("without C kernels, for no C compiler does its work here: a step takes about a quarter more time")
-        if trunk.layout_reason:
-            say(f"padded layout, for {trunk.layout_reason}")
+        for remark in trunk.remarks:
+            say(remark)
         mean = float(self.data.train.lengths.mean()) * plan.per_step
         say(
             f"{plan.steps:,} steps of {plan.per_step} examples (about {mean:,.0f} tokens), "

@@ -244,6 +244,7 @@ def test_without_a_compiler_pytorch_does_the_work(compiler, monkeypatch, tmp_pat
     assert not serve(torch.ones(1, LANES, dtype=torch.bfloat16))
     assert not list(tmp_path.glob("cache/kernels/*"))
     trunk = trunk_of()
+    assert [remark for remark in trunk.remarks if "could not be compiled" in remark]
     assert trunk(plant(FORESTS["pairs"])).isfinite().all()
 
 
