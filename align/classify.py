@@ -175,8 +175,8 @@ def conclude(loop: Loop, labels: list[str], test: Examples) -> dict[str, Any]:
     threshold = None
     if wanted := section.precision or section.threshold:
         likely, numbers = known["eval"]
-        choose = partial(threshold_for, section.precision) if section.precision else threshold_of_best_f1
-        threshold = choose(likely[:, 1], numbers == 1)
+        chosen_by = partial(threshold_for, section.precision) if section.precision else threshold_of_best_f1
+        threshold = chosen_by(likely[:, 1], numbers == 1)
         if threshold is None:
             aim = f"a precision of {wanted:g}" if section.precision else "an F1"
             loop.session.say(f"no threshold on the eval rows gives {labels[1]} {aim}")

@@ -20,7 +20,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 
 from align.models import native
 from align.models.blocks import ForestMask, Places
-from align.models.compiled import serve
+from align.models.compiled import WIDEST_HEAD, serve
 
 NAME = "align_forest"
 KEPT = 8  # stacks and probabilities stay for the backward pass while no larger than so many tensors like the queries
@@ -63,7 +63,7 @@ AttentionInterface.register(NAME, forest_attention)
 def _block_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: ForestMask, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    plain = window is None and softcap is None and query.shape[-1] <= native.WIDEST_HEAD
+    plain = window is None and softcap is None and query.shape[-1] == value.shape[-1] <= WIDEST_HEAD
     if plain and serve(query, key, value):
         return _KernelAttention.apply(query, key, value, mask, scale)
     return _BlockAttention.apply(query, key, value, mask, scale, window, softcap)

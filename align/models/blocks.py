@@ -1,7 +1,8 @@
 """Which queries of a packed row see which keys, as blocks of like size that are computed together.
 
 A segment is a block, or several where it is long: a causal block then skips most of the keys after it. Many small
-products cost more than few large ones, so blocks of like size are filled up to one size and stacked.
+products cost more than few large ones, so blocks of like size are filled up to one size and stacked; kernels in C walk
+along them as they are.
 
 Shapes: H query heads, G key/value heads, T tokens in the row; b blocks of m queries and n keys in a stack.
 """

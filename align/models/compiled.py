@@ -10,9 +10,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -24,11 +26,15 @@ from align.models.demo import cache_folder
 
 SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.[ch]"))
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing")
-LANES = 16  # numbers in a vector
+COMPILERS = ("cc", "gcc", "clang")
+RUNTIMES = ("libgomp", "libiomp5", "libomp")  # of OpenMP
+LANES, WIDEST_HEAD = 16, 256  # numbers in a vector; of a head at most
 
 
 def serve(*tensors: Tensor) -> bool:
     """Whether the kernels take these: bfloat16 on a CPU, rows in whole vectors."""
+    if torch.compiler.is_compiling():  # a compiler makes its own, and does not see into these
+        return False
     return all(_fits(part) for part in tensors) and library() is not None
 
 
@@ -55,18 +61,23 @@ def _passed(argument: Tensor | ctypes.Structure | ctypes.Array | float) -> objec
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be made."""
-    try:
-        return _load(_compiled())
-    except (OSError, subprocess.CalledProcessError):
+    if not suits():
         return None
+    for compiler in filter(None, [os.environ.get("CC"), *map(shutil.which, COMPILERS)]):
+        with suppress(OSError, ValueError, RuntimeError, subprocess.CalledProcessError):
+            return _load(_compiled(compiler))
+    return None
 
 
-def _compiled() -> Path:
+@cache
+def suits() -> bool:
+    """Whether this processor is one that the kernels are for."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def _compiled(compiler: str) -> Path:
     """The shared library for this machine, made if it is not there yet (some 2 s)."""
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    if compiler is None:
-        raise FileNotFoundError("no C compiler")
-    flags = (*FLAGS, f"-DQUERIES={QUERY_BLOCK}")
+    flags = (*FLAGS, f"-DQUERIES={QUERY_BLOCK}", f"-DWIDEST={WIDEST_HEAD}")
     described = [*(path.read_text("utf-8") for path in SOURCES), *flags, compiler, _processor()]
     folder = cache_folder() / "kernels"
     made = folder / f"{hashlib.sha256(repr(described).encode()).hexdigest()[:16]}.so"
@@ -75,11 +86,9 @@ def _compiled() -> Path:
         with tempfile.TemporaryDirectory(prefix=".making-", dir=folder) as work:
             files = [str(path) for path in SOURCES if path.suffix == ".c"]
             objects = [f"{path.stem}.o" for path in SOURCES if path.suffix == ".c"]
-            for words in (
-                ["-c", *flags, *files],
-                ["-shared", *objects, "-lm", "-o", made.name],
-            ):  # no OpenMP of its own
-                subprocess.run([compiler, *words], check=True, capture_output=True, cwd=work)
+            link = ["-shared", *objects, "-lm", "-o", made.name]  # with no OpenMP of its own
+            for words in (["-c", *flags, *files], link):
+                subprocess.run([*shlex.split(compiler), *words], check=True, capture_output=True, cwd=work)
             (Path(work) / made.name).replace(made)
     return made
 
@@ -87,14 +96,14 @@ def _compiled() -> Path:
 def _processor() -> str:
     """What the compiler's `native` depends on."""
     about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.is_file() else [platform.processor()]
+    lines = about.read_text(errors="replace").splitlines() if about.is_file() else [platform.processor()]
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags"))))
 
 
 def _load(path: Path) -> ctypes.CDLL:
     """The library on PyTorch's own OpenMP: with a second one, both would wait for cores that the other holds."""
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    files = {line.split()[-1] for line in maps}
-    for runtime in sorted(file for file in files if Path(file).name.startswith(("libgomp", "libiomp5"))):
+    maps = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
+    files = {line.split(maxsplit=5)[-1] for line in maps}
+    for runtime in sorted(file for file in files if Path(file).name.startswith(RUNTIMES)):
         ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(path))

@@ -159,15 +159,14 @@ class _GatedMlp(torch.autograd.Function):
         kept = middle if _in_kernels(both) else None  # elsewhere memory is dearer than computing it again
         out, down_kept = product(middle, down)
         ctx.save_for_backward(rows, both, kept, *both_kept, *down_kept)
-        ctx.operands, ctx.shape = (gate_and_up, down), x.shape
+        ctx.operands, ctx.shape, ctx.count = (gate_and_up, down), x.shape, len(both_kept)
         return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
         rows, both, kept, *of_products = ctx.saved_tensors
-        (gate_and_up, down), count = ctx.operands, len(of_products) // 2
-        both_kept, down_kept = of_products[:count], of_products[count:]
+        (gate_and_up, down), both_kept, down_kept = ctx.operands, of_products[: ctx.count], of_products[ctx.count :]
         above = upstream.reshape(-1, upstream.shape[-1])
         if kept is not None:
             grad_mid, of_down = product_backward(above, kept, down_kept, down)

@@ -69,7 +69,7 @@ class Joined:
         return Product(self.weight, self.bias, trained, scales.pop(), self.ready)
 
     def settled(self, x: Tensor) -> Tensor | None:
-        """All outputs side by side, where nothing of theirs trains; else None."""
+        """All outputs side by side, where no adapter of theirs is to learn; else None."""
         if self.fixed is not None and not torch.is_grad_enabled():
             return self.fixed(x)
         if all(part.disable_adapters and not part.merged for part in self.layers):

@@ -20,8 +20,6 @@ from torch.nn.functional import pad
 from align.models.blocks import ForestMask
 from align.models.compiled import LANES, call, serve
 
-WIDEST_HEAD = 256
-
 
 class _Attention(ctypes.Structure):
     _fields_ = [
@@ -44,8 +42,8 @@ class _Lora(ctypes.Structure):
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x (…, d) -> w * x / rms(x) and 1 / rms(x), (…, 1) float32."""
     x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-    scale = torch.empty(*x.shape[:-1], 1)
-    call("norm_forward", x, weight, out, scale, scale.numel(), x.shape[-1], eps)
+    scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32)
+    call("norm_forward", x, weight, out, scale, scale.numel(), x.shape[-1], float(eps))
     return out, scale
 
 
@@ -85,7 +83,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: ForestMask, scale
     """query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D), and what `attention_backward` needs, (T, H)
     float32."""
     _, heads, tokens, size = query.shape
-    out, logsum = torch.empty(1, tokens, heads, size, dtype=query.dtype), torch.empty(tokens, heads)
+    out, logsum = (
+        torch.empty(1, tokens, heads, size, dtype=query.dtype),
+        torch.empty(tokens, heads, dtype=torch.float32),
+    )
     about, _kept = _attention(query, key, value, mask, scale)
     call("attention_forward", about, len(mask.walks.blocks), out, logsum)
     return out, logsum
@@ -98,7 +99,7 @@ def attention_backward(
     query, key, value = given
     _, heads, tokens, size = query.shape
     above, trees = above.contiguous(), mask.walks.trees
-    of_keys, of_values = torch.empty(2, tokens, heads, size)
+    of_keys, of_values = torch.empty(2, tokens, heads, size, dtype=torch.float32)
     grads = [torch.empty(1, tokens, part.shape[1], size, dtype=part.dtype) for part in (query, key, value)]
     about, _kept = _attention(query, key, value, mask, scale)
     about_trees = (trees, len(trees) - 1, tokens)

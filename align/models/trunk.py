@@ -103,7 +103,8 @@ class Trunk(nn.Module):
     def remarks(self) -> list[str]:
         """What a user should know of how it computes."""
         remarks = [f"padded layout, for {self.layout_reason}"] if self.layout_reason else []
-        if self.device.type == "cpu" and self.dtype == torch.bfloat16 and compiled.library() is None:
+        wants = self.adapted and self.device.type == "cpu" and self.dtype == torch.bfloat16 and compiled.suits()
+        if wants and compiled.library() is None:
             remarks.append("PyTorch does alone what C kernels do faster: they could not be compiled (is gcc there?)")
         return remarks
 

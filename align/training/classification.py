@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BINS = 15  # of confidence, as in Guo et al. 2017
-EDGES = (1e-6, 1 - 1e-6)  # probabilities beyond count as these, where log-odds are taken
 
 
 class Curve(NamedTuple):
@@ -144,14 +143,17 @@ def threshold_of_best_f1(scores: np.ndarray, positive: np.ndarray) -> Threshold 
         return None
     values, hits, taken = _taken(scores, positive)
     f1 = _ratio(2 * hits, taken + positive.sum())
-    likely = np.clip(np.append(values, 0.0), *EDGES)
-    odds = np.log(likely) - np.log1p(-likely)
-    tops, bottoms = odds[:-1], odds[1:]  # between which a threshold may stand, for each F1
+    inside = np.clip(values, 1e-300, 1 - 2**-53)
+    odds = np.log(inside) - np.log1p(-inside)
+    tops, bottoms = odds, np.append(odds[1:], min(odds[-1] - 1, -14.0))  # between which it may stand, for each F1
     best = np.flatnonzero(f1 == f1.max())
     ranges = np.split(best, np.flatnonzero(np.diff(best) > 1) + 1)
     widest = max(ranges, key=lambda those: tops[those[0]] - bottoms[those[-1]])
     threshold = float(1 / (1 + np.exp(-(tops[widest[0]] + bottoms[widest[-1]]) / 2)))
     last = int((values >= threshold).sum()) - 1
+    if last not in widest:  # scores so near to each other, or to 1, that nothing lies between
+        last = int(widest[-1])
+        threshold = float(values[last])
     return Threshold(threshold, float(hits[last] / taken[last]), float(hits[last] / positive.sum()))
 
 

@@ -136,7 +136,16 @@ def test_threshold_of_the_best_f1_stands_where_there_is_most_room():
     positive = np.array([True, True, True, *[False] * 2, True, *[False] * 5])
     assert threshold_of_best_f1(scores, positive) == near((0.4, 3 / 5, 3 / 4))
     assert threshold_of_best_f1(scores, positive & False) is None
-    assert threshold_of_best_f1(np.ones(3), np.ones(3, bool)) == pytest.approx((0.5, 1.0, 1.0))
+    # Where scores crowd at an end, as those of a classifier that is sure do.
+    for scores, positive in (
+        (1 - np.array([1e-7, 3e-7, 7e-7, 8e-7]), np.array([True, True, False, False])),
+        (np.array([3e-7, 2e-7]), np.array([True, True])),
+        (np.array([1.0, 1 - 2**-53]), np.array([True, False])),
+        (np.ones(3), np.ones(3, bool)),
+    ):
+        threshold = threshold_of_best_f1(scores, positive)
+        assert ((scores >= threshold.threshold) == positive).all()
+        assert threshold[1:] == (1.0, 1.0)
 
 
 def test_of_two_classes_the_second_is_the_positive_one():

@@ -1,7 +1,7 @@
 /* Attention over blocks of up to QUERIES queries, which see the keys of their spans, KEYS at a time (Dao et al. 2022, arXiv
  * 2205.14135). The last keys of a block are its own tokens, of which a query sees those up to itself.
  *
- * T tokens, H query heads, G key/value heads, D head size. QUERIES comes from native.py.
+ * T tokens, H query heads, G key/value heads, D head size. QUERIES and WIDEST, the largest D, come from compiled.py.
  */
 #include "vectors.h"
 
@@ -64,14 +64,14 @@ typedef struct {
 } Attention;
 
 typedef struct {
-    const int64_t *span, *end;
+    const int64_t *span;
     int64_t next;
 } Walk;
 
 static int64_t seen_by(const Attention *at, const int64_t *block, Walk *walk) { /* how many keys a block sees */
     int64_t n = 0;
     for (int64_t s = block[2]; s < block[3]; s++) n += at->spans[2 * s + 1] - at->spans[2 * s];
-    *walk = (Walk){at->spans + 2 * block[2], at->spans + 2 * block[3], at->spans[2 * block[2]]};
+    *walk = (Walk){at->spans + 2 * block[2], at->spans[2 * block[2]]};
     return n;
 }
 
@@ -94,7 +94,7 @@ static void take(const bf16 *from, int64_t row, int64_t m, int64_t size, float t
 static void take_keys(const bf16 *from, int64_t row, const int64_t *tokens, int64_t count, int64_t size, float *plain,
                       float *turned) {
     const int64_t filled = (count + LANES - 1) / LANES * LANES;
-    float local[256];
+    float local[WIDEST];
     for (int64_t j = 0; j < filled; j++) {
         float *line = plain ? plain + j * size : local;
         if (j < count)
@@ -130,9 +130,8 @@ void attention_forward(const Attention *at, int64_t block_count, bf16 *out, floa
 #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < block_count * at->groups; unit++) {
             const int64_t *block = at->blocks + 4 * (unit / at->groups), group = unit % at->groups, start = block[0];
-            const int64_t m = block[1] - start, n = seen_by(at, block, &(Walk){0});
             Walk walk;
-            seen_by(at, block, &walk);
+            const int64_t m = block[1] - start, n = seen_by(at, block, &walk);
             for (int64_t h = 0; h < shared; h++)
                 take(at->query + start * at->query_row + (group * shared + h) * size, at->query_row, m, size, at->scale,
                      query + h * each);

@@ -175,12 +175,12 @@ void lora_up(const Lora *at, const bf16 *packed, const bf16 *low, int64_t low_ro
 /* From the gradient of the outputs, `above` (n, O): that of A x, `up` (n, R), times scale; and those of A and B. */
 void lora_backward(const Lora *at, const bf16 *above, const bf16 *x, const bf16 *low, bf16 *up, float *const *of_a,
                    float *const *of_b, int64_t n, int64_t threads) {
-    const int64_t pairs = (n + 1) / 2, side = at->rank > STRIP ? at->rank : STRIP;
+    const int64_t pairs = (n + 1) / 2;
     bf16 *packed = malloc(sizeof(bf16) * at->outputs * at->rank); /* of each layer (o / 2, r, 2) */
     bf16 *lows = malloc(sizeof(bf16) * 4 * pairs * at->rank), *ups = lows + 2 * pairs * at->rank;
 #pragma omp parallel num_threads(threads)
     {
-        bf16 *strip = malloc(sizeof(bf16) * 2 * pairs * side), *to = packed;
+        bf16 *strip = malloc(sizeof(bf16) * 2 * pairs * STRIP), *to = packed;
         for (int64_t l = 0; l < at->layers; to += filled(at->ranks[l]) * at->heights[l], l++)
             pair_rows(at->b[l], at->ranks[l], at->heights[l], at->ranks[l], to, 2 * filled(at->ranks[l]));
 #pragma omp barrier
