@@ -98,6 +98,7 @@ class ForestMask:
         edges = np.cumsum([0, *(len(block.spans) for block in blocks)])
         rows = [(block.start, block.stop, *edge) for block, edge in zip(blocks, pairwise(edges), strict=True)]
         roots = np.array([block.spans[0][0] for block in blocks])
+        assert (np.diff(roots) >= 0).all(), "a tree's blocks stand side by side: kernels sum its gradients in one go"
         trees = [0, *(np.flatnonzero(np.diff(roots)) + 1), len(blocks)]
         spans = [span for block in blocks for span in block.spans]
         return Walks(*(torch.from_numpy(np.array(part, np.int64)) for part in (rows, spans, trees)))

@@ -83,10 +83,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: ForestMask, scale
     """query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D), and what `attention_backward` needs, (T, H)
     float32."""
     _, heads, tokens, size = query.shape
-    out, logsum = (
-        torch.empty(1, tokens, heads, size, dtype=query.dtype),
-        torch.empty(tokens, heads, dtype=torch.float32),
-    )
+    out = torch.empty(1, tokens, heads, size, dtype=query.dtype)
+    logsum = torch.empty(tokens, heads, dtype=torch.float32)
     about, _kept = _attention(query, key, value, mask, scale)
     call("attention_forward", about, len(mask.walks.blocks), out, logsum)
     return out, logsum

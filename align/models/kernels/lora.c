@@ -70,8 +70,8 @@ static void pair_store(const Pairs *at, int64_t row, int64_t stop, int64_t colum
 }
 
 static void pair_add(const Pairs *at, int64_t row, int64_t stop, int64_t columns) {
-    for (; stop - row > 0; row += TALL) /* few rows at a time: C is walked along, B stays near */
-        pair_product(ADD, at, row, stop - row < TALL ? stop : row + TALL, 0, columns);
+    for (; row < stop; row += TALL) /* few rows at a time: C is walked along, B stays near */
+        pair_product(ADD, at, row, least(row + TALL, stop), 0, columns);
 }
 
 static void pair_plain(const Pairs *at, int64_t row, int64_t stop, int64_t column, int64_t end) {
