@@ -35,6 +35,9 @@ class Sft(Section):
 
     loss_on: Literal["assistant", "last", "all"] = "assistant"
     """Every assistant turn, only the last one, or every token. Plain text is always learned whole."""
+    empty_thoughts: bool = False
+    """Train the empty thought that the templates of some reasoning models write before an answer without one. Otherwise
+    it is context."""
 
 
 class Recipe(BaseRecipe):
@@ -54,7 +57,7 @@ def loss(trunk: nn.Module, batch: Forest) -> tuple[Tensor, Metrics]:
 def train(session: Session) -> None:
     """The stage, from recipe to `final/`."""
     recipe = session.recipe
-    begun = session.begin(conversations(recipe.sft.loss_on))
+    begun = session.begin(conversations(recipe.sft.loss_on, recipe.sft.empty_thoughts))
     if begun is None:
         return
     run, data = begun

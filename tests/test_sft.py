@@ -44,7 +44,7 @@ def test_exactly_these_files_are_left(finished):
     run, _, _ = finished
     found = {re.sub(r"events\.out.*", "events", name) for name in tree(run)}
     checkpoint = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
-    adapter = ("adapter_config.json", "adapter_model.safetensors", "align.json")
+    adapter = ("adapter_config.json", "adapter_model.safetensors", "align.json", "generation_config.json")
     tokenizer = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
     assert found == {
         *("recipe.yaml", "environment.json", "data.json", "ledger.jsonl", "metrics.jsonl", "samples.jsonl"),

@@ -10,52 +10,52 @@ verified so is refused, with the reason.
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
-
-from align.data.templates import REFUSALS, THINK_END, Message, fit, special_tokens, write
-from align.recipe.errors import UserError
+from align.data.templates import Message, Refusal, Tools, in_parts, write, write_marked
+from align.data.thoughts import EMPTY, THINK_END, answer_of, fit, thoughts_of
 
 Span = tuple[int, int]
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: Unicode reserves them for use inside a program
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+ASK, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "answer"}
+FUNCTION = {"name": "look_up", "description": "d", "parameters": {"type": "object", "properties": {}}}
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "zebra"}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "name": "look_up", "content": "striped"}
 
 
 class Unwritable(Exception):
     """The template cannot take the conversation, or where the assistant speaks in it cannot be verified."""
 
 
-def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
-    """What is known of the tokenizer's template; a template is studied once."""
-    stops = tuple(sorted(tokenizer.added_tokens_encoder, key=len, reverse=True))
-    special = special_tokens(tokenizer)
-    try:
-        return _chat(_training_template(tokenizer, special), tuple(special.items()), stops)
-    except (Unwritable, *REFUSALS) as error:
-        raise UserError(
-            f"{error}, though it is an exchange of two turns; give another in model.chat_template"
-        ) from None
+class Spoken(NamedTuple):
+    """An assistant's turn in the text of its conversation."""
 
-
-@lru_cache(maxsize=16)
-def _chat(template: str, special: tuple[tuple[str, str], ...], stops: tuple[str, ...]) -> Chat:
-    return Chat(template, dict(special), stops)
+    begin: int  # where the model begins to write, after the generation prompt
+    own: int  # where its message begins: later than `begin` by a thought without a word that the template writes itself
+    end: int  # its end-of-turn token included
+    lost: str  # what of the message the template left out; empty where that is nothing
 
 
 class Chat:
-    """A chat template; `native` is what of system, tools, calls, results and reasoning it can write."""
+    """A chat template; `native` is what of system, tools, calls, results, reasoning and thoughts in a content it can
+    write."""
 
     def __init__(self, template: str, special: dict[str, str], stops: tuple[str, ...]) -> None:
+        """`stops`: the tokenizer's added tokens. Raises Unwritable for a template that cannot write two turns."""
         self.template, self.special = template, special
         self.marks = bool(GENERATION.search(template))
-        ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": f"{OPEN}a{CLOSE}"}
-        before, turn = self._write([ask]), self._write([ask, answer])
-        prompt, two = self._write([ask], prompt=True), self._write([ask, answer, ask, answer])
+        answer = {"role": "assistant", "content": f"{OPEN}a{CLOSE}"}
+        self.parts = False  # whether it reads contents as lists of parts, and no texts
+        if not self._keeps(answer):
+            self.parts = True
+            self.parts = self._keeps(answer)
+        before, turn = self._write([ASK]), self._write([ASK, answer])
+        prompt, two = self._write([ASK], prompt=True), self._write([ASK, answer, ASK, answer])
         header, _, tail = turn.partition(OPEN)
         tail = tail.partition(CLOSE)[2]
         both = prompt.startswith(before) and header.startswith(before)
@@ -63,14 +63,13 @@ class Chat:
         self.opening = opening if opening.strip() else ""  # as `<|im_start|>assistant\n`, where there is one
         stop = re.compile("|".join(map(re.escape, stops)) or "(?!)")
         self.last_stop = _stop(stop, tail)  # as `<|im_end|>`
+        self.tail = tail.partition(self.last_stop)[2] if self.last_stop else ""  # as `\n`
         shared = _common(tail, two.partition(CLOSE)[2])  # by the last turn of a talk and one before it
         self.stop = _stop(stop, shared) if stop.search(shared) or shared.strip() == tail.strip() else ""
         self.native = frozenset(what for what, probe in _probes().items() if self._takes(*probe))
 
-    def turns(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, wanted: set[int]
-    ) -> tuple[str, list[Span]]:
-        """The conversation's text, and in it the span of each wanted assistant turn (counted from 0).
+    def turns(self, messages: list[Message], tools: Tools, wanted: set[int]) -> tuple[str, list[Spoken]]:
+        """The conversation's text, and in it each wanted assistant turn (counted from 0).
 
         What the template has no words for is first written as text, the way Hermes and Qwen do. Raises
         Unwritable.
@@ -84,40 +83,63 @@ class Chat:
                 refusal = error
         raise refusal
 
-    def _turns(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, wanted: set[int]
-    ) -> tuple[str, list[Span]]:
+    def written(self, messages: list[Message]) -> str:
+        """The conversation up to its last end of turn, whatever the template makes of it. Raises Unwritable."""
+        return self._write(*fit(messages, None, self.native)).removesuffix(self.tail)
+
+    @cached_property
+    def teaches(self) -> int:
+        """Of two turns, plain and with thoughts in both places, how many it writes whole and with an end: 0 to 6."""
+        whole = 0
+        ways = ({}, {"content": "<think>\n{}\n</think>\n\nanswer"}, {"reasoning_content": "{}"})
+        for way in ways:
+            first, last = (
+                ANSWER | {key: value.format(thought) for key, value in way.items()} for thought in ("because", "so")
+            )
+            try:
+                text, spoken = self.turns([ASK, first, ASK, last], None, {0, 1})
+            except Unwritable:
+                continue
+            whole += sum(not turn.lost and not text[: turn.end].endswith("answer") for turn in spoken)
+        return whole
+
+    @cached_property
+    def own_thought(self) -> bool:
+        """Whether it writes a thought without a word before an answer that has none."""
+        _, (turn,) = self.turns([ASK, ANSWER], None, {0})
+        return turn.own > turn.begin
+
+    def _turns(self, messages: list[Message], tools: Tools, wanted: set[int]) -> tuple[str, list[Spoken]]:
         if self.marks:
             text, spans = self._generated(messages, tools)
             said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
             if len(spans) == len(said) and all(
-                _last_words(messages[i]) in text[slice(*span)] for i, span in zip(said, spans, strict=True)
+                answer_of(messages[i]) in text[slice(*span)] for i, span in zip(said, spans, strict=True)
             ):
                 self._check_kept(messages, text)
-                return text, [self._closed(text, span) for i, span in enumerate(spans) if i in wanted]
+                spans = [self._closed(text, span) for span in spans]
+                return text, self._spoken(messages, text, spans, wanted)
         text = self._write(messages, tools)
         self._check_kept(messages, text)
-        return text, self._found(messages, tools, wanted, text)
+        return text, self._spoken(messages, text, self._found(messages, tools, wanted, text), wanted)
 
-    def _found(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, wanted: set[int], text: str
-    ) -> list[Span]:
-        """Spans of the wanted turns by invisible marks."""
+    def _found(self, messages: list[Message], tools: Tools, wanted: set[int], text: str) -> list[Span | None]:
+        """Spans of all assistant turns by invisible marks; None for those that are not wanted."""
         if any(mark in text for mark in (OPEN, CLOSE)):
             raise Unwritable("the conversation holds the noncharacters U+FDD0 or U+FDD1")
-        marked, chosen = [], []
-        ordinal = -1
+        marked, chosen, spans = [], [], []
         for i, message in enumerate(messages):
-            ordinal += message["role"] == "assistant"
-            take = message["role"] == "assistant" and ordinal in wanted
+            take = False
+            if message["role"] == "assistant":
+                take = len(spans) in wanted
+                spans.append(None)
             marked.append(self._marked(message) if take else message)
-            chosen += [i] * take
+            chosen += [(i, len(spans) - 1)] * take
         pieces = re.split(f"([{OPEN}{CLOSE}])", self._write(marked, tools))
         if "".join(pieces[1::2]) != (OPEN + CLOSE) * len(chosen) or "".join(pieces[::2]) != text:
             raise Unwritable("the chat template changes or leaves out an assistant turn, so its place is not certain")
-        spans: list[Span] = []
         at = end = 0
-        for i, before, words in zip(chosen, pieces[0::4], pieces[2::4], strict=False):
+        for (i, number), before, words in zip(chosen, pieces[0::4], pieces[2::4], strict=False):
             first, last = at + len(before), at + len(before) + len(words)
             begin = self._begin(text, end, first)
             stop = self.last_stop if i == len(messages) - 1 else self.stop
@@ -125,13 +147,30 @@ class Chat:
             between = text[last:end].strip()
             calls = bool(messages[i].get("tool_calls"))  # they stand between the words and the stop
             if begin < 0 or end < 0 or (between and not calls) or (calls and not stop):
-                raise Unwritable(
-                    f"the bounds of assistant turn {len(spans) + 1} cannot be found in the template's text"
-                )
+                raise Unwritable(f"the bounds of assistant turn {number + 1} cannot be found in the template's text")
+            earlier = text.find(self.opening, at) + len(self.opening) if self.opening else begin
+            if _lost(messages[i], text[begin:end]) and not _lost(messages[i], text[earlier:end]):
+                begin = earlier  # its thoughts stand in a part of their own, before that of the words
             end += len(stop)
-            spans.append((begin, end))
+            spans[number] = (begin, end)
             at = last
         return spans
+
+    def _spoken(self, messages: list[Message], text: str, spans: list[Span | None], wanted: set[int]) -> list[Spoken]:
+        """The wanted turns: what the generation prompt says is not theirs, nor is the template's own empty thought."""
+        said = [message for message in messages if message["role"] == "assistant"]
+        spoken = []
+        for i in sorted(wanted):
+            begin, end = spans[i]
+            if self.opening and text.startswith(self.opening, begin):
+                begin += len(self.opening)
+            elif overlap := _overlap(self.opening, text, begin):
+                begin += overlap
+            own = begin
+            if not thoughts_of(said[i]) and (empty := EMPTY.match(text, begin, end)):
+                own = empty.end()
+            spoken.append(Spoken(begin, own, end, _lost(said[i], text[begin:end])))
+        return spoken
 
     def _begin(self, text: str, floor: int, first: int) -> int:
         """Where the model would begin to write the turn whose words start at `first`; -1 if nowhere."""
@@ -171,73 +210,67 @@ class Chat:
 
     def _check_kept(self, messages: list[Message], text: str) -> None:
         for i, message in enumerate(messages):
-            if message["role"] in ("system", "user") and message["content"].strip() not in text:
+            words = answer_of(message) if message["role"] == "assistant" else message["content"].strip()
+            if message["role"] != "tool" and words not in text:
                 raise Unwritable(f"the chat template leaves out turn {i + 1} ({message['role']})")
 
-    def _generated(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> tuple[str, list[Span]]:
+    def _generated(self, messages: list[Message], tools: Tools) -> tuple[str, list[Span]]:
         try:
-            texts, spans = render_jinja_template(
-                [messages],
-                tools=tools,
-                chat_template=self.template,
-                return_assistant_tokens_mask=True,
-                **self.special,
-            )
-        except REFUSALS as error:
+            text, spans = write_marked(self.template, self.special, self._shaped(messages), tools)
+        except Refusal as error:
             raise Unwritable(f"the chat template refuses it: {error}") from None
-        return texts[0], [span for span in spans[0] if texts[0][slice(*span)].strip()]
+        return text, [span for span in spans if text[slice(*span)].strip()]
 
-    def _write(self, messages: list[Message], tools: list[dict[str, Any]] | None = None, prompt: bool = False) -> str:
+    def _write(self, messages: list[Message], tools: Tools = None, prompt: bool = False) -> str:
         try:
-            return write(self.template, self.special, messages, tools, prompt)
-        except REFUSALS as error:
+            return write(self.template, self.special, self._shaped(messages), tools, prompt)
+        except Refusal as error:
             raise Unwritable(f"the chat template refuses it: {error}") from None
 
-    def _takes(self, messages: list[Message], tools: list[dict[str, Any]] | None, needles: list[str]) -> bool:
-        """Whether the template writes each of the needles, and the last assistant's turn can be told."""
+    def _shaped(self, messages: list[Message]) -> list[Message]:
+        return in_parts(messages) if self.parts else messages
+
+    def _keeps(self, answer: Message) -> bool:
+        """Whether it writes contents as they are given to it now."""
         try:
-            last = sum(message["role"] == "assistant" for message in messages) - 1
-            text, _ = self._turns(messages, tools, {last})
+            return answer["content"] in self._write([ASK, answer])
         except Unwritable:
             return False
-        return all(needle in text for needle in needles)
+
+    def _takes(self, messages: list[Message], tools: Tools, needles: list[str]) -> bool:
+        """Whether the template writes each of the needles (its own within the last assistant's turn), and no thought
+        twice."""
+        try:
+            last = sum(message["role"] == "assistant" for message in messages) - 1
+            text, (turn,) = self._turns(messages, tools, {last})
+        except Unwritable:
+            return False
+        said = text[text.rfind(self.opening, 0, turn.begin) if self.opening else turn.begin : turn.end]
+        return all(needle in text for needle in needles) and not turn.lost and said.count(THINK_END) < 2
 
 
-def _probes() -> dict[str, tuple[list[Message], list[dict[str, Any]] | None, list[str]]]:
+def _probes() -> dict[str, tuple[list[Message], Tools, list[str]]]:
     """For each thing that not every template writes: a conversation with it, its tools, and what must be
     seen.
     """
-    ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "answer"}
-    function = {"name": "look_up", "description": "d", "parameters": {"type": "object", "properties": {}}}
-    call = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "zebra"}}}
-    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
-    result = {"role": "tool", "name": "look_up", "content": "striped"}
     return {
-        "system": ([{"role": "system", "content": "Be brief."}, ask, answer], None, ["Be brief."]),
-        "tools": ([ask, answer], [{"type": "function", "function": function}], ["look_up"]),
-        "calls": ([ask, calling], None, ["look_up", "zebra"]),
-        "results": ([ask, calling, result, answer], None, ["striped"]),
-        "reasoning": ([ask, answer | {"reasoning_content": "because"}], None, ["because"]),
+        "system": ([{"role": "system", "content": "Be brief."}, ASK, ANSWER], None, ["Be brief."]),
+        "tools": ([ASK, ANSWER], [{"type": "function", "function": FUNCTION}], ["look_up"]),
+        "calls": ([ASK, CALLING], None, ["look_up", "zebra"]),
+        "results": ([ASK, CALLING, RESULT, ANSWER], None, ["striped"]),
+        "reasoning": ([ASK, ANSWER | {"reasoning_content": "because"}], None, ["because"]),
+        "thoughts": ([ASK, ANSWER | {"content": "<think>\nbecause\n</think>\n\nanswer"}], None, ["because"]),
     }
 
 
-def _training_template(tokenizer: PreTrainedTokenizerBase, special: dict[str, str]) -> str:
-    """The tokenizer's template or, where later turns change what it wrote for earlier ones (Qwen3 drops
-    thoughts), TRL's variant for training that does not, where TRL knows one.
-    """
-    own = tokenizer.get_chat_template()
-    exchange = [
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "<think>\nt\n</think>\n\na"},
-    ]
-    if GENERATION.search(own) or write(own, special, exchange * 2).startswith(write(own, special, exchange)):
-        return own
-    from trl.chat_template_utils import get_training_chat_template  # slow to import, rarely needed
-
-    try:
-        return get_training_chat_template(tokenizer) or own
-    except ValueError:
-        return own
+def _lost(message: Message, said: str) -> str:
+    """What of an assistant's message does not stand in what was written of it: thoughts, words or calls."""
+    parts = {
+        "thoughts": thoughts_of(message),
+        "words": [answer_of(message)],
+        "calls": [call["function"]["name"] for call in message.get("tool_calls", ())],
+    }
+    return " and ".join(what for what, texts in parts.items() if not all(text in said for text in texts))
 
 
 def _stop(stops: re.Pattern[str], tail: str) -> str:
@@ -246,8 +279,10 @@ def _stop(stops: re.Pattern[str], tail: str) -> str:
     return token.group() if token else tail.strip()
 
 
-def _last_words(message: Message) -> str:
-    return message["content"].rpartition(THINK_END)[2].strip()
+def _overlap(opening: str, text: str, begin: int) -> int:
+    """How much of the opening's end stands after `begin`, where its head stands right before it."""
+    lengths = (k for k in range(len(opening) - 1, 0, -1) if text.startswith(opening, begin - len(opening) + k))
+    return next(lengths, 0)
 
 
 def _common(a: str, b: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from align.data.control import encoded_text
 from align.data.examples import Examples, Ledger, Part, joined
 from align.data.formats import Fault, Formats, Row, Shape, read_rows
 from align.data.mixture import Prepared, at_most, prepare, split_by_prompt
@@ -145,14 +146,11 @@ def _label(value: Any) -> str:
 
 def _render(rows: list[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[Tree | Fault]:
     """Each text as the tokenizer writes it, with the special tokens that it adds by itself."""
-    if not rows:
-        return []
-    encoded = tokenizer([row.text for row in rows], return_attention_mask=False, verbose=False)["input_ids"]
     return [
-        Tree((np.array(ids, np.int32),), (np.zeros(len(ids), bool),), (float(labels.index(row.label)),))
-        if ids
+        Tree((ids,), (np.zeros(len(ids), bool),), (float(labels.index(row.label)),))
+        if len(ids)
         else Fault(row.file, row.line, "text: the tokenizer makes no token of it")
-        for row, ids in zip(rows, encoded, strict=True)
+        for row, ids in zip(rows, encoded_text([row.text for row in rows], tokenizer), strict=True)
     ]
 
 

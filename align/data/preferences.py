@@ -11,10 +11,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from align.data.answers import COMPARED, JUDGED
-from align.data.chat import Chat, Span, Unwritable, chat_of
+from align.data.chat import Chat, Unwritable
+from align.data.chats import chat_of
+from align.data.control import Controls, controls_of
 from align.data.formats import FORMATS, Fault, Row
 from align.data.reading import Reading
-from align.data.render import tokenised
+from align.data.render import Written, tokenised
 from align.data.trees import Tree
 
 
@@ -46,32 +48,42 @@ def render_answers(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[
     The stem is all that the paths share before the first trained token; what the template writes after the end of the
     answers' turn is left off.
     """
-    chat = chat_of(tokenizer)
-    written: list[list[tuple[str, list[Span]]] | Fault] = []
+    chat, controls = chat_of(tokenizer), controls_of(tokenizer)
+    written: list[list[Written] | Fault] = []
     for row in rows:
         try:
-            written.append(_written(row, chat))
+            written.append(_written(row, chat, controls))
         except Unwritable as error:
             written.append(Fault(row.file, row.line, str(error)))
     texts = [text for texts in written if not isinstance(texts, Fault) for text in texts]
-    paths = iter(tokenised(texts, tokenizer))
+    paths = iter(tokenised(texts, controls))
     return [
-        texts if isinstance(texts, Fault) else _tree(row, [next(paths) for _ in texts])
+        texts if isinstance(texts, Fault) else _tree(row, [next(paths) for _ in texts], texts)
         for row, texts in zip(rows, written, strict=True)
     ]
 
 
-def _written(row: Row, chat: Chat) -> list[tuple[str, list[Span]]]:
+def _written(row: Row, chat: Chat, controls: Controls) -> list[Written]:
     """For each answer the whole conversation's text and the span of the answer in it. Raises Unwritable."""
     last = sum(message["role"] == "assistant" for message in row.messages)
-    texts = [chat.turns([*row.messages, answer], row.tools, {last}) for answer in row.answers]
-    prompts = {text[: span[0]] for text, (span,) in texts}
+    messages, answers, tools = map(controls.disguised, (row.messages, list(row.answers), row.tools))
+    texts: list[Written] = []
+    prompts: set[str] = set()
+    for answer in answers:
+        text, (turn,) = chat.turns([*messages, answer], tools, {last})
+        if turn.lost:
+            raise Unwritable(
+                f"the chat template leaves out the {turn.lost} of an answer; give one that keeps them in "
+                "model.chat_template, or take them out of the row"
+            )
+        texts.append((text, [(turn.own, turn.end)], controls.notes(text)))
+        prompts.add(text[: turn.begin])
     if len(prompts) > 1:
         raise Unwritable("the chat template writes the prompt in another way before another answer")
     return texts
 
 
-def _tree(row: Row, paths: list[tuple[np.ndarray, np.ndarray]]) -> Tree | Fault:
+def _tree(row: Row, paths: list[tuple[np.ndarray, np.ndarray]], written: list[Written]) -> Tree | Fault:
     if not all(trained.any() for _, trained in paths):
         return Fault(row.file, row.line, "no trained token in an answer: the chat template leaves nothing of it")
     ids = [ids[: np.flatnonzero(trained)[-1] + 1] for ids, trained in paths]
@@ -85,4 +97,5 @@ def _tree(row: Row, paths: list[tuple[np.ndarray, np.ndarray]]) -> Tree | Fault:
     if len({branch.tobytes() for branch in branches}) < len(branches):
         return Fault(row.file, row.line, "two answers are the same as the chat template writes them")
     marks = tuple(trained[stem : len(path)] for path, (_, trained) in zip(ids, paths, strict=True))
-    return Tree((ids[0][:stem], *branches), (np.zeros(stem, bool), *marks), row.targets)
+    notes = tuple(dict.fromkeys(note for *_, notes in written for note in notes))
+    return Tree((ids[0][:stem], *branches), (np.zeros(stem, bool), *marks), row.targets, notes=notes)

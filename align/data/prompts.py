@@ -14,11 +14,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from align.data.answers import COMPARED, PROMPTS, prompt_turns
-from align.data.chat import Unwritable, chat_of
+from align.data.chat import Unwritable
+from align.data.chats import chat_of
+from align.data.control import controls_of
 from align.data.examples import Examples
 from align.data.formats import FORMATS, Fault, Formats, Row, Shape, read_records
 from align.data.reading import Reading
-from align.data.render import tokenised
+from align.data.render import Written, tokenised
 from align.data.trees import Tree
 from align.data.turns import Refused, check, encodable, said, tools_of
 
@@ -80,32 +82,39 @@ PROMPTING: Formats = {
 
 
 def _render(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[Tree | Fault]:
-    chat = chat_of(tokenizer)
-    written: list[tuple[str, list] | Fault | None] = []
+    controls = controls_of(tokenizer)
+    chat = chat_of(tokenizer) if any(row.messages is not None for row in rows) else None
+    written: list[Written | Fault] = []
     for row in rows:
-        if row.messages is None:
-            written.append(None)
-            continue
         try:
-            last = sum(message["role"] == "assistant" for message in row.messages)
-            text, ((begin, _),) = chat.turns([*row.messages, ANSWER], row.tools, {last})
-            written.append((text[:begin], []))
+            if row.messages is None:
+                text = controls.disguised(row.text)
+            else:
+                last = sum(message["role"] == "assistant" for message in row.messages)
+                messages, tools = controls.disguised(row.messages), controls.disguised(row.tools)
+                text, (turn,) = chat.turns([*messages, ANSWER], tools, {last})
+                text = text[: turn.begin]
+            written.append((text, [], controls.notes(text)))
         except Unwritable as error:
             written.append(Fault(row.file, row.line, str(error)))
-    chats = iter(tokenised([text for text in written if text and not isinstance(text, Fault)], tokenizer))
+    usable = [(row, each) for row, each in zip(rows, written, strict=True) if not isinstance(each, Fault)]
+    chats = iter(tokenised([each for row, each in usable if row.messages is not None], controls))
+    texts = iter(controls.encode([text for row, (text, *_) in usable if row.messages is None], add_special_tokens=True))
     return [
-        text if isinstance(text, Fault) else _stem(row, next(chats)[0] if text else _beginning(row.text, tokenizer))
-        for row, text in zip(rows, written, strict=True)
+        each
+        if isinstance(each, Fault)
+        else _stem(row, next(chats)[0] if row.messages else _beginning(next(texts).ids, tokenizer), each[2])
+        for row, each in zip(rows, written, strict=True)
     ]
 
 
-def _beginning(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    ends = ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1
-    return np.array(ids[:-1] if ends else ids, np.int32)
+def _beginning(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Without an end-of-text token that the tokenizer adds by itself."""
+    ends = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if ends else ids
 
 
-def _stem(row: Row, ids: np.ndarray) -> Tree | Fault:
+def _stem(row: Row, ids: np.ndarray, notes: tuple[str, ...]) -> Tree | Fault:
     if not len(ids):
         return Fault(row.file, row.line, "no token in the prompt, to go on from")
-    return Tree((ids,), (np.zeros(len(ids), bool),), (0.0,))
+    return Tree((ids,), (np.zeros(len(ids), bool),), (0.0,), notes=notes)

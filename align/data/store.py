@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from align.data.chat import chat_of
+from align.data.chats import chat_of
 from align.data.files import data_files, is_hub_id
 from align.data.formats import Fault, Row, find, read_rows
 from align.data.reading import Reading
@@ -28,7 +28,7 @@ from align.data.render import prompt_key
 from align.data.trees import Tree
 from align.recipe.schema import Source
 
-VERSION = 4  # of the store's files and of what the code above makes of a row: raise it when either changes
+VERSION = 5  # of the store's files and of what the code above makes of a row: raise it when either changes
 BATCH = 512  # rows that are rendered and tokenised at once
 COLUMNS = {
     "segments": "q",
@@ -136,7 +136,7 @@ def _build(
                 if isinstance(tree, Fault):
                     faults.append(tree)
                     continue
-                repairs += [Fault(row.file, row.line, repair) for repair in row.repairs]
+                repairs += [Fault(row.file, row.line, repair) for repair in (*row.repairs, *tree.notes)]
                 content = blake2b(digest_size=8)
                 for ids, trained in zip(tree.segments, tree.trained, strict=True):
                     tokens.write(ids.astype(np.int32).tobytes())

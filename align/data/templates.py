@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from align.recipe.errors import UserError
 
 Message = dict[str, Any]
+Tools = list[dict[str, Any]] | None
 
 BUILTIN = ("chatml", "plain")
-REFUSALS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-)  # what a template raises on messages it cannot take
-THINK_END = "</think>"
 TOOLS = (
     "# Tools\n\nYou may call one or more of these functions:\n<tools>\n{}\n</tools>\n\nTo call one, write:\n"
     '<tool_call>\n{{"name": <name>, "arguments": <object>}}\n</tool_call>'
 )
+OPTION = re.compile(r"[A-Za-z_]\w*")
+DEFAULTS = re.compile(r"\{#- defaults -#\}.*?\{#- end of defaults -#\}", re.DOTALL)
 
 
-def chat_tokenizer(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> PreTrainedTokenizerBase:
+class Refusal(Exception):
+    """A template is code of others: whatever it raises on a conversation becomes this, with the reason."""
+
+
+def chat_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, choice: str | None, options: dict[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
     """Give `tokenizer` the template of `model.chat_template`; `save_pretrained` then saves it too.
 
     None keeps the tokenizer's own; one that has none gets `chatml` if its vocabulary has `<|im_start|>`, else
-    `plain`. With `chatml`, `<|im_end|>` becomes the end-of-text token, so that sampling stops at the end of a
-    turn.
+    `plain`. With `chatml`, `<|im_end|>` becomes the end-of-text token. `options` become the template's defaults, so
+    that every program which reads the saved template writes conversations as they were trained.
 
     Raises UserError for a template that cannot be read, does not fit the vocabulary, or cannot write one
     exchange.
@@ -45,78 +48,94 @@ def chat_tokenizer(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> Pr
         _use_builtin(tokenizer, choice, vocabulary)
     elif choice is not None:
         tokenizer.chat_template = _read(choice)
+    if options:
+        tokenizer.chat_template = _defaults(options) + plain_template(tokenizer.get_chat_template())
     exchange = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
     name = f"chat template {choice}" if choice else f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
     try:
         write(tokenizer.get_chat_template(), special_tokens(tokenizer), exchange)
-    except TemplateSyntaxError as error:
-        raise UserError(f"{choice or name}:{error.lineno}: not a Jinja template: {error.message}") from None
-    except REFUSALS as error:
-        raise UserError(f"{name} cannot write a user and an assistant turn: {error}; set model.chat_template") from None
+    except Refusal as error:
+        if isinstance(error.__cause__, TemplateSyntaxError):
+            cause = error.__cause__
+            raise UserError(f"{choice or name}:{cause.lineno}: not a Jinja template: {cause.message}") from None
+        try:
+            write(tokenizer.get_chat_template(), special_tokens(tokenizer), in_parts(exchange))
+        except Refusal:
+            raise UserError(
+                f"{name} cannot write a user and an assistant turn: {error}; set model.chat_template"
+            ) from None
     return tokenizer
 
 
 def write(
     template: str,
     special: dict[str, str],
-    messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]] | None = None,
+    messages: list[Message],
+    tools: Tools = None,
     prompt: bool = False,
 ) -> str:
     """The conversation as `template` writes it; with `prompt`, up to where the assistant would begin to
-    speak.
+    speak. Raises Refusal.
     """
-    texts, _ = render_jinja_template(
-        [messages], tools=tools, chat_template=template, add_generation_prompt=prompt, **special
-    )
-    return texts[0]
+    return _rendered(template, messages, tools, add_generation_prompt=prompt, **special)[0]
 
 
-def fit(
-    messages: list[Message], tools: list[dict[str, Any]] | None, native: frozenset[str]
-) -> tuple[list[Message], list[dict[str, Any]] | None]:
-    """The conversation with everything that is not `native` to the template written as text.
+def write_marked(
+    template: str, special: dict[str, str], messages: list[Message], tools: Tools
+) -> tuple[str, list[tuple[int, int]]]:
+    """The same, and the spans between `{% generation %}` marks. Raises Refusal."""
+    return _rendered(template, messages, tools, return_assistant_tokens_mask=True, **special)
 
-    Thoughts as `<think>`, calls as `<tool_call>` JSON, results as `<tool_response>` in a user turn, tools
-    and, where there is no such role, the system's words in the turn that takes them. Assistant turns stay one
-    to one.
-    """
-    fitted: list[Message] = []
-    for message in messages:
-        message = {key: value for key, value in message.items() if key != "train"}
-        if message.get("reasoning_content") and "reasoning" not in native:
-            thoughts = message.pop("reasoning_content").strip("\n")
-            message["content"] = f"<think>\n{thoughts}\n{THINK_END}\n\n{message['content']}"
-        if message.get("tool_calls") and "calls" not in native:
-            calls = [f"<tool_call>\n{_json(call['function'])}\n</tool_call>" for call in message.pop("tool_calls")]
-            message["content"] = "\n".join([message["content"]] * bool(message["content"]) + calls)
-        if message["role"] == "tool" and "results" not in native:
-            words = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if fitted and fitted[-1].get("results"):
-                fitted[-1]["content"] += f"\n{words}"
-                continue
-            message = {"role": "user", "content": words, "results": True}
-        fitted.append(message)
-    fitted = [{key: value for key, value in message.items() if key != "results"} for message in fitted]
-    if tools and "tools" not in native:
-        words = TOOLS.format("\n".join(map(_json, tools)))
-        if fitted[0]["role"] == "system":
-            fitted[0] = fitted[0] | {"content": f"{fitted[0]['content']}\n\n{words}"}
-        else:
-            fitted.insert(0, {"role": "system", "content": words})
-        tools = None
-    if fitted[0]["role"] == "system" and "system" not in native:
-        first, *fitted = fitted
-        if fitted and fitted[0]["role"] == "user":
-            fitted[0] = fitted[0] | {"content": f"{first['content']}\n\n{fitted[0]['content']}"}
-        else:
-            fitted.insert(0, first | {"role": "user"})
-    return fitted, tools
+
+def _rendered(template: str, messages: list[Message], tools: Tools, **options: Any) -> tuple[str, Any]:
+    try:
+        texts, spans = render_jinja_template([messages], tools=tools, chat_template=template, **options)
+    except Exception as error:  # whatever the template's code does: 1/0, a macro without an end, a missing key
+        reason = str(error).strip().splitlines() or [""]
+        kind = "" if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: "
+        raise Refusal(f"{kind}{reason[0][:200]}") from error
+    return texts[0], spans[0] if spans else []
+
+
+def in_parts(messages: list[Message]) -> list[Message]:
+    """Contents as lists of one text, as the templates of models that also see pictures read them."""
+    return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def plain_template(template: str) -> str:
+    """The template without the defaults that options gave it."""
+    return DEFAULTS.sub("", template, count=1)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The tokens that a template may name, such as `eos_token`."""
     return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
+
+
+def _defaults(options: dict[str, Any]) -> str:
+    """Jinja that sets every option which the caller leaves open. Raises UserError for one that it cannot hold."""
+    lines = []
+    for name, value in options.items():
+        if not OPTION.fullmatch(name):
+            raise UserError(f"model.template_options: {name!r} is no name of a variable")
+        lines.append(f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(name, value)} %}}{{%- endif %}}")
+    return "{#- defaults -#}" + "".join(lines) + "{#- end of defaults -#}"
+
+
+def _literal(name: str, value: Any) -> str:
+    """A value as Jinja writes it."""
+    match value:
+        case bool() | None:
+            return {True: "true", False: "false", None: "none"}[value]
+        case int() | float():
+            return repr(value)
+        case str():
+            return json.dumps(value)
+        case list():
+            return f"[{', '.join(_literal(name, item) for item in value)}]"
+        case dict():
+            return "{" + ", ".join(f"{json.dumps(str(k))}: {_literal(name, v)}" for k, v in value.items()) + "}"
+    raise UserError(f"model.template_options: {name} is neither text, number, truth value, list nor mapping")
 
 
 def _use_builtin(tokenizer: PreTrainedTokenizerBase, choice: str, vocabulary: dict[str, int]) -> None:
@@ -136,10 +155,6 @@ def _use_builtin(tokenizer: PreTrainedTokenizerBase, choice: str, vocabulary: di
 def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"model.chat_template: '{path}' is neither chatml, plain nor a Jinja file: {reason}") from None
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)

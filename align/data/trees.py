@@ -33,6 +33,7 @@ class Tree(NamedTuple):
     targets: tuple[float, ...] = ()  # one for each path, what is known of it: a margin, a verdict, a class; or none
     parents: tuple[int, ...] = ()  # of each segment but the stem, which one it continues; empty: all of them the stem
     owners: tuple[int, ...] = ()  # one for each path, which example of the batch it is of; empty: this tree's number
+    notes: tuple[str, ...] = ()  # what its row's writing changed or left out, for the ledger
 
     def parent(self, segment: int) -> int | None:
         """The segment that one continues; None for the stem."""

@@ -85,7 +85,7 @@ def load_tokenizer(section: Model) -> Tokenizer:
         raise UserError(f"model.base: the tokenizer of {section.base} names no eos token; set it in its config")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return chat_tokenizer(tokenizer, section.chat_template)
+    return chat_tokenizer(tokenizer, section.chat_template, section.template_options)
 
 
 def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int = 0, outputs: int | None = None) -> Base:

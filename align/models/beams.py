@@ -88,6 +88,6 @@ def _chosen(said: Tensor, which: Tensor) -> Tensor:
 def _over(rows: Rows, said: Tensor, tokens: Tensor) -> Tensor:
     """said (n, K, t), tokens (n, K) the last of them -> (n, K) bool: by an end-of-turn token or a stop text."""
     over = torch.isin(tokens, rows.ends)
-    if rows.sampling.stop:
+    if rows.stop:
         over |= torch.tensor([[rows.stopped(one) for one in own] for own in said], device=over.device)
     return over

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align.data.formats import Fault, Row
+from align.data.prompts import prompts as prompts_reading
 from align.models.beams import search
 from align.models.cache import NAME as DECODE
 from align.models.joined import fixed_products
@@ -17,6 +19,7 @@ from align.models.packed import Linear, prepared
 from align.models.rows import Response, Rows
 from align.models.sampling import Sampling, draw, filtered, uniforms
 from align.models.trunk import Trunk
+from align.recipe.errors import UserError
 
 Heed = Callable[[list[int]], None]
 KEPT_TOKENS = {"cpu": 32_768, "cuda": 1_048_576}  # of all rows that are sampled at once
@@ -65,22 +68,29 @@ def sample(
 
 
 def answer(trunk: Trunk, prompt: str, most: int, written_as: Literal["chat", "text"]) -> str:
-    """The greedy answer to one user turn, or continuation of a text, of at most `most` tokens."""
-    tokenizer = trunk.tokenizer
-    if written_as == "chat":
-        turn = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(prompt, add_special_tokens=written_as == "text")["input_ids"]
+    """The greedy answer to one user turn, or continuation of a text, of at most `most` tokens.
+
+    Raises UserError for a prompt that cannot be written.
+    """
+    asked = [{"role": "user", "content": prompt}] if written_as == "chat" else None
+    (tree,) = prompts_reading().render([Row("", 0, asked, None if asked else prompt, None)], trunk.tokenizer)
+    if isinstance(tree, Fault):
+        raise UserError(f"log.samples: {tree.reason}")
+    ids = tree.segments[0]
     if trunk.packed:
-        ((response,),) = sample(trunk, [np.array(ids, np.int32)], Sampling(most, temperature=0), [(0,)])
-        return tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
+        ((response,),) = sample(trunk, [ids], Sampling(most, temperature=0), [(0,)])
+        return trunk.tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
     with trunk.generating() as model:  # layers that keep another state than keys and values
-        inputs = torch.tensor([ids], device=trunk.device)
-        ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        inputs = torch.tensor(ids[None], dtype=torch.long, device=trunk.device)
         out = model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=most, do_sample=False, **ends
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=most,
+            do_sample=False,
+            pad_token_id=trunk.tokenizer.pad_token_id,
+            tokenizer=trunk.tokenizer,
         )
-    return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+    return trunk.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
 
 
 class _Draws:
@@ -127,7 +137,7 @@ class _Draws:
         going = []
         over = torch.isin(tokens, self.rows.ends).tolist()
         for row, done in zip(self.active.tolist(), over, strict=True):
-            if not self.ended[row] and (done or (self.sampling.stop and self.rows.stopped(self.said[row, : t + 1]))):
+            if not self.ended[row] and (done or (self.rows.stop and self.rows.stopped(self.said[row, : t + 1]))):
                 self.ended[row], self.lengths[row] = True, t + 1
             going.append(not self.ended[row])
         return going

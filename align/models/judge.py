@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from align.data.templates import REFUSALS
+from align.data.chat import Unwritable
+from align.data.chats import chat_of
+from align.data.control import controls_of
 from align.models.base import about_result, base_folder, weights_fingerprint
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
@@ -77,19 +79,21 @@ class Judge:
         return tokens.to(self.model.device), mask.to(self.model.device)
 
     def _ids(self, answer: Answer) -> list[int]:
-        """Prompt and response as this model's own tokenizer writes them; the end is kept where it is too long."""
-        messages = answer.asked.messages
-        if messages is not None and self.tokenizer.chat_template:
-            talk = [*messages, {"role": "assistant", "content": answer.response}]
-            try:
-                text = self.tokenizer.apply_chat_template(talk, tokenize=False).rstrip("\n")
-            except REFUSALS as error:
-                name = self.tokenizer.name_or_path
-                raise UserError(f"{name}: its chat template cannot write what it is to judge ({error})") from None
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        else:
-            before = answer.asked.text if messages is None else messages[-1]["content"] + "\n"
-            ids = self.tokenizer(before + answer.response, verbose=False)["input_ids"]
+        """Prompt and response as this model's own tokenizer writes them, up to the end of the response's turn; of what
+        is too long, the end."""
+        messages, tokenizer = answer.asked.messages, self.tokenizer
+        try:
+            controls = controls_of(tokenizer)
+            if messages is not None and tokenizer.chat_template:
+                talk = controls.disguised([*messages, {"role": "assistant", "content": answer.response}])
+                text, written = chat_of(tokenizer).written(talk), True
+            else:
+                before = answer.asked.text if messages is None else messages[-1]["content"] + "\n"
+                text, written = controls.disguised(before + answer.response), False
+        except (Unwritable, UserError) as error:
+            name = tokenizer.name_or_path
+            raise UserError(f"{name}: its chat template cannot write what it is to judge ({error})") from None
+        ids = controls.encode([text], add_special_tokens=not written)[0].ids.tolist()
         return (ids or [self.fill])[-self.longest :]
 
 

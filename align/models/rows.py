@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align.data.ends import turn_ends
 from align.data.trees import Tree, plant
 from align.models.blocks import ForestMask
 from align.models.cache import STRETCH, KeyValues, Recorder
@@ -35,7 +36,8 @@ class Rows:
     ) -> None:
         """`copies` rows of each prompt, side by side; `project`: hidden states to logits."""
         self.trunk, self.project, self.sampling = trunk, project, sampling
-        self.ends = torch.tensor(sorted(end_tokens(trunk)), device=trunk.device)
+        self.ends = torch.tensor(sorted(trunk.end_tokens), device=trunk.device)
+        self.stop = (*sampling.stop, *turn_ends(trunk.tokenizer).texts)
         self.replayed = trunk.replayed
         self.replayed.renew()
         self.logits, self.kept = self._prompts(prompts, copies)
@@ -83,9 +85,9 @@ class Rows:
         """Whether a response, (t,) of its tokens, has just said a stop text."""
         if len(said) < self.sampling.min_new:
             return False
-        longest = max(map(len, self.sampling.stop))
+        longest = max(map(len, self.stop))
         tail = self.trunk.tokenizer.decode(said[-longest - 1 :])
-        return any(stop in tail for stop in self.sampling.stop)
+        return any(stop in tail for stop in self.stop)
 
     def _prompts(self, prompts: list[np.ndarray], copies: int) -> tuple[Tensor, KeyValues]:
         """Logits after each prompt, (B, V), and its keys and values, for every one of its rows."""
@@ -105,9 +107,3 @@ class Rows:
         spans = [(int(a), int(b)) for a, b in pairwise(edges) for _ in range(copies)]
         more = self.sampling.max_new if self.replayed.recorder and self.sampling.beams == 1 else STRETCH
         return self.project(hidden).repeat_interleave(copies, 0), KeyValues(recorder, spans, more)
-
-
-def end_tokens(trunk: Trunk) -> set[int]:
-    """What ends a response: the tokenizer's end-of-turn token, and those that the base names besides."""
-    named = getattr(trunk.plain.generation_config, "eos_token_id", None)
-    return {trunk.tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or [])}

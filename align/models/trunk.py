@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
+from align.data.ends import turn_ends
 from align.data.trees import FLEX_BLOCK, Forest, Tree, plant
 from align.models import compiled
 from align.models.attention import NAME as FOREST
@@ -101,12 +104,30 @@ class Trunk(nn.Module):
 
     @property
     def remarks(self) -> list[str]:
-        """What a user should know of how it computes."""
+        """What a user should know of how it computes, and of what ends its answers."""
         remarks = [f"padded layout, for {self.layout_reason}"] if self.layout_reason else []
+        if not self.outputs and (remark := turn_ends(self.tokenizer).remark):
+            remarks.append(remark)
         wants = self.adapted and self.device.type == "cpu" and self.dtype == torch.bfloat16 and compiled.suits()
         if wants and compiled.library() is None:
             remarks.append("PyTorch does alone what C kernels do faster: they could not be compiled (is gcc there?)")
         return remarks
+
+    @property
+    def end_tokens(self) -> set[int]:
+        """What ends a response: the end of a turn as the chat template trains it, the end of a text, and what the base
+        names besides."""
+        named = getattr(self.plain.generation_config, "eos_token_id", None)
+        ends = {self.tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or [])}
+        return {int(end) for end in ends if end is not None}.union(turn_ends(self.tokenizer).ids)
+
+    def generation_config(self) -> GenerationConfig:
+        """The base's, with the ends of turns: for `generate` and for what is saved."""
+        config = deepcopy(self.plain.generation_config)
+        config.eos_token_id = sorted(self.end_tokens)
+        if texts := turn_ends(self.tokenizer).texts:
+            config.stop_strings = list(texts)
+        return config
 
     @property
     def device(self) -> torch.device:
@@ -179,13 +200,15 @@ class Trunk(nn.Module):
     @contextmanager
     def generating(self):
         """transformers' own attention and mode for `generate`, then back."""
-        training = self.training
+        training, config = self.training, self.plain.generation_config
         self._set_attention(self.own_attention)
         self.eval()
+        self.plain.generation_config = self.generation_config()
         try:
             with torch.no_grad(), self.autocast():
                 yield self.plain
         finally:
+            self.plain.generation_config = config
             self.train(training)
             self._set_attention(FOREST if self.packed else self.own_attention)
 
@@ -212,6 +235,8 @@ class Trunk(nn.Module):
         self.causal.save_pretrained(folder, state_dict=named, **more)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
         self.tokenizer.save_pretrained(folder)
+        if not self.outputs:  # over what save_pretrained of a whole model wrote
+            self.generation_config().save_pretrained(folder)
         role = "adapter" if self.adapted else "model"
         meta = {"role": role, "base": self.base_name, "fingerprint": self.fingerprint, **about}
         (folder / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")

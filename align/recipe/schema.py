@@ -49,6 +49,8 @@ class Model(Section):
     chat_template: str | None = None
     """`chatml`, `plain` or a Jinja file. Default: the tokenizer's own; without one, `chatml` if its vocabulary has
     `<|im_start|>`, else `plain`."""
+    template_options: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, such as `enable_thinking: false`. They become its defaults, in the result too."""
     trust_remote_code: bool = False
     """Run Python code that the base's repository carries. Leave off unless you have read it."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from align.data.chat import chat_of
+from align.data.chats import chat_of
 from align.data.mixture import Prepared
 from align.recipe.errors import UserError
 from align.recipe.load import dump_recipe, load_recipe

@@ -14,7 +14,8 @@ from align.data.examples import unusable
 from align.data.formats import Fault
 from align.data.mixture import prepare
 from align.data.preferences import labelled, preferences, render_answers
-from align.data.render import conversations, prompt_key, render, show
+from align.data.render import conversations, prompt_key, render
+from align.data.show import show
 from align.data.store import stored
 from align.data.templates import chat_tokenizer
 from align.recipe.errors import UserError
@@ -162,11 +163,9 @@ def test_tools_and_calls_are_written():
 def test_what_the_template_does_to_a_prompt_or_an_answer_is_a_fault():
     peeking = SMOLLM.replace("{% for message", "{{ (messages | last)['content'][:1] }}{% for message", 1)
     assert "changes or leaves out an assistant turn" in fault_of(asked("a", "b"), tiny_tokenizer(peeking))
-    thinking = SMOLLM.replace("{% for message", "{{ (messages | last)['reasoning_content'] }}{% for message", 1)
-    row = asked("a", "b", prompt=talk_of("q"))
-    row = row._replace(answers=(say("a", reasoning_content="x"), say("b", reasoning_content="y")))
+    measuring = SMOLLM.replace("{% for message", "{{ (messages | last)['content'] | length > 9 }}{% for message", 1)
     reason = "the chat template writes the prompt in another way before another answer"
-    assert fault_of(row, tiny_tokenizer(thinking)) == reason
+    assert fault_of(asked("a", "a longer answer"), tiny_tokenizer(measuring)) == reason
     refused = asked("a", "b", prompt=[talk_of("q")[0], *talk_of("q")])
     assert "roles must alternate user/assistant" in fault_of(refused, VOICES["gemma"].tokenizer())
 

@@ -17,7 +17,12 @@ from voices import (
     tree_of,
 )
 
-from align.data.chat import chat_of
+from align.data.chats import chat_of
+from align.data.ends import turn_ends
+from align.data.formats import Fault, Row
+from align.data.preferences import render_answers
+from align.data.prompts import prompts
+from align.data.render import render
 from align.data.templates import chat_tokenizer
 from align.recipe.errors import UserError
 
@@ -54,23 +59,125 @@ def test_builtin_templates_write_tools_themselves(choice, said):
 
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-PICTURES = {"idefics3", "smolvlm", "llava_next"}  # their content is a list of pictures and texts
-STOCK = sorted(
-    path.stem for path in TEMPLATES.glob("*.jinja") if not path.stem.endswith("_training") and path.stem not in PICTURES
-)
+STOCK = sorted(path.stem for path in TEMPLATES.glob("*.jinja") if not path.stem.endswith("_training"))
+FORGET_EARLIER = {"lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl", "glm4moe"} | {
+    f"nemotron_3_{size}" for size in ("nano", "super", "ultra", "5_lightning")
+}
+ENDS = {
+    "deepseek_r1_distill": "<｜end▁of▁sentence｜>",
+    "gptoss": "<|return|>",
+    "glm4moe": "<|user|>",
+    "phi3": "<|end|>",
+}
 
 
-@pytest.mark.parametrize("name", STOCK)
-def test_stock_templates(name):
+def stock(name: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that has the tokens which the template writes."""
     template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     tokenizer = tiny_tokenizer(template, bos_token="<s>", eos_token="</s>")
     words = set(re.findall(r"<[|｜/_a-z][^<>\s']*[|｜a-z_]>|</s>", template))
     tokenizer.add_tokens(sorted(word for word in words if "tool" not in word and "think" not in word))
+    return tokenizer
+
+
+def test_all_of_them_are_there():
+    assert len(STOCK) >= 39
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_templates(name):
+    tokenizer = stock(name)
     first, second = learnt(talk_of("q", "春风", "r", "wind"), tokenizer)
     assert ("春风" in first, "wind" in first, "wind" in second) == (True, False, True)
+    assert "think" not in first + second, "an empty thought that the template writes is not learnt"
     call, answer = learnt(AGENT, tokenizer, tools=[TOOL])
     assert ("weather" in call, "北京" in call, "Yes." in answer) == (True, True, True)
     assert not any(word in call + answer for word in ("sunny", "rain", "Is it"))
+    (end,) = {tokenizer.convert_ids_to_tokens(id) for id in turn_ends(tokenizer).ids} - {"<|call|>", "<|observation|>"}
+    assert second.endswith(end)
+    assert end == ENDS.get(name, end)
+
+
+@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("way", ["in the content", "beside it"])
+def test_thoughts_in_stock_templates_are_learnt_or_named(name, way):
+    """Whole, or the row's notes, or its refusal, say what is left out."""
+    tokenizer = stock(name)
+    thoughts, answers = ("mountain", "valley"), ("first", "second")
+    talk = talk_of("q", answers[0], "r", answers[1])
+    for turn, thought in zip(talk[1::2], thoughts, strict=True):
+        if way == "beside it":
+            turn["reasoning_content"] = thought
+        else:
+            turn["content"] = f"<think>\n{thought}\n</think>\n\n{turn['content']}"
+    tree = render(make_row(talk), tokenizer, "assistant")
+    if isinstance(tree, Fault):
+        assert name == "deepseekv3"
+        assert "leaves out the thoughts of every assistant turn" in tree.reason
+        return
+    runs = trained_runs(tree, tokenizer)
+    told = len(tree.notes)
+    assert len(runs) == 2 - told
+    for run, thought, answer in zip(runs, thoughts[told:], answers[told:], strict=True):
+        assert thought in run
+        assert run.rindex(answer) > run.index(thought)
+        assert run.count("</think>") < 2
+    if told:
+        assert name in FORGET_EARLIER or (way == "beside it" and name in ("gemma4_v5", "diffusion_gemma", "gptoss"))
+        assert "assistant turn 1 is context, not learnt" in tree.notes[0]
+    pair = render_answers([asked_pair(*(talk[i] for i in (1, 3)))], tokenizer)[0]
+    assert not isinstance(pair, Fault)
+    assert all(thought in tokenizer.decode(branch) for thought, branch in zip(thoughts, pair.segments[1:], strict=True))
+
+
+def asked_pair(chosen, rejected) -> Row:
+    return make_row(talk_of("q"))._replace(answers=(chosen, rejected))
+
+
+def test_options_become_the_defaults_of_the_template(tmp_path):
+    template = "{{ greeting }}{% if loud %}!{% endif %}" + SMOLLM
+    tokenizer = chat_tokenizer(tiny_tokenizer(template), None, {"greeting": 'Oh "you"', "loud": True})
+    tokenizer.save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    ask = talk_of("q")
+    assert saved.apply_chat_template(ask, tokenize=False).startswith('Oh "you"!<|im_start|>system')
+    assert saved.apply_chat_template(ask, tokenize=False, loud=False).startswith('Oh "you"<|im_start|>')
+    again = chat_tokenizer(saved, None, {"greeting": "Hi"})
+    assert again.apply_chat_template(ask, tokenize=False).startswith("Hi<|im_start|>")
+    for options, problem in ({"a b": 1}, "'a b' is no name"), ({"a": object()}, "a is neither text"):
+        with pytest.raises(UserError, match=problem):
+            chat_tokenizer(tiny_tokenizer(SMOLLM), None, options)
+
+
+def test_an_option_turns_thinking_off():
+    """As at inference: the empty thought is then a part of the generation prompt."""
+    quiet = stock("qwen3")
+    chat_tokenizer(quiet, None, {"enable_thinking": False})
+    (tree,) = prompts().render([make_row(talk_of("q"))], quiet)
+    assert quiet.decode(tree.segments[0]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    (tree,) = prompts().render([make_row(talk_of("q"))], stock("qwen3"))
+    assert quiet.decode(tree.segments[0]).endswith("<|im_start|>assistant\n")
+    talk = talk_of("q", "<think>\nlong ago\n</think>\n\nfirst", "r", "second")
+    assert learnt(talk, quiet) == ["<think>\nlong ago\n</think>\n\nfirst<|im_end|>", "second<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "RecursionError: "),
+        ("{% for i in range(10 ** 9) %}a{% endfor %}", "OverflowError: "),
+        ("{{ messages[50].content }}", "no element 50"),
+        ("{{ 'a' * messages }}", "TypeError: "),
+    ],
+)
+def test_whatever_a_template_does_is_one_line(wrong, problem):
+    with pytest.raises(UserError, match=problem) as raised:
+        chat_tokenizer(tiny_tokenizer(wrong), None)
+    assert len(raised.value.problems) == 1
+    later = SMOLLM + "{% if messages | length > 4 %}" + wrong + "{% endif %}"
+    fault = render(make_row(talk_of(*"abcdef")), chat_tokenizer(tiny_tokenizer(later), None), "assistant")
+    assert problem in fault.reason
 
 
 @pytest.mark.parametrize(("name", "results"), [("smollm", False), ("gemma", True), ("llama2", True), ("marked", False)])

@@ -9,7 +9,7 @@ from models.tiny import SPECIAL, VOCABULARY, tiny_trunk
 
 from align.models.beams import Hypotheses
 from align.models.decode import sample
-from align.models.rows import Response, end_tokens
+from align.models.rows import Response
 from align.models.sampling import Sampling
 from align.recipe.schema import Lora
 
@@ -29,7 +29,7 @@ def trunk():
 
 def generated(trunk, prompt: np.ndarray, k: int, new: int, **options) -> list[list[int]]:
     """The k best of transformers, without what follows their ends."""
-    inputs, ends = torch.from_numpy(prompt).long()[None], sorted(end_tokens(trunk))
+    inputs, ends = torch.from_numpy(prompt).long()[None], sorted(trunk.end_tokens)
     with trunk.generating() as model:
         out = model.generate(
             inputs, attention_mask=torch.ones_like(inputs), do_sample=False, num_beams=k, num_return_sequences=k,
@@ -55,7 +55,7 @@ def test_the_best_are_those_of_generate(trunk, k, options):
     named = {theirs.get(name, name): value for name, value in options.items()}
     for prompt, found in zip(PROMPTS, searched(trunk, k, 12, **options), strict=True):
         assert [r.tokens.tolist() for r in found] == generated(trunk, prompt, k, 12, **named)
-        assert [r.ended for r in found] == [int(r.tokens[-1]) in end_tokens(trunk) for r in found]
+        assert [r.ended for r in found] == [int(r.tokens[-1]) in trunk.end_tokens for r in found]
 
 
 def test_searches_differ_from_greedy_end_apart_and_are_cut_off(trunk):

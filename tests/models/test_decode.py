@@ -8,7 +8,6 @@ import torch
 from models.tiny import ATTENTION, SPECIAL, VOCABULARY, tiny_trunk
 
 from align.models.decode import answer, sample
-from align.models.rows import end_tokens
 from align.models.sampling import Sampling, draw, filtered, penalised, uniforms
 from align.recipe.schema import Lora
 
@@ -29,7 +28,7 @@ def generated(trunk, prompt: np.ndarray, **options) -> list[int]:
             inputs,
             attention_mask=torch.ones_like(inputs),
             pad_token_id=1,
-            eos_token_id=sorted(end_tokens(trunk)),
+            eos_token_id=sorted(trunk.end_tokens),
             **options,
         )
     return out[0, len(prompt) :].tolist()
@@ -59,7 +58,7 @@ def test_a_response_ends_with_its_end_token(trunk):
     """A model that says its end token half of the time."""
     sampling = Sampling(30, temperature=3.0)
     found = [r for row in sample(trunk, PROMPTS * 4, sampling, [(i,) for i in range(16)], samples=8) for r in row]
-    ends = end_tokens(trunk)
+    ends = trunk.end_tokens
     for response in found:
         *body, last = response.tokens.tolist()
         assert not ends & set(body)

@@ -1,0 +1,39 @@
+import pytest
+from voices import SMOLLM, VOICES, tiny_tokenizer
+
+from align.data.ends import TurnEnds, turn_ends
+from align.data.templates import chat_tokenizer
+
+
+@pytest.mark.parametrize("name", VOICES)
+def test_the_end_that_is_trained_is_the_end(name):
+    """Whatever the tokenizer calls its end of text."""
+    voice = VOICES[name]
+    for eos in ("<|endoftext|>", "</s>", "<|user|>"):
+        tokenizer = tiny_tokenizer(voice.template, **voice.tokens | {"eos_token": voice.tokens.get("eos_token", eos)})
+        assert tokenizer.convert_ids_to_tokens(list(turn_ends(tokenizer).ids)) == [voice.end.strip()]
+        assert turn_ends(tokenizer).remark == ""
+
+
+def test_ends_that_are_no_token():
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ end }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    ends = turn_ends(tiny_tokenizer(template.replace("end }}", "'\\n###\\n' }}", 1)))
+    assert ends == TurnEnds((), ("###",))
+    assert "ends a turn with '###', which is no single token" in ends.remark
+    ends = turn_ends(tiny_tokenizer(template.replace("{{ end }}", "\n")))
+    assert ends == TurnEnds((), ())
+    assert "never learns to stop" in ends.remark
+
+
+def test_the_end_of_the_last_turn_where_it_is_another():
+    template = SMOLLM.replace("'<|im_end|>' + '\n'", "('</s>' if loop.last else '<|im_end|>') + '\n'")
+    assert template != SMOLLM
+    tokenizer = tiny_tokenizer(template)
+    assert tokenizer.convert_ids_to_tokens(list(turn_ends(tokenizer).ids)) == ["</s>"]
+
+
+def test_builtin_templates():
+    for choice in ("chatml", "plain"):
+        tokenizer = chat_tokenizer(tiny_tokenizer(eos_token="<|endoftext|>"), choice)
+        assert turn_ends(tokenizer).ids == (tokenizer.eos_token_id,)
