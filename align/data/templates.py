@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ TOOLS = (
     "# Tools\n\nYou may call one or more of these functions:\n<tools>\n{}\n</tools>\n\nTo call one, write:\n"
     '<tool_call>\n{{"name": <name>, "arguments": <object>}}\n</tool_call>'
 )
+GIVEN = {"messages", "tools", "documents", "add_generation_prompt"}
 OPTION = re.compile(r"[A-Za-z_]\w*")
 DEFAULTS = re.compile(r"\{#- defaults -#\}.*?\{#- end of defaults -#\}", re.DOTALL)
 
@@ -49,7 +51,8 @@ def chat_tokenizer(
     elif choice is not None:
         tokenizer.chat_template = _read(choice)
     if options:
-        tokenizer.chat_template = _defaults(options) + plain_template(tokenizer.get_chat_template())
+        plain = plain_template(tokenizer.get_chat_template())
+        tokenizer.chat_template = _defaults(options, plain, GIVEN | set(special_tokens(tokenizer))) + plain
     exchange = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
     name = f"chat template {choice}" if choice else f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
     try:
@@ -112,12 +115,17 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
 
 
-def _defaults(options: dict[str, Any]) -> str:
-    """Jinja that sets every option which the caller leaves open. Raises UserError for one that it cannot hold."""
-    lines = []
+def _defaults(options: dict[str, Any], template: str, given: set[str]) -> str:
+    """Jinja that sets every option which the caller leaves open. Raises UserError for one that changes nothing."""
+    lines, words = [], set(re.findall(r"[A-Za-z_]\w*", template))
     for name, value in options.items():
-        if not OPTION.fullmatch(name):
-            raise UserError(f"model.template_options: {name!r} is no name of a variable")
+        if not OPTION.fullmatch(name) or name in given:
+            why = "is given to every template" if name in given else "is no name of a variable"
+            raise UserError(f"model.template_options: {name!r} {why}")
+        if name not in words:
+            close = get_close_matches(name, sorted(words - given), n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"model.template_options: the chat template reads no {name!r}{meant}")
         lines.append(f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(name, value)} %}}{{%- endif %}}")
     return "{#- defaults -#}" + "".join(lines) + "{#- end of defaults -#}"
 
@@ -156,5 +164,6 @@ def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        undecodable = isinstance(error, UnicodeDecodeError)
+        reason = "not UTF-8 text" if undecodable else getattr(error, "strerror", None) or str(error)
         raise UserError(f"model.chat_template: '{path}' is neither chatml, plain nor a Jinja file: {reason}") from None

@@ -144,7 +144,12 @@ def test_options_become_the_defaults_of_the_template(tmp_path):
     assert saved.apply_chat_template(ask, tokenize=False, loud=False).startswith('Oh "you"<|im_start|>')
     again = chat_tokenizer(saved, None, {"greeting": "Hi"})
     assert again.apply_chat_template(ask, tokenize=False).startswith("Hi<|im_start|>")
-    for options, problem in ({"a b": 1}, "'a b' is no name"), ({"a": object()}, "a is neither text"):
+    for options, problem in (
+        ({"a b": 1}, "'a b' is no name"),
+        ({"loop": object()}, "loop is neither text"),
+        ({"messages": []}, "'messages' is given to every template"),
+        ({"mesage": 1}, "reads no 'mesage'; did you mean 'message'"),
+    ):
         with pytest.raises(UserError, match=problem):
             chat_tokenizer(tiny_tokenizer(SMOLLM), None, options)
 
