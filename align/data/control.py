@@ -13,7 +13,7 @@ import json
 import re
 from copy import deepcopy
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -39,7 +39,7 @@ class Controls:
     """A tokenizer's control tokens: its special ones, and what its chat template writes around turns."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+        self._tokenizer = ref(tokenizer)  # it is the key that these are kept under, and may go
         known = tokenizer.added_tokens_decoder.values()
         talk = _exchange(tokenizer)
         tokens = [t.content for t in known if t.special or (t.content in talk and t.content not in (THINK, THINK_END))]
@@ -50,6 +50,13 @@ class Controls:
         self._exchange = both
         self._either = re.compile("|".join(map(re.escape, sorted(both, key=len, reverse=True))) or "(?!)")
         self._twin: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Whose they are."""
+        found = self._tokenizer()
+        assert found is not None, "whoever asks for the controls holds the tokenizer"
+        return found
 
     def disguised(self, value: Any) -> Any:
         """The value with what looks like a control token disguised, in all texts inside it. Raises Unwritable for a

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from models.tiny import ATTENTION, SPECIAL, VOCABULARY, tiny_trunk
+from transformers import GenerationConfig
 
+from align.data.ends import turn_ends
 from align.models.decode import answer, sample
 from align.models.sampling import Sampling, draw, filtered, penalised, uniforms
 from align.recipe.schema import Lora
@@ -65,6 +69,32 @@ def test_a_response_ends_with_its_end_token(trunk):
         assert response.ended == (last in ends)
         assert response.ended or len(response.tokens) == 30
     assert {r.ended for r in found} == {True, False}
+
+
+def test_a_response_ends_where_the_chat_template_ends_turns(tmp_path):
+    """By a token that is not the tokenizer's end of text, or by a text; and so do other programs."""
+    trunk = tiny_trunk("llama", Lora(r=4, alpha=8))
+    template = "{% for m in messages %}{{ m.role + ':' + m.content + END }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    trunk.tokenizer.chat_template = template.replace("END", "'<|im_start|>'")
+    assert trunk.end_tokens == {1, 2}
+    found = [r for row in sample(trunk, PROMPTS * 4, Sampling(30), [(i,) for i in range(16)], samples=8) for r in row]
+    assert {int(r.tokens[-1]) for r in found if r.ended} >= {1, 2}
+    assert not any({1, 2} & set(r.tokens[:-1].tolist()) for r in found)
+    trunk.save(tmp_path / "token", {}, {})
+    assert GenerationConfig.from_pretrained(tmp_path / "token").eos_token_id == [1, 2]
+
+    ((whole,),) = sample(trunk, PROMPTS[:1], Sampling(20, temperature=0), KEYS[:1])
+    text = trunk.tokenizer.decode(whole.tokens[4:6])
+    trunk.tokenizer.chat_template = template.replace("END", json.dumps(text))
+    assert (trunk.end_tokens, turn_ends(trunk.tokenizer).texts) == ({2}, (text.strip(),))
+    ((response,),) = sample(trunk, PROMPTS[:1], Sampling(20, temperature=0), KEYS[:1])
+    assert response.ended
+    assert text.strip() in trunk.tokenizer.decode(response.tokens)
+    assert len(response.tokens) <= 6
+    assert any(repr(text.strip()) in remark for remark in trunk.remarks)
+    trunk.save(tmp_path / "text", {}, {})
+    assert GenerationConfig.from_pretrained(tmp_path / "text").stop_strings == [text.strip()]
 
 
 def test_a_response_depends_on_its_key_and_prompt_alone(trunk):
