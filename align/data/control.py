@@ -47,7 +47,7 @@ class Controls:
         longest = sorted(self.disguise, key=len, reverse=True)
         self.looks = re.compile("|".join(map(re.escape, longest)) or "(?!)")
         both = self.disguise | {disguised: token for token, disguised in self.disguise.items()}
-        self._exchange = both
+        self._other = both
         self._either = re.compile("|".join(map(re.escape, sorted(both, key=len, reverse=True))) or "(?!)")
         self._twin: PreTrainedTokenizerBase | None = None
 
@@ -73,10 +73,12 @@ class Controls:
 
     def notes(self, text: str) -> tuple[str, ...]:
         """What to say of a row whose text has something in disguise."""
+        if not DISGUISED.search(text):
+            return ()
         found = dict.fromkeys(
-            self._exchange[each.group()] for each in self._either.finditer(text) if DISGUISED.match(each.group())
+            self._other[each.group()] for each in self._either.finditer(text) if DISGUISED.match(each.group())
         )
-        return (f"{', '.join(found)} in its words stays text, and is no control token",) if found else ()
+        return (f"{', '.join(found)} in its words stays text, and is no control token",)
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[Encoded]:
         """Each text as tokens, what is disguised in it as the text that it stands for.
@@ -87,18 +89,15 @@ class Controls:
             name = self.tokenizer.name_or_path
             raise UserError(f"{name}: no fast tokenizer, which tells where in the text each token stands")
         odd = [bool(DISGUISED.search(text)) for text in texts]
-        plainly = iter(
-            _encoded(
-                self.tokenizer, [t for t, is_odd in zip(texts, odd, strict=True) if not is_odd], add_special_tokens
-            )
-        )
-        exchanged = [
-            self._either.sub(lambda each: self._exchange[each.group()], t)
-            for t, is_odd in zip(texts, odd, strict=True)
-            if is_odd
-        ]
+        plain = [text for text, is_odd in zip(texts, odd, strict=True) if not is_odd]
+        exchanged = [self._exchanged(text) for text, is_odd in zip(texts, odd, strict=True) if is_odd]
+        by_itself = iter(_encoded(self.tokenizer, plain, add_special_tokens))
         by_twin = iter(_encoded(self.twin, exchanged, add_special_tokens) if exchanged else [])
-        return [next(by_twin if is_odd else plainly) for is_odd in odd]
+        return [next(by_twin if is_odd else by_itself) for is_odd in odd]
+
+    def _exchanged(self, text: str) -> str:
+        """Control tokens in disguise, and what was disguised as it is."""
+        return self._either.sub(lambda each: self._other[each.group()], text)
 
     @property
     def twin(self) -> PreTrainedTokenizerBase:
