@@ -115,7 +115,8 @@ def test_pairs_are_no_verdicts(refused):
 def test_a_verdict_that_is_none(refused):
     said = refused(dpo, rows=[verdicts(GOOD)[0] | {"label": "maybe"}], dpo={"loss": "kto"})
     assert said.startswith(
-        "rows.jsonl:1: label: expected true or false, 1 or 0, desirable or undesirable, found the text 'maybe'\n"
+        "rows.jsonl:1: label: expected true or false, 1 or 0 or -1, desirable or undesirable, good or bad, found the "
+        "text 'maybe'; where the column is no verdict on the answer, leave it unread: `columns: {label: null}`\n"
     )
 
 

@@ -86,8 +86,8 @@ def test_no_recipe(here):
             "rows.jsonl:2: messages: expected an assistant turn to learn from, found none",
         ),
         (
-            [turns(("user", "a"), ("user", "b"), ("assistant", "c"))],
-            "rows.jsonl:1: messages[1].role: expected assistant after user, found user",
+            [turns(("user", "a"), ("tool", "b"), ("assistant", "c"))],
+            "rows.jsonl:1: messages[1].role: this tool turn answers no call",
         ),
         (
             [turns(("user", "a"), ("assistant", ""))],
@@ -107,7 +107,7 @@ def test_no_recipe(here):
         ),
         (['{"colour": "red"}'], "rows.jsonl"),
     ],
-    ids=["empty file", "broken JSON", "no assistant", "not alternating", "empty", "null", "role", "overlong", "format"],
+    ids=["empty file", "broken JSON", "no assistant", "no call", "empty", "null", "role", "overlong", "format"],
 )
 def test_a_fault_in_the_data(refused, here, rows, message):
     write_rows(here / "rows.jsonl", rows)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from align.data.formats import Fault, Formats, Row
+from align.data.rows import Fault, Formats, Row
 from align.data.trees import Tree
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from align.data.chat import chat_of
-from align.data.files import data_files, is_hub_id
 from align.data.formats import Fault, Row, find, read_rows
+from align.data.paths import data_files, is_hub_id
 from align.data.reading import Reading
 from align.data.render import prompt_key
 from align.data.trees import Tree

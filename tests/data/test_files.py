@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.data.files import data_files, is_hub_id, read_file
+from align.data.files import read_file
 from align.data.formats import Fault, Row, read_rows
 from align.data.lines import CHUNK, Broken, json_array
+from align.data.paths import data_files, is_hub_id
 from align.recipe.errors import UserError
 from align.recipe.schema import Source
 
