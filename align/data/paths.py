@@ -88,6 +88,8 @@ def near(missing: Path) -> str:
 
 
 def _survey(path: str) -> Files:
+    if not path.strip():
+        raise UserError(f"{path!r}: an empty path; name a file, a folder or a pattern")
     root = Path(path)
     if root.is_dir():
         found = _below(root)

@@ -26,7 +26,8 @@ LossOn = Literal["assistant", "last", "all"]
 
 def conversations(loss_on: LossOn) -> Reading:
     """Conversations and text, and the best answers of preferences, learnt as `render_rows` says."""
-    return Reading(f"conversations, {loss_on}", {**BEST, **FORMATS}, partial(render_rows, loss_on=loss_on))
+    render = partial(render_rows, loss_on=loss_on)
+    return Reading(f"conversations, {loss_on}", {**BEST, **FORMATS}, render, chunks=True)
 
 
 def render_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> list[Tree | Fault]:

@@ -48,8 +48,8 @@ def listed(names: Iterable[str]) -> str:
 
 def in_yaml(name: str) -> str:
     """The name as one writes it in a recipe: in quotes where it is not a plain word."""
-    plain = re.fullmatch(r"[A-Za-z_][\w-]*", name) and name.lower() not in ("y", "n", "yes", "no", "on", "off", "true")
-    return name if plain and name.lower() not in ("false", "null") else json.dumps(name)
+    word = re.fullmatch(r"[^\W\d][\w-]*", name) and not re.fullmatch("y|n|yes|no|on|off|true|false|null", name.lower())
+    return name if word else json.dumps(name, ensure_ascii=not name.isprintable())
 
 
 def meant(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:

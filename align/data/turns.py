@@ -211,9 +211,8 @@ def _role(at: str, value: Any) -> str:
     named = text(at, value)
     role = ROLES.get(named.strip().lower())
     if role is None:
-        remedy = (
-            meant(named.lower(), ROLES) or f"; say who speaks so in the recipe: `roles: {{{in_yaml(named)}: user}}`"
-        )
+        mapping = f"; say who speaks so in the recipe: `roles: {{{in_yaml(named[:40])}: user}}`"
+        remedy = meant(named.lower(), ROLES, 0.75) or mapping
         raise Refused(f"{at}: unknown role '{shown(named, 40)}'{remedy}")
     return role
 
