@@ -137,6 +137,7 @@ def conversation(row: dict[str, Any], column: str) -> list[Turn]:
     if not isinstance(turns, list) or not turns:
         raise Refused(f"{column}: expected a list of turns, found {a(turns)}")
     keys = keys_of(turns)
+    _known(turns, column, keys[0])
     return [turn_of(turn, f"{column}[{i}]", *keys) for i, turn in enumerate(turns)]
 
 
@@ -211,10 +212,27 @@ def _role(at: str, value: Any) -> str:
     named = text(at, value)
     role = ROLES.get(named.strip().lower())
     if role is None:
-        mapping = f"; say who speaks so in the recipe: `roles: {{{in_yaml(named[:40])}: user}}`"
-        remedy = meant(named.lower(), ROLES, 0.75) or mapping
-        raise Refused(f"{at}: unknown role '{shown(named, 40)}'{remedy}")
+        raise Refused(
+            f"{at}: unknown role '{shown(named, 40)}'{meant(named.lower(), ROLES, 0.75) or _mapping([named])}"
+        )
     return role
+
+
+def _known(turns: list[Any], at: str, key: str) -> None:
+    """Refuse turns of which several have roles that are not known, and show how the recipe names them."""
+    roles = [turn.get(key) if isinstance(turn, dict) else None for turn in turns]
+    unknown = [role for role in roles if isinstance(role, str) and role.strip().lower() not in ROLES]
+    named = list(dict.fromkeys(unknown))
+    if len(named) > 1:
+        names = ", ".join(f"'{shown(name, 40)}'" for name in named[:4])
+        raise Refused(f"{at}[{roles.index(named[0])}].{key}: unknown roles {names}{_mapping(named[:4])}")
+
+
+def _mapping(names: list[str]) -> str:
+    """How the recipe says who speaks, as far as one can guess."""
+    guesses = zip(names, ("user", "assistant", "system", "tool"), strict=False)
+    guessed = (f"{in_yaml(name[:40])}: {role}" for name, role in guesses)
+    return f"; say in the recipe who speaks so: `roles: {{{', '.join(guessed)}}}`"
 
 
 def _thoughts(at: str, raw: dict[str, Any]) -> dict[str, str]:

@@ -278,7 +278,7 @@ REFUSED = [
     (
         "messages",
         {"messages": [{"role": "customer", "content": "a"}, HI[1]]},
-        "messages[0].role: unknown role 'customer'; say",
+        "messages[0].role: unknown role 'customer'; say in the recipe",
     ),
     (
         "messages",
@@ -628,6 +628,8 @@ def test_a_mapping_that_is_wanting_is_shown(tmp_path):
         list(read_rows(Source(path=path)))
     with pytest.raises(UserError, match=r"`turn_keys` maps the unknown 'rol'; did you mean 'role'\?"):
         list(read_rows(Source(path=path, turn_keys={"rol": "speaker"})))
+    (fault,) = read_rows(Source(path=write(tmp_path, "e.jsonl", MAPPED["roles"][0])))
+    assert fault.reason.endswith("`roles: {customer: user, agent: assistant}`")
     (fault,) = read_rows(Source(path=path, columns={"messages": "dialog"}, format="messages"))
     assert "its keys are `speaker`, `utterance`; name its own in the recipe: `turn_keys: {role: <key>}`" in fault.reason
 
