@@ -190,7 +190,8 @@ def train(session: Session) -> None:
     """The stage, from recipe to `final/`."""
     recipe = session.recipe
     unpaired = recipe.dpo.loss == "kto"
-    begun = session.begin(labelled() if unpaired else preferences())
+    weights = recipe.dpo.desirable_weight, recipe.dpo.undesirable_weight
+    begun = session.begin(labelled(*weights) if unpaired else preferences())
     if begun is None:
         return
     run, data = begun

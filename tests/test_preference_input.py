@@ -80,7 +80,9 @@ def test_all_faults_of_a_file_at_once(refused, stage):
 def test_no_row_is_left(refused, stage):
     bad = GOOD | {"rejected": GOOD["chosen"]}
     said = refused(stage, rows=[bad, bad], data={"invalid": "drop"})
-    assert said == "data.train: no row is left of 2 read; dropped: 2 invalid"
+    reason = "rejected: expected another answer than chosen, found the same"
+    told = [f"rows.jsonl:{line}: {reason}" for line in (1, 2)]
+    assert said.split("\n") == ["data.train: no row is left of 2 read; dropped: 2 invalid", *told]
 
 
 @STAGES
@@ -91,7 +93,7 @@ def test_a_prompt_that_leaves_no_room(refused, stage, policy):
     if policy == "error":
         assert said.startswith("2 rows longer than data.max_length = 200 tokens")
     else:
-        assert said == "data.train: no row is left of 2 read; dropped: 2 overlong"
+        assert said.startswith("data.train: no row is left of 2 read; dropped: 2 overlong\nrows.jsonl:1: ")
 
 
 @STAGES
@@ -112,10 +114,23 @@ def test_pairs_are_no_verdicts(refused):
     assert "label" in said
 
 
+def test_verdicts_of_one_kind(refused):
+    rows = [row for row in (*verdicts(GOOD), *verdicts(OTHER)) if row["label"]]
+    assert refused(dpo, rows=rows, dpo={"loss": "kto"}).startswith(
+        "data.train: 2 of its answers are desirable and 0 undesirable, and kto learns from how they differ; add rows"
+    )
+
+
+@STAGES
+def test_chunks_of_preferences(refused, stage):
+    assert refused(stage, rows=[GOOD], data={"overlong": "chunk"}).startswith("data.overlong: chunk cuts texts that")
+
+
 def test_a_verdict_that_is_none(refused):
     said = refused(dpo, rows=[verdicts(GOOD)[0] | {"label": "maybe"}], dpo={"loss": "kto"})
     assert said.startswith(
-        "rows.jsonl:1: label: expected true or false, 1 or 0, desirable or undesirable, found the text 'maybe'\n"
+        "rows.jsonl:1: label: expected true or false, 1 or 0 or -1, desirable or undesirable, good or bad, found the "
+        "text 'maybe'; where the column is no verdict on the answer, leave it unread: `columns: {label: null}`\n"
     )
 
 

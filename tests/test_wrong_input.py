@@ -86,8 +86,8 @@ def test_no_recipe(here):
             "rows.jsonl:2: messages: expected an assistant turn to learn from, found none",
         ),
         (
-            [turns(("user", "a"), ("user", "b"), ("assistant", "c"))],
-            "rows.jsonl:1: messages[1].role: expected assistant after user, found user",
+            [turns(("user", "a"), ("tool", "b"), ("assistant", "c"))],
+            "rows.jsonl:1: messages[1].role: this tool turn answers no call",
         ),
         (
             [turns(("user", "a"), ("assistant", ""))],
@@ -107,7 +107,7 @@ def test_no_recipe(here):
         ),
         (['{"colour": "red"}'], "rows.jsonl"),
     ],
-    ids=["empty file", "broken JSON", "no assistant", "not alternating", "empty", "null", "role", "overlong", "format"],
+    ids=["empty file", "broken JSON", "no assistant", "no call", "empty", "null", "role", "overlong", "format"],
 )
 def test_a_fault_in_the_data(refused, here, rows, message):
     write_rows(here / "rows.jsonl", rows)
@@ -119,7 +119,11 @@ def test_a_fault_in_the_data(refused, here, rows, message):
 def test_a_set_that_filtering_empties(refused, here):
     write_rows(here / "rows.jsonl", [turns(("user", "a")), talk("Hello " * 300, "Hi")])
     data = {"train": [{"path": "rows.jsonl"}], "eval": {}, "max_length": 256, "overlong": "drop", "invalid": "drop"}
-    assert refused(data=data) == "data.train: no row is left of 2 read; dropped: 1 invalid, 1 overlong"
+    assert refused(data=data).split("\n") == [
+        "data.train: no row is left of 2 read; dropped: 1 invalid, 1 overlong",
+        "rows.jsonl:1: messages: expected an assistant turn to learn from, found none",
+        "rows.jsonl:2: more than 256 tokens",
+    ]
 
 
 def test_a_share_that_cannot_be_held_out(refused, here):

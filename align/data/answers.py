@@ -12,29 +12,29 @@ import re
 from functools import partial
 from typing import Any
 
-from align.data.formats import Formats, Row, Shape, system_of
+from align.data.formats import system_of
+from align.data.rows import Formats, Refused, Row, Shape
+from align.data.shown import a
 from align.data.turns import (
-    Refused,
     Turn,
-    a,
     alpaca_prompt,
     check,
     conversation,
     encodable,
     from_json,
+    keys_of,
+    remarks_of,
     said,
+    settled,
     tools_of,
     turn_of,
 )
+from align.data.verdicts import EXPECTED, verdict
 
 Talk = list[Turn]
 
 SPOKEN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-VERDICTS = {
-    **dict.fromkeys(("true", "desirable", "1", "+1", "1.0"), 1.0),
-    **dict.fromkeys(("false", "undesirable", "0", "-1", "0.0", "-1.0"), 0.0),
-}
 PROMPTS = ("prompt", "conversations", "messages", "instruction")  # columns that can hold the prompt
 
 
@@ -82,22 +82,32 @@ def _labelled(row: dict[str, Any]) -> Row:
         made = _compared(row, {"completion": _answer("completion", row.get("completion"))})
     else:
         made = _compared({"tools": row.get("tools")}, {"the last turn": prompt_turns(spoken)})
-    verdict = VERDICTS.get(str(row.get("label")).strip().lower())
-    if verdict is None:
-        raise Refused(f"label: expected true or false, 1 or 0, desirable or undesirable, found {a(row.get('label'))}")
-    return made._replace(targets=(verdict,))
+    good = verdict(row)
+    if good is None:
+        raise Refused(f"label: expected {EXPECTED}, found {a(row.get('label'))}")
+    return made._replace(targets=(float(good),))
 
 
 def _compared(row: dict[str, Any], talks: dict[str, Talk]) -> Row:
     """The row of these answers, the best first, by their names; each bare or as a whole conversation."""
-    given, repairs = prompt_turns(row), ()
+    given, repairs = settled(prompt_turns(row))
     talks, cut = _without_prompt(row, talks)
     if cut:
-        repairs = ("cut off the prompt, which the answers repeated",)
-    wholes = {name: _whole(given, talk) for name, talk in talks.items()}
-    for role_at, _, message in (whole[-1] for whole in wholes.values()):
+        repairs += ("cut off the prompt, which the answers repeated",)
+    wholes = {}
+    for name, talk in talks.items():
+        talk, mended = settled(talk)
+        repairs += mended
+        if not talk:
+            raise Refused(f"{name}: expected an assistant's answer, found none")
+        wholes[name] = _whole(given, talk)
+    for role_at, _, message, _ in (whole[-1] for whole in wholes.values()):
         if message["role"] != "assistant":
             raise Refused(f"{role_at}: expected an assistant's answer, found {message['role']}")
+    best = next(iter(wholes.values()))[-1]
+    if best.message.get("train") is False:  # a rejected answer may well be marked so
+        raise Refused(f"{best.role_at}: this answer is marked as not to be learnt, and it is what the row teaches")
+    wholes = {name: [_unmarked(turn) for turn in whole] for name, whole in wholes.items()}
     (best, first), *others = wholes.items()
     prompt = first[:-1]
     for name, whole in others:
@@ -108,19 +118,19 @@ def _compared(row: dict[str, Any], talks: dict[str, Talk]) -> Row:
                 f"{name}: expected the same turns as {best} before the last, found them to part at turn {at + 1}"
                 f" of {turns}"
             )
-    if not prompt:
+    if all(turn.message["role"] == "system" for turn in prompt):
         raise Refused(f"prompt: expected one of the columns {', '.join(PROMPTS)}, or turns before {best}, found none")
     _check(prompt, {name: whole[-1] for name, whole in wholes.items()})
     messages = encodable("messages", [turn.message for turn in prompt])
     answers = tuple(encodable(name, whole[-1].message) for name, whole in wholes.items())
-    return Row("", 0, messages, None, encodable("tools", tools_of(row.get("tools"))), repairs, answers)
+    tools = encodable("tools", tools_of(row.get("tools")))
+    remarks = remarks_of([turn for whole in wholes.values() for turn in whole])
+    return Row("", 0, messages, None, tools, repairs, answers, remarks=remarks)
 
 
 def _check(prompt: Talk, answers: dict[str, Turn]) -> None:
-    """Refuse a prompt that asks for no answer, turns in a wrong order, and answers that are the same."""
+    """Refuse turns that `check` refuses, and answers that are the same."""
     for i, (name, answer) in enumerate(answers.items()):
-        if prompt[-1].message["role"] == "assistant":
-            raise Refused(f"{prompt[-1].role_at}: expected user or tool before the answer, found assistant")
         check([*prompt, answer])
         same = [other for other, earlier in list(answers.items())[:i] if _bare([earlier]) == _bare([answer])]
         if same:
@@ -136,17 +146,17 @@ def prompt_turns(row: dict[str, Any]) -> Talk:
         return system_of(row) + alpaca_prompt(row)
     if column == "prompt" and isinstance(row["prompt"], str):
         return [*system_of(row), said("user", "prompt", row["prompt"])]
-    return system_of(row) + _talk(column, from_json(column, row[column]))
+    return system_of(row) + conversation(row, column)
 
 
 def _answer(at: str, value: Any) -> Talk:
     """An answer as a text, a message, a list of messages, or a text in an object beside its score."""
     if isinstance(value, list):
-        return _talk(at, value)
+        return conversation({at: value}, at)
     if not isinstance(value, dict):
         return [said("assistant", at, value)]
     if "role" in value or "from" in value:
-        return [_unweighted(turn_of(value, at, *_keys([value])))]
+        return [turn_of(value, at, *keys_of([value]))]
     key = next((key for key in ("text", "content", "value") if key in value), None)
     if key is None:
         raise Refused(f"{at}: expected a text, a message or an object with `text`, found {a(value)}")
@@ -164,10 +174,14 @@ def _transcript(at: str, value: Any) -> Talk:
 
 
 def _whole(given: Talk, talk: Talk) -> Talk:
-    """The whole conversation: what answers begins with an assistant's turn; else it holds the prompt itself."""
-    if not given or talk[0].message["role"] == "assistant" or len(talk) == 1:
-        return given + talk
+    """The whole conversation: an answer put to the given prompt, or one that holds the prompt, or its end, itself."""
     (system, asked), (own_system, head) = _parted(given), _parted(talk[:-1])
+    if not given or (head and _bare(head) == _bare(asked) and not own_system):
+        return given[: len(system)] + talk
+    if talk[0].message["role"] == "assistant" or len(talk) == 1:
+        if given[-1].message["role"] == "assistant":
+            raise Refused(f"{given[-1].role_at}: expected user or tool before the answer, found assistant")
+        return given + talk
     longer, shorter = sorted((head, asked), key=len, reverse=True)
     same = not (system and own_system) or _bare(system) == _bare(own_system)
     if not same or _bare(longer[len(longer) - len(shorter) :]) != _bare(shorter):
@@ -223,28 +237,20 @@ def _number(at: str, value: Any) -> float:
     return number
 
 
-def _talk(at: str, turns: Any) -> Talk:
-    return [_unweighted(turn) for turn in conversation({at: turns}, at, *_keys(turns))]
-
-
-def _keys(turns: Any) -> tuple[str, str]:
-    """How these turns name role and content."""
-    first = turns[0] if isinstance(turns, list) and turns else None
-    return ("from", "value") if isinstance(first, dict) and "from" in first else ("role", "content")
-
-
-def _unweighted(turn: Turn) -> Turn:
-    """Without a weight: what is trained of a preference is its answers."""
+def _unmarked(turn: Turn) -> Turn:
+    """Without its mark: what is learnt of a row with answers is its answers."""
     return turn._replace(message={key: value for key, value in turn.message.items() if key != "train"})
 
 
 def _bare(turns: Talk) -> list[dict[str, Any]]:
     """What the turns say, for comparison."""
-    return [{key: v.strip() if isinstance(v, str) else v for key, v in turn.message.items()} for turn in turns]
+    said = [_unmarked(turn).message for turn in turns]
+    return [{key: v.strip() if isinstance(v, str) else v for key, v in message.items()} for message in said]
 
 
 _CONTEXT = ("system", "tools", "prompt", "conversations", "messages", "instruction", "input", "history")
 _NAMES = {"question": "prompt", "chosen_messages": "chosen", "rejected_messages": "rejected"}
+_LISTS = ("responses", "completions")
 
 COMPARED: Formats = {  # answers side by side
     "transcripts": Shape(("chosen", "rejected"), ("margin", "tools"), ("Human:", "Assistant:"), _transcripts),
@@ -255,12 +261,18 @@ COMPARED: Formats = {  # answers side by side
         (),
         _ranked,
         either=PROMPTS,
-        also={"question": "prompt", "responses": "answers", "completions": "answers"},
+        also={"question": "prompt", "output": "answers"} | dict.fromkeys(_LISTS, "answers"),
+        when=lambda row: isinstance(row.get("output"), list) or bool(row.keys() & {"answers", *_LISTS}),
     ),
 }
 JUDGED: Formats = {  # one answer with a label
     "labelled": Shape(
-        ("label",), ("completion", *_CONTEXT), (), _labelled, either=("completion", "messages", "conversations")
+        ("label",),
+        ("completion", *_CONTEXT),
+        (),
+        _labelled,
+        either=("completion", "messages", "conversations"),
+        also={"kto_tag": "label", "output": "completion"},
     ),
 }
 

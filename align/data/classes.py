@@ -1,13 +1,13 @@
 """Texts with labels: each becomes a stem of tokens that carries the number of its class.
 
-A label is a text; a number or a truth value counts as its text (`1`, `true`). A class's number is its label's place in
-the list of labels: the recipe's, or all labels found in the data, sorted.
+A label is a text, a number or a truth value; `labels.py` says which ways of writing one are the same. A class's number
+is its label's place in the list of labels: the recipe's, or all labels found in the data, sorted.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.control import encoded_text
 from align.data.examples import Examples, Ledger, Part, joined
-from align.data.formats import Fault, Formats, Row, Shape, read_rows
+from align.data.formats import read_rows
+from align.data.labels import alike, by_key, key_of, order, spelled
 from align.data.mixture import Prepared, at_most, prepare, split_by_prompt
 from align.data.reading import Reading
+from align.data.rows import Fault, Formats, Refused, Row, Shape
+from align.data.shown import meant, shown
 from align.data.store import Progress
 from align.data.trees import Tree
-from align.data.turns import Refused, a, encodable, filled, meant
+from align.data.turns import encodable, filled
 from align.recipe.errors import UserError
 from align.recipe.schema import Data, Eval, Source
 
@@ -47,12 +50,13 @@ def find_labels(sources: Sequence[Source]) -> list[str]:
 
     Raises UserError for a single label, and for a column that does not look like labels.
     """
-    found: set[str] = set()
+    found: dict[Hashable, str] = {}  # by what tells labels apart, how each is written
     rows = 0
     for source in sources:
         for row in read_rows(source, formats(None)):
             if isinstance(row, Row):
-                found.add(row.label)
+                key = key_of(row.label)
+                found[key] = row.label if found.get(key, row.label) == row.label else str(key)
                 rows += 1
     named = ", ".join(source.path for source in sources)
     if len(found) > MOST_LABELS or len(found) > max(2, rows // 2):
@@ -61,8 +65,9 @@ def find_labels(sources: Sequence[Source]) -> list[str]:
             "Map it (`columns: {label: …, text: …}`), or name the labels in classify.labels"
         )
     if len(found) == 1:
-        raise UserError(f"{named}: every row has the label {found.pop()!r}; a classifier needs two or more")
-    return sorted(found, key=_number_first)
+        only = found.popitem()[1]
+        raise UserError(f"{named}: every row has the label {only!r}; a classifier needs two or more")
+    return sorted(found.values(), key=order)
 
 
 def prepare_classes(
@@ -101,6 +106,7 @@ def prepare_classes(
     sides = {name: Examples(parts, data.max_length) for name, parts in named.items()}
     _all_there(sides["train"], labels)
     summary = [line for line in read.summary if not line.startswith(("train: ", "eval: "))]
+    summary += alike(labels)
     if undersample:
         summary.append(f"undersampled: {ledger.dropped[UNDERSAMPLED]:,} rows of the frequent classes are left out")
     summary += [f"{name}: {_counted(side, labels)}" for name, side in sides.items() if len(side)]
@@ -119,29 +125,22 @@ def counts(examples: Examples, classes: int) -> np.ndarray:
 
 def formats(labels: Sequence[str] | None) -> Formats:
     """Rows with a text and one of `labels`, or any label where these are not yet known."""
-    return {"classes": Shape(("text", "label"), (), (), partial(_read, labels))}
+    known = None if labels is None else by_key(labels)
+    return {"classes": Shape(("text", "label"), (), (), partial(_read, known))}
 
 
-def _read(labels: Sequence[str] | None, row: dict[str, Any]) -> Row:
+def _read(known: Mapping[Hashable, str] | None, row: dict[str, Any]) -> Row:
     text = encodable("text", filled("text", row.get("text")))
-    label = encodable("label", _label(row.get("label")))
-    if labels is not None and label not in labels:
-        known = ", ".join(labels[:10]) + ", …" * (len(labels) > 10)
-        raise Refused(f"label: expected one of {known}, found {label[:40]!r}{meant(label, labels)}")
-    return Row("", 0, None, text, None, label=label)
-
-
-def _label(value: Any) -> str:
-    """A label as text; Parquet makes 1.0 of a 1 where others are missing."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float) and value == value and abs(value) < 2**53:
-        return f"{value:g}" if value != int(value) else str(int(value))
-    if not isinstance(value, str):
-        raise Refused(f"label: expected a label, found {a(value)}")
-    if not value.strip():
-        raise Refused("label: expected a label, found an empty text")
-    return value.strip()
+    written = encodable("label", spelled("label", row.get("label")))
+    if known is None:
+        return Row("", 0, None, text, None, label=written)
+    label = known.get(key_of(written))
+    if label is None:
+        names = list(known.values())
+        some = shown(", ".join(names[:10]), 400) + ", …" * (len(names) > 10)
+        raise Refused(f"label: expected one of {some}, found {written[:40]!r}{meant(written, names)}")
+    remarks = () if written == label else (f"the label {written[:40]!r} counts as {label[:40]!r}",)
+    return Row("", 0, None, text, None, label=label, remarks=remarks)
 
 
 def _render(rows: list[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[Tree | Fault]:
@@ -196,10 +195,3 @@ def _counted(examples: Examples, labels: Sequence[str]) -> str:
     most = np.argsort(-sizes, kind="stable")[:10]
     named = ", ".join(f"{sizes[i]:,} {labels[i]}" for i in most) + ", …" * (len(labels) > 10)
     return f"{len(examples):,} row{'s' * (len(examples) != 1)}, {int(examples.lengths.sum()):,} tokens: {named}"
-
-
-def _number_first(label: str) -> tuple[bool, float, str]:
-    try:
-        return False, float(label), label
-    except ValueError:
-        return True, 0.0, label

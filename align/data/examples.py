@@ -17,6 +17,8 @@ from align.data.store import Store
 from align.data.trees import Tree
 from align.recipe.schema import Source
 
+FIRST = 3  # rows of each kind of drop that an error names
+
 
 class Part(NamedTuple):
     """The rows of one source that are left."""
@@ -24,28 +26,37 @@ class Part(NamedTuple):
     source: Source
     store: Store
     rows: np.ndarray  # (k,) int64, ascending indices into the store
+    chunks: np.ndarray | None = None  # (k, 2) int64, first and last token (excluded) of a chunk; 0 and 0 for whole rows
 
     def less(self, drop: np.ndarray) -> Part:
         """Without the rows where `drop`, (k,) bool, is True."""
-        return self._replace(rows=self.rows[~drop])
+        return self._replace(rows=self.rows[~drop], chunks=None if self.chunks is None else self.chunks[~drop])
 
 
 class Ledger:
-    """What happened to rows: one entry for each that was dropped, truncated or repaired."""
+    """What happened to rows: one entry for each that was dropped, truncated, cut into chunks or repaired."""
 
     def __init__(self) -> None:
         self.entries: list[dict[str, str | int]] = []
         self.dropped: Counter[str] = Counter()  # in a word, why
+        self.first: dict[str, list[str]] = {}  # of each of these words, the first rows, as `file:line: reason`
 
     def add(self, file: str, line: int, action: str, reason: str) -> None:
-        """`action` is dropped, truncated or repaired."""
+        """`action` is truncated, chunked or repaired; `lose` enters what is dropped."""
         self.entries.append({"file": file, "line": line, "action": action, "reason": reason})
+
+    def lose(self, file: str, line: int, kind: str, reason: str) -> None:
+        """A row that is dropped; `kind` says why in a word."""
+        self.add(file, line, "dropped", reason)
+        self.dropped[kind] += 1
+        first = self.first.setdefault(kind, [])
+        if len(first) < FIRST:
+            first.append(f"{file}:{line}: {reason}")
 
     def drop(self, part: Part, drop: np.ndarray, kind: str, reason: str) -> Part:
         """`part` without the rows where `drop`, (k,) bool, is True, each of them with an entry."""
         for row in part.rows[drop]:
-            self.add(*part.store.place(row), "dropped", reason)
-        self.dropped[kind] += int(drop.sum())
+            self.lose(*part.store.place(row), kind, reason)
         return part.less(drop)
 
     def count(self, action: str) -> int:
@@ -88,14 +99,17 @@ class Examples:
 
     def tree(self, i: int) -> Tree:
         """Example `i`."""
-        store, row = self._locate(i)
-        tree = cut(store.tree(row), self.max_length)
+        part, k = self._locate(i)
+        row, (first, last) = part.rows[k], (0, 0) if part.chunks is None else part.chunks[k]
+        tree = part.store.slice(row, first, last) if last else cut(part.store.tree(row), self.max_length)
         return tree if self.targets is None else tree._replace(targets=self.targets[i])
 
     def where(self, i: int) -> str:
-        """`file:line` of example `i`."""
-        store, row = self._locate(i)
-        return "{}:{}".format(*store.place(row))
+        """`file:line` of example `i`, and which tokens of the text there it is, where it is a chunk."""
+        part, k = self._locate(i)
+        first, last = (0, 0) if part.chunks is None else part.chunks[k]
+        place = "{}:{}".format(*part.store.place(part.rows[k]))
+        return f"{place}, tokens {first + 1} to {last}" if last else place
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Examples of one epoch, (m,) int64: a function of its arguments alone.
@@ -116,11 +130,10 @@ class Examples:
             dealt.append(start + stream[first - shuffles.start * n : last - shuffles.start * n])
         return np.random.default_rng([seed, 2, epoch]).permutation(joined(dealt))
 
-    def _locate(self, i: int) -> tuple[Store, int]:
+    def _locate(self, i: int) -> tuple[Part, int]:
         assert 0 <= i < len(self), f"example {i} of {len(self)}"
         which = int(np.searchsorted(self.starts, i, side="right")) - 1
-        part = self.parts[which]
-        return part.store, int(part.rows[i - self.starts[which]])
+        return self.parts[which], int(i - self.starts[which])
 
 
 def cut(tree: Tree, limit: int) -> Tree:
@@ -146,6 +159,11 @@ def _measured(part: Part, limit: int) -> tuple[np.ndarray, ...]:
     store, rows = part.store, part.rows
     lengths, labels, longest = (array[rows].copy() for array in (store.lengths, store.labels, store.longest))
     paths = np.maximum(np.diff(store.examples)[rows] - 1, 1)
+    if part.chunks is not None:
+        sizes = np.diff(part.chunks)[:, 0]
+        in_part = sizes > 0
+        lengths[in_part] = longest[in_part] = sizes[in_part]
+        labels[in_part] = sizes[in_part] - 1  # all but the first, which is context
     for i in np.flatnonzero(longest > limit):
         tree = cut(store.tree(rows[i]), limit)
         lengths[i], labels[i] = sum(map(len, tree.segments)), tree.label_count

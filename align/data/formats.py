@@ -3,64 +3,48 @@
 A canonical message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}` and, where the row
 has them, `tool_calls` ([{"type": "function", "function": {"name": str, "arguments": dict}}], an `id` kept),
 `reasoning_content`, `train: False` (an assistant turn given only as context) and, on tool turns, `name` and
-`tool_call_id`. An optional system turn comes first, then user and assistant take turns, an assistant last; an
-assistant's tool calls are followed by at most as many tool turns.
+`tool_call_id`. Turns stand in the order that the row has them in, an assistant's last; only system turns without a word
+are left out, and an assistant's tool calls are followed by at most as many tool turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from align.data.files import Broken, Record, data_files, has_blank_lines, is_hub_id, read_file, read_hub
+from align.data.files import has_blank_lines, read_file, read_hub
+from align.data.lines import Broken, Record
+from align.data.media import text_alone
+from align.data.naming import check_mapping, renamed, turns_hint
+from align.data.paths import data_files, is_hub_id
+from align.data.rows import Fault, Formats, Refused, Row, Shape
+from align.data.shown import a, listed, meant
+from align.data.tables import by_place, delimiter_note
 from align.data.turns import (
-    Refused,
     Turn,
-    a,
     alpaca,
     check,
     encodable,
     filled,
     from_json,
-    meant,
+    keys_of,
     messages,
     prompt_completion,
+    remarks_of,
+    settled,
     sharegpt,
     text,
     tools_of,
 )
+from align.data.verdicts import LABELS, learnable
 from align.recipe.errors import UserError
 from align.recipe.schema import Source
 
+SPEAKER_KEYS = {"role", "from"}
 SAMPLE = 16  # first rows of a file, by which its format is told
-
-
-class Row(NamedTuple):
-    """One example as every stage takes it. Exactly one of `messages` and `text` is set.
-
-    A conversation ends with an assistant's turn; where there are `answers`, it is the prompt before them.
-    """
-
-    file: str
-    line: int  # 1-based line where the row starts; for Parquet and hub sets the row's number
-    messages: list[dict[str, Any]] | None
-    text: str | None
-    tools: list[dict[str, Any]] | None  # each {"type": "function", "function": {"name": str, …}}
-    repairs: tuple[str, ...] = ()  # what was changed so that the row could be taken
-    answers: tuple[dict[str, Any], ...] = ()  # assistant messages that each could come next, the best first
-    targets: tuple[float, ...] = ()  # one for each answer, as `Tree.targets`; or none
-    label: str | None = None  # the class of a text
-
-
-class Fault(NamedTuple):
-    """A row that cannot be taken."""
-
-    file: str
-    line: int
-    reason: str  # the field, what was expected, what was found
 
 
 class Found(NamedTuple):
@@ -101,6 +85,7 @@ def find(source: Source, formats: Formats | None = None) -> list[Found]:
         raise UserError(
             f"{source.path}: this stage takes no rows of format {source.format}; it reads {', '.join(formats)}"
         )
+    check_mapping(source)
     files = [source.path] if is_hub_id(source.path) else [str(file) for file in data_files(source.path)]
     found, problems = [], []
     for file in files:
@@ -122,35 +107,37 @@ def _find(source: Source, file: str, formats: Formats) -> Found:
     known = formats if source.format == "auto" else {source.format: formats[source.format]}
     names = sorted({name for shape in known.values() for name in (*shape.needs, *shape.may)})
     problems = [
-        f"{file}: `columns` maps the unknown '{name}'{meant(name, names)}; expected {_list(names)}"
-        for name in source.columns
-        if name not in names
+        f"{file}: `columns` maps the unknown '{name}'{meant(name, names)}; expected {listed(names)}"
+        for name, column in source.columns.items()
+        if name not in names and column is not None
     ]
     if rows:
         problems += [
-            f"{file}: no column '{column}' to map{meant(column, columns)}; it has {_list(columns)}"
+            f"{file}: no column '{column}' to map{meant(column, columns)}; it has {listed(columns)}"
             for column in source.columns.values()
-            if column not in columns
+            if column is not None and column not in columns
         ]
     if problems:
         raise UserError(*problems)
-    rows = [_renamed(row, source.columns) for row in rows]
+    raw, rows = rows, [renamed(row, source) for row in rows]
     if source.format == "auto":
         format, why = detect(rows, formats)
         if format is None:
             line, value = sample[0]  # where no row is one, the first tells more than the columns
-            raise UserError(f"{file}: {why}" if rows else f"{file}:{line}: {_refusal(value)}")
+            raise UserError(f"{file}: {why}{turns_hint(raw)}" if rows else f"{file}:{line}: {_refusal(value)}")
     else:
         format, shape = source.format, formats[source.format]
         why = "as the recipe says" + shape.note
         lacking = [name for name in shape.needs if rows and not any(name in shape.named(row) for row in rows)]
         if lacking:
             raise UserError(
-                f"{file}: format {format} needs {shape.wanted}, the file has {_list(columns)}"
+                f"{file}: format {format} needs {shape.wanted}, the file has {listed(columns)}"
                 f"; name another format, or map its columns: `columns: {{{lacking[0]}: <a column>}}`"
             )
     if format == "text" and file.removesuffix(".gz").endswith(".txt"):
         why = "documents parted by blank lines" if has_blank_lines(Path(file)) else "one document a line"
+    if not is_hub_id(file):
+        why += delimiter_note(Path(file), by_place(source.columns))
     return Found(file, format, why)
 
 
@@ -167,17 +154,21 @@ def detect(rows: list[dict[str, Any]], formats: Formats | None = None) -> tuple[
         given |= {column: column for column in columns}
         either = [given[column] for column in shape.either if column in given]
         there = all(need in given for need in shape.needs) and (either or not shape.either)
-        if there and (not shape.keys or _keyed(map(shape.named, rows), shape)):
+        if not there:
+            continue
+        named = [shape.named(row) for row in rows]
+        spoken = _keys(named, shape) if shape.keys else ""
+        if spoken is not None and any(map(shape.when, rows)):
             told = [given[need] for need in shape.needs] + either[:1]
-            keys = f" with {'/'.join(shape.keys)}" if shape.keys else ""
-            fits[name] = f"column{'s' * (len(told) > 1)} {_list(told)}{keys}"
+            keys = f" with {spoken}" if spoken else ""
+            fits[name] = f"column{'s' * (len(told) > 1)} {listed(told)}{keys}"
     if fits:
         (name, why), *others = fits.items()
         others = "".join(f"; it could be {other} too: {reason}" for other, reason in others)
         return name, why + formats[name].note + others
     needs = "; ".join(f"{name} needs {shape.wanted}" for name, shape in formats.items())
     return None, (
-        f"no format fits its columns {_list(columns)}: {needs}; name the format, or map the columns:"
+        f"no format fits its columns {listed(columns)}: {needs}; name the format, or map the columns:"
         " `columns: {<the format's name>: <the file's>}`"
     )
 
@@ -188,6 +179,7 @@ def convert(row: Any, format: str, file: str, line: int, formats: Formats | None
         if not isinstance(row, dict):
             raise Refused(_refusal(row))
         shape = (formats or FORMATS)[format]
+        text_alone("", row)
         return shape.read(shape.named(row))._replace(file=file, line=line)
     except Refused as refused:
         return Fault(file, line, str(refused))
@@ -199,33 +191,6 @@ def _refusal(record: Any) -> str:
     return record.reason if isinstance(record, Broken) else f"expected a row of named columns, found {a(record)}"
 
 
-class Shape(NamedTuple):
-    """What a format's rows look like."""
-
-    needs: tuple[str, ...]  # columns
-    may: tuple[str, ...]  # further columns
-    keys: tuple[str, ...]  # of each turn, where the first column is a list of turns, or how a transcript's begin
-    read: Callable[[dict[str, Any]], Row]  # a row without its place; raises Refused
-    either: tuple[str, ...] = ()  # columns of which one is needed besides
-    also: Mapping[str, str] = {}  # other names that data sets give to columns, each with the format's own
-    note: str = ""  # to be said of a file in this format
-
-    @property
-    def wanted(self) -> str:
-        """The columns that it needs, in words."""
-        parts = [_list(self.needs)] * bool(self.needs) + [f"one of {_list(self.either)}"] * bool(self.either)
-        return " and ".join(parts) + (f" with {'/'.join(self.keys)}" if self.keys else "")
-
-    def named(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with its columns under the format's own names."""
-        if not self.also.keys() & row.keys():
-            return row
-        return {self.also[name]: value for name, value in row.items() if name in self.also} | row
-
-
-Formats = Mapping[str, Shape]  # the most structured first: the order in which `detect` prefers them
-
-
 def system_of(row: dict[str, Any]) -> list[Turn]:
     """The `system` column as a turn, where a row has one."""
     if not row.get("system"):
@@ -235,72 +200,60 @@ def system_of(row: dict[str, Any]) -> list[Turn]:
 
 def _talk(last: str, read: Callable[[dict[str, Any]], list[Turn]], row: dict[str, Any]) -> Row:
     """A conversation; `last` is the column that its last answer stands in."""
-    if row.get("label") is False:  # KTO's shape: the answer is an example of what not to say
-        raise Refused(
-            "label: false marks the answer as undesirable, so it is not learnt; align.dpo does with dpo.loss=kto"
-        )
-    turns = system_of(row) + read(row)
+    learnable(row)
+    turns, repairs = settled(system_of(row) + read(row))
     kept = turns[: max((i for i, t in enumerate(turns, 1) if t.message["role"] == "assistant"), default=0)]
     if not kept:
         raise Refused(f"{last}: expected an assistant turn to learn from, found none")
     check(kept)
     cut = len(turns) - len(kept)
-    repairs = (f"cut {cut} turn{'s' * (cut > 1)} after the last assistant turn",) if cut else ()
+    repairs += (f"cut {cut} turn{'s' * (cut > 1)} after the last assistant turn",) if cut else ()
     messages = encodable("messages", [turn.message for turn in kept])
-    return Row("", 0, messages, None, encodable("tools", tools_of(row.get("tools"))), repairs)
+    tools = encodable("tools", tools_of(row.get("tools")))
+    return Row("", 0, messages, None, tools, repairs, remarks=remarks_of(turns))
 
 
 def _text(row: dict[str, Any]) -> Row:
     return Row("", 0, None, encodable("text", filled("text", row.get("text"))), None)
 
 
+_MAY = ("system", "tools", *LABELS)
+
 FORMATS: Formats = {  # of conversations and text
-    "messages": Shape(("messages",), ("system", "tools"), ("role", "content"), partial(_talk, "messages", messages)),
+    "messages": Shape(("messages",), ("loss_mask", *_MAY), ("role", "content"), partial(_talk, "messages", messages)),
     "sharegpt": Shape(
-        ("conversations",), ("system", "tools"), ("from", "value"), partial(_talk, "conversations", sharegpt)
+        ("conversations",), ("loss_mask", *_MAY), ("from", "value"), partial(_talk, "conversations", sharegpt)
     ),
-    "alpaca": Shape(
-        ("instruction", "output"), ("input", "history", "system", "tools"), (), partial(_talk, "output", alpaca)
-    ),
-    "prompt_completion": Shape(
-        ("prompt", "completion"), ("system", "tools"), (), partial(_talk, "completion", prompt_completion)
-    ),
+    "alpaca": Shape(("instruction", "output"), ("input", "history", *_MAY), (), partial(_talk, "output", alpaca)),
+    "prompt_completion": Shape(("prompt", "completion"), _MAY, (), partial(_talk, "completion", prompt_completion)),
     "text": Shape(("text",), (), (), _text),
 }
 
 
-def _keyed(rows: Iterable[dict[str, Any]], shape: Shape) -> bool:
-    """Whether some row's list of turns has the format's keys; a `content` may be missing, a role may not."""
+def _keys(rows: Iterable[dict[str, Any]], shape: Shape) -> str | None:
+    """How the turns of some row name role and content, or a transcript its speakers; None where none does.
+
+    A `content` may be missing, a role may not.
+    """
     for row in rows:
         turns = row.get(shape.needs[0])
         if isinstance(turns, str) and turns.lstrip().startswith(shape.keys[0]):
-            return True
+            return "/".join(shape.keys)
         try:
             turns = from_json(shape.needs[0], turns)
         except Refused:
             continue
-        if isinstance(turns, list) and any(isinstance(turn, dict) and shape.keys[0] in turn for turn in turns):
-            return True
-    return False
+        spoken = isinstance(turns, list) and shape.keys[0] in SPEAKER_KEYS
+        if spoken and any(isinstance(turn, dict) and turn.keys() & SPEAKER_KEYS for turn in turns):
+            return "/".join(keys_of(turns))
+    return None
 
 
 def _converted(source: Source, found: Found, formats: Formats) -> Iterator[tuple[Any, Row | Fault]]:
     for line, value in _records(source, found.file):
-        row = _renamed(value, source.columns) if isinstance(value, dict) else value
+        row = renamed(value, source) if isinstance(value, dict) else value
         yield row, convert(row, found.format, found.file, line, formats)
 
 
 def _records(source: Source, file: str) -> Iterator[Record]:
     return read_hub(source) if is_hub_id(file) else read_file(Path(file), source.columns)
-
-
-def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """The row under the format's names: a mapped column leaves its old name and takes the new one's place."""
-    if not columns:
-        return row
-    kept = {name: value for name, value in row.items() if name not in columns.values()}
-    return kept | {name: row.get(column) for name, column in columns.items()}
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "no columns"

@@ -18,13 +18,14 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from align.data.examples import Examples, Ledger, Part, joined, unusable
+from align.data.examples import Examples, Ledger, Part, joined
+from align.data.fitting import NAMED, chunked, counted, fitted
+from align.data.paths import is_hub_id, survey
 from align.data.reading import Reading
+from align.data.shown import shown
 from align.data.store import Progress, stored
 from align.recipe.errors import UserError
 from align.recipe.schema import Data, Source
-
-NAMED = 10  # rows that an error names one by one
 
 
 class Prepared(NamedTuple):
@@ -50,11 +51,16 @@ def prepare(
     Raises UserError, with every problem at once, for sources that cannot be read, rows that cannot be taken
     or are too long where the recipe asks for an error, and a side that is left without rows.
     """
-    train = _parts(data.train, tokenizer, reading, cache, progress)
-    held = _parts(data.eval.sources, tokenizer, reading, cache, progress)
+    if data.overlong == "chunk" and not reading.chunks:
+        raise UserError(
+            "data.overlong: chunk cuts texts that a model learns to write, which is what align.sft does; this stage "
+            "takes whole rows: set drop, truncate or error"
+        )
+    train, notes = _parts(data.train, tokenizer, reading, cache, progress)
+    held, more = _parts(data.eval.sources, tokenizer, reading, cache, progress)
     ledger = Ledger()
     problems = _invalid(data, train + held, ledger)
-    (train, held), long = _fitted(data, [train, held], ledger)
+    (train, held), long = fitted(data, [train, held], ledger)
     if problems or long:
         raise UserError(*problems, *long)
     copies = [_copies(train), _copies(held)]
@@ -66,6 +72,8 @@ def prepare(
             ]
             for both in ((train, copies[0]), (held, copies[1]))
         )
+    if data.overlong == "chunk":
+        train, held = ([chunked(part, data.max_length, ledger) for part in parts] for parts in (train, held))
     read = sum(part.store.rows for part in (*train, *held))
     _some(train, "train", read, ledger)
     if data.eval.fraction:
@@ -88,7 +96,9 @@ def prepare(
         _some(train, "train", read, ledger)
     sides = Examples(train, data.max_length), Examples(held, data.max_length)
     duplicates = sum(int(mask.sum()) for masks in copies for mask in masks)
-    return Prepared(*sides, ledger, _summary(*sides, ledger, read, duplicates))
+    notes = [*dict.fromkeys(notes + more), *_summary(*sides, ledger, read, duplicates)]
+    notes += reading.survey(*sides) if reading.survey else []
+    return Prepared(*sides, ledger, list(map(shown, notes)))
 
 
 @contextmanager
@@ -120,17 +130,19 @@ def _parts(
     reading: Reading,
     cache: Path,
     progress: Progress | None,
-) -> list[Part]:
-    parts, problems = [], []
+) -> tuple[list[Part], list[str]]:
+    """The rows of all sources, and what is to be said of links among their files."""
+    parts, notes, problems = [], [], []
     for source in sources:
         try:
             store = stored(source, tokenizer, reading, cache, progress)
+            notes += [] if is_hub_id(source.path) else survey(source.path).remarks
             parts.append(Part(source, store, np.arange(len(store.line))))
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(*problems)
-    return parts
+    return parts, notes
 
 
 def _invalid(data: Data, parts: list[Part], ledger: Ledger) -> list[str]:
@@ -140,45 +152,14 @@ def _invalid(data: Data, parts: list[Part], ledger: Ledger) -> list[str]:
         for repair in part.store.repairs:
             ledger.add(*repair[:2], "repaired", repair.reason)
     for fault in faults:
-        ledger.add(*fault[:2], "dropped", fault.reason)
-    ledger.dropped["invalid"] += len(faults)
+        ledger.lose(*fault[:2], "invalid", fault.reason)
     if not faults or data.invalid == "drop":
         return []
     lines = [f"{fault.file}:{fault.line}: {fault.reason}" for fault in faults[:NAMED]]
     rest = f"… and {len(faults) - NAMED:,} more; " if len(faults) > NAMED else ""
     return [
         *lines,
-        f"{rest}{_rows(len(faults))} cannot be taken: mend them, or leave them out with data.invalid=drop",
-    ]
-
-
-def _fitted(data: Data, sides: list[list[Part]], ledger: Ledger) -> tuple[list[list[Part]], list[str]]:
-    """The parts without overlong rows, or with those that keep a label when cut; and the problems."""
-    limit, fitted, long = data.max_length, [], []
-    for parts in sides:
-        fitted.append([])
-        for part in parts:
-            lengths = part.store.longest[part.rows]
-            over = lengths > limit
-            long += [(int(n), *part.store.place(row)) for n, row in zip(lengths[over], part.rows[over], strict=True)]
-            if data.overlong == "truncate":
-                kept = []
-                for n, row in zip(lengths, part.rows, strict=True):
-                    reason = unusable(part.store.tree(row), limit) if n > limit else None
-                    if reason or n > limit:
-                        action = "dropped" if reason else "truncated"
-                        ledger.add(*part.store.place(row), action, reason or f"{n} tokens cut to {limit}")
-                    kept.append(reason is None)
-                ledger.dropped["overlong"] += len(kept) - sum(kept)
-                fitted[-1].append(part.less(~np.array(kept, bool)))
-            else:
-                fitted[-1].append(ledger.drop(part, over, "overlong", f"more than {limit} tokens"))
-    if not long or data.overlong != "error":
-        return fitted, []
-    first = ", ".join(f"{file}:{line} ({n:,})" for n, file, line in long[:NAMED])
-    return fitted, [
-        f"{_rows(len(long))} longer than data.max_length = {limit:,} tokens, the longest {max(long)[0]:,}: "
-        f"{first}{', …' * (len(long) > NAMED)}; raise data.max_length, or set data.overlong=drop or =truncate"
+        f"{rest}{counted(len(faults))} cannot be taken: mend them, or leave them out with data.invalid=drop",
     ]
 
 
@@ -230,17 +211,19 @@ def at_most(parts: list[Part], most: int | None, seed: int, ledger: Ledger) -> l
 def _some(parts: list[Part], side: str, read: int, ledger: Ledger) -> None:
     if not any(len(part.rows) for part in parts):
         why = ", ".join(f"{count:,} {kind}" for kind, count in ledger.dropped.items() if count)
-        raise UserError(f"data.{side}: no row is left of {read:,} read; dropped: {why or 'none'}")
+        first = [place for places in ledger.first.values() for place in places]
+        raise UserError(f"data.{side}: no row is left of {read:,} read; dropped: {why or 'none'}", *first)
 
 
 def _summary(train: Examples, held: Examples, ledger: Ledger, read: int, duplicates: int) -> list[str]:
     seen = {id(part.store): part.store for part in (*train.parts, *held.parts)}.values()
     dropped = ", ".join(f"{count:,} {kind}" for kind, count in ledger.dropped.items() if count)
-    truncated, repaired = ledger.count("truncated"), ledger.count("repaired")
-    lines = [line for store in seen for line in store.found]
+    truncated, chunks, repaired = map(ledger.count, ("truncated", "chunked", "repaired"))
+    lines = [line for store in seen for line in (*store.found, *store.remarks)]
+    cut = f"{truncated:,} truncated, " + f"{chunks:,} cut into chunks, " * bool(chunks)
     lines.append(
-        f"{read:,} rows read, {ledger.dropped.total():,} dropped{f' ({dropped})' if dropped else ''}, "
-        f"{truncated:,} truncated, {repaired:,} repaired, {duplicates:,} exact duplicates"
+        f"{counted(read)} read, {ledger.dropped.total():,} dropped{f' ({dropped})' if dropped else ''}, "
+        f"{cut}{repaired:,} repaired, {duplicates:,} exact duplicates"
     )
     for side, examples in (("train", train), ("eval", held)):
         tokens, labels = int(examples.lengths.sum()), int(examples.labels.sum())
@@ -253,12 +236,8 @@ def _counted(examples: Examples) -> str:
     count, paths = len(examples), examples.paths
     if count and (paths == 2).all():
         return f"{count:,} pair{'s' * (count != 1)}"
-    return _rows(count) + (f" with {paths.sum():,} answers" if (paths > 1).any() else "")
+    return counted(count) + (f" with {paths.sum():,} answers" if (paths > 1).any() else "")
 
 
 def _hash(seed: int, prompt: int) -> bytes:
     return blake2b(seed.to_bytes(8, "little") + prompt.to_bytes(8, "little"), digest_size=8).digest()
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'s' * (count != 1)}"

@@ -7,10 +7,13 @@ would see of that conversation alone.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from align.data.answers import COMPARED, JUDGED
+from align.data.answers import BEST, COMPARED, JUDGED
+from align.data.balance import balanced
 from align.data.chat import Chat, Unwritable
 from align.data.chats import chat_of
 from align.data.control import Controls, controls_of
@@ -25,14 +28,15 @@ def preferences() -> Reading:
     return Reading("preferences", COMPARED, render_answers)
 
 
-def labelled() -> Reading:
-    """Single answers, each with its verdict: a tree of one branch whose target is 1.0 or 0.0."""
-    return Reading("labelled answers", JUDGED, render_answers)
+def labelled(desirable: float = 1.0, undesirable: float = 1.0) -> Reading:
+    """Single answers, each with its verdict: a tree of one branch whose target is 1.0 or 0.0. Both have weights."""
+    survey = partial(balanced, desirable=desirable, undesirable=undesirable)
+    return Reading("labelled answers", JUDGED, render_answers, survey=survey)
 
 
 def demonstrations() -> Reading:
     """Conversations, each as its prompt with the last assistant turn for its one answer."""
-    return Reading("demonstrations", FORMATS, _render_last)
+    return Reading("demonstrations", {**BEST, **FORMATS}, _render_last)
 
 
 def _render_last(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[Tree | Fault]:

@@ -18,11 +18,12 @@ from align.data.chat import Unwritable
 from align.data.chats import chat_of
 from align.data.control import controls_of
 from align.data.examples import Examples
-from align.data.formats import FORMATS, Fault, Formats, Row, Shape, read_records
+from align.data.formats import FORMATS, read_records
 from align.data.reading import Reading
 from align.data.render import Written, tokenised
+from align.data.rows import Fault, Formats, Refused, Row, Shape
 from align.data.trees import Tree
-from align.data.turns import Refused, check, encodable, said, tools_of
+from align.data.turns import check, encodable, remarks_of, said, settled, tools_of
 
 ANSWER = {"role": "assistant", "content": "a"}  # stands in for the one to come
 
@@ -55,14 +56,15 @@ def asked(examples: Examples) -> list[Asked]:
 
 
 def _prompt(row: dict[str, Any]) -> Row:
-    turns = prompt_turns(row)
+    turns, repairs = settled(prompt_turns(row))
     if turns and turns[-1].message["role"] == "assistant":
         turns = turns[:-1]  # the answer to be
-    if not turns:
+    if all(turn.message["role"] == "system" for turn in turns):
         raise Refused(f"prompt: expected one of the columns {', '.join(PROMPTS)}, found none with a prompt in it")
     check([*turns, said("assistant", turns[-1].content_at, "a")])
     messages = encodable("messages", [turn.message for turn in turns])
-    return Row("", 0, messages, None, encodable("tools", tools_of(row.get("tools"))))
+    tools = encodable("tools", tools_of(row.get("tools")))
+    return Row("", 0, messages, None, tools, repairs, remarks=remarks_of(turns))
 
 
 def _without_answers(read: Any, row: dict[str, Any]) -> Row:

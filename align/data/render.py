@@ -27,7 +27,7 @@ def conversations(loss_on: LossOn, empty_thoughts: bool = False) -> Reading:
     """Conversations and text, and the best answers of preferences, learnt as `render_rows` says."""
     name = f"conversations, {loss_on}" + ", empty thoughts" * empty_thoughts
     render = partial(render_rows, loss_on=loss_on, empty_thoughts=empty_thoughts)
-    return Reading(name, {**BEST, **FORMATS}, render)
+    return Reading(name, {**BEST, **FORMATS}, render, chunks=True)
 
 
 def render_rows(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from hashlib import blake2b, file_digest, sha256
 from itertools import islice, pairwise
@@ -21,10 +22,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from align.data.chats import chat_of
-from align.data.files import data_files, is_hub_id
-from align.data.formats import Fault, Row, find, read_rows
+from align.data.formats import find, read_rows
+from align.data.paths import data_files, is_hub_id
 from align.data.reading import Reading
 from align.data.render import prompt_key
+from align.data.rows import Fault, Row
 from align.data.trees import Tree
 from align.recipe.schema import Source
 
@@ -38,6 +40,7 @@ COLUMNS = {
     "targets": "f",
     "file_id": "q",
     "line": "q",
+    "plain": "b",
     "prompt": "Q",
     "content": "Q",
 }
@@ -58,12 +61,14 @@ class Store(NamedTuple):
     targets: np.ndarray  # (S,) float32, of the path that ends with each segment; nan where nothing is known of it
     file_id: np.ndarray  # (n,) int64, index into `files`
     line: np.ndarray  # (n,) int64
+    plain: np.ndarray  # (n,) int8, 1 where the row is a text, which has no turns
     prompt: np.ndarray  # (n,) uint64, hash of the prompt
     content: np.ndarray  # (n,) uint64, hash of the tokens and what is trained of them
     files: list[str]
     found: list[str]  # the format of each file and how it was told
     faults: list[Fault]
     repairs: list[Fault]  # what was changed in which row
+    remarks: list[str]  # what else is to be said of a file
 
     @property
     def lengths(self) -> np.ndarray:
@@ -85,6 +90,16 @@ class Store(NamedTuple):
             tuple(np.array(self.trained[a:b]) for a, b in cuts),
             () if np.isnan(known).all() else tuple(known.tolist()),
         )
+
+    def slice(self, i: int, first: int, last: int) -> Tree:
+        """Tokens `first` to `last` of example `i`, which has no branches, as a tree of their own.
+
+        Nothing in it predicts its first token, which is context.
+        """
+        start = self.segments[self.examples[i]]
+        tokens, trained = (np.array(stored[start + first : start + last]) for stored in (self.tokens, self.trained))
+        trained[:1] = False
+        return Tree((tokens,), (trained,))
 
     def place(self, i: int) -> tuple[str, int]:
         """File and line of example `i`."""
@@ -128,6 +143,7 @@ def _build(
     columns["examples"].append(0)
     files: dict[str, int] = {}
     faults, repairs, rows = [], [], 0
+    remarks: Counter[tuple[str, str]] = Counter()  # (file, remark) -> rows
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as marks:
         for batch in _batches(read_rows(source, reading.formats)):
             trees = iter(reading.render([row for row in batch if isinstance(row, Row)], tokenizer))
@@ -137,6 +153,7 @@ def _build(
                     faults.append(tree)
                     continue
                 repairs += [Fault(row.file, row.line, repair) for repair in (*row.repairs, *tree.notes)]
+                remarks.update((row.file, remark) for remark in row.remarks)
                 content = blake2b(digest_size=8)
                 for ids, trained in zip(tree.segments, tree.trained, strict=True):
                     tokens.write(ids.astype(np.int32).tobytes())
@@ -152,6 +169,7 @@ def _build(
                 columns["labels"].append(tree.label_count)
                 columns["file_id"].append(files.setdefault(row.file, len(files)))
                 columns["line"].append(row.line)
+                columns["plain"].append(row.messages is None)
                 columns["prompt"].append(int.from_bytes(prompt_key(row), "little"))
                 columns["content"].append(int.from_bytes(content.digest(), "little"))
             rows += len(batch)
@@ -163,6 +181,7 @@ def _build(
         "found": list(map(str, find(source, reading.formats))),
         "faults": faults,
         "repairs": repairs,
+        "remarks": [f"{file}: {remark} ({n:,} row{'s' * (n > 1)})" for (file, remark), n in remarks.items()],
     }
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
     manifest = {name: _digest(folder / name) for name in FILES}
@@ -181,6 +200,7 @@ def _open(folder: Path) -> Store:
         found=about["found"],
         faults=[Fault(*fault) for fault in about["faults"]],
         repairs=[Fault(*repair) for repair in about["repairs"]],
+        remarks=about["remarks"],
     )
 
 
@@ -199,7 +219,7 @@ def _key(source: Source, tokenizer: PreTrainedTokenizerBase, reading: Reading) -
     about = {
         "version": VERSION,
         "content": _content(source, reading),
-        "source": source.model_dump(include={"format", "columns", "limit"}),
+        "source": source.model_dump(include={"format", "columns", "turn_keys", "roles", "limit"}),
         # Truncation and padding are settings of a call, not of the tokenizer.
         "tokenizer": {name: part for name, part in backend.items() if name not in ("truncation", "padding")},
         "chat": [chat.template, chat.special],

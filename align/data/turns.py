@@ -6,10 +6,13 @@ raises `Refused` with the field, what was expected and what was found; `formats.
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable
 from typing import Any, NamedTuple
+
+from align.data.media import part_of_text, text_alone
+from align.data.rows import Refused
+from align.data.shown import a, in_yaml, listed, meant, shown
+from align.data.verdicts import DETAILS, MARKS, learnt, truth
 
 
 class Turn(NamedTuple):
@@ -18,10 +21,7 @@ class Turn(NamedTuple):
     role_at: str
     content_at: str
     message: dict[str, Any]
-
-
-class Refused(Exception):
-    """Why the row at hand cannot be taken."""
+    remarks: tuple[str, ...] = ()  # as `Row.remarks`
 
 
 ROLES = {  # as data sets write them; "call" is an assistant turn whose content is a tool call in JSON
@@ -31,14 +31,10 @@ ROLES = {  # as data sets write them; "call" is an assistant turn whose content 
     **dict.fromkeys(("function_call", "tool_call"), "call"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response"), "tool"),
 }
-
-NEXT = {  # the roles that may follow one; "call" is an assistant turn that calls tools
-    "start": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user",),
-    "call": ("tool",),
-    "tool": ("assistant", "tool"),
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys that hold what the assistant thinks before it speaks
+READ = {  # the keys of a turn that are read besides role and content
+    "assistant": ("tool_calls", "function_call", *THOUGHTS, *DETAILS),
+    "tool": ("name", "tool_call_id"),
 }
 
 
@@ -62,13 +58,13 @@ def alpaca_prompt(row: dict[str, Any]) -> list[Turn]:
 
 
 def sharegpt(row: dict[str, Any]) -> list[Turn]:
-    """`conversations`: turns of `from` and `value`."""
-    return conversation(row, "conversations", "from", "value")
+    """`conversations`: turns of `from` and `value`, or of `role` and `content`."""
+    return _marked(row, conversation(row, "conversations"))
 
 
 def messages(row: dict[str, Any]) -> list[Turn]:
-    """`messages`: turns of `role` and `content`."""
-    return conversation(row, "messages", "role", "content")
+    """`messages`: turns of `role` and `content`, or of `from` and `value`."""
+    return _marked(row, conversation(row, "messages"))
 
 
 def prompt_completion(row: dict[str, Any]) -> list[Turn]:
@@ -76,29 +72,49 @@ def prompt_completion(row: dict[str, Any]) -> list[Turn]:
     sides = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         is_text = not isinstance(row.get(name), list)
-        sides.append([said(role, name, row.get(name))] if is_text else conversation(row, name, "role", "content"))
-    for turn in sides[0]:
+        sides.append([said(role, name, row.get(name))] if is_text else conversation(row, name))
+    prompt, completion = sides
+    if completion[0].message["role"] == "user":
+        raise Refused(f"{completion[0].role_at}: expected the assistant's answer to the prompt, found user")
+    for turn in prompt:
         if turn.message["role"] == "assistant":
             turn.message["train"] = False
-    return sides[0] + sides[1]
+    return prompt + completion
+
+
+def settled(turns: list[Turn]) -> tuple[list[Turn], tuple[str, ...]]:
+    """The turns without system turns that say nothing, and what was so repaired."""
+    mute = [turn for turn in turns if turn.message["role"] == "system" and not turn.message["content"].strip()]
+    kept = [turn for turn in turns if turn not in mute]
+    return kept, tuple(f"left out {turn.content_at}: an empty system turn" for turn in mute)
 
 
 def check(turns: list[Turn]) -> None:
-    """Refuse roles in a wrong order, turns that say nothing, and rows in which no turn is trained."""
-    previous, calls = "start", 0
-    for role_at, content_at, message in turns:
-        role = message["role"]
-        if role not in NEXT[previous]:
-            came = {"start": "at the start", "call": "after a tool call"}.get(previous, f"after {previous}")
-            raise Refused(f"{role_at}: expected {' or '.join(NEXT[previous])} {came}, found {role}")
-        calls = calls - 1 if role == "tool" else len(message.get("tool_calls", ()))
-        if calls < 0:
-            raise Refused(f"{role_at}: this tool turn answers no call: there are more results than calls")
-        if not message.get("tool_calls"):
+    """Refuse turns that say nothing, tool calls and their results out of order, and rows in which no turn is trained.
+
+    In what order the others may speak is for the chat template to say.
+    """
+    waiting, previous = 0, None  # calls that have no result yet
+    for role_at, content_at, message, _ in turns:
+        role, calls = message["role"], len(message.get("tool_calls", ()))
+        if role == "tool":
+            if not waiting:
+                raise Refused(f"{role_at}: this tool turn answers no call: there are more results than calls")
+            waiting -= 1
+        elif previous == "call" and not calls:
+            raise Refused(f"{role_at}: expected tool after a tool call, found {role}")
+        else:
+            waiting = calls + (waiting if previous == "call" else 0)
+        if not calls:
             filled(content_at, message["content"])
-        previous = "call" if message.get("tool_calls") else role
+        previous = "call" if calls else role
     if not any(turn.message.get("train", True) for turn in turns if turn.message["role"] == "assistant"):
         raise Refused(f"{turns[-1].content_at}: every assistant turn is marked as context: none to learn from")
+
+
+def remarks_of(turns: list[Turn]) -> tuple[str, ...]:
+    """What is to be said of the turns, each thing once."""
+    return tuple(dict.fromkeys(remark for turn in turns for remark in turn.remarks))
 
 
 def tools_of(tools: Any) -> list[dict[str, Any]] | None:
@@ -115,12 +131,36 @@ def tools_of(tools: Any) -> list[dict[str, Any]] | None:
     return wrapped
 
 
-def conversation(row: dict[str, Any], column: str, role_key: str, content_key: str) -> list[Turn]:
-    """The column's turns, a list or its JSON, each with these two keys."""
+def conversation(row: dict[str, Any], column: str) -> list[Turn]:
+    """The column's turns, a list or its JSON."""
     turns = from_json(column, row.get(column))
     if not isinstance(turns, list) or not turns:
         raise Refused(f"{column}: expected a list of turns, found {a(turns)}")
-    return [turn_of(turn, f"{column}[{i}]", role_key, content_key) for i, turn in enumerate(turns)]
+    keys = keys_of(turns)
+    _known(turns, column, keys[0])
+    return [turn_of(turn, f"{column}[{i}]", *keys) for i, turn in enumerate(turns)]
+
+
+def _marked(row: dict[str, Any], turns: list[Turn]) -> list[Turn]:
+    """The turns as the row's `loss_mask` marks them, if it has one: a list with 0 for each turn not to be learnt."""
+    marks = from_json("loss_mask", row.get("loss_mask") or None)
+    if marks is None:
+        return turns
+    if not isinstance(marks, list) or len(marks) != len(turns):
+        raise Refused(f"loss_mask: expected a list of {len(turns)} marks, one a turn, found {a(marks)}")
+    for i, (turn, mark) in enumerate(zip(turns, marks, strict=True)):
+        if truth(mark) is None:
+            raise Refused(f"loss_mask[{i}]: expected 0 or 1, true or false, found {a(mark)}")
+        if turn.message["role"] == "assistant" and not truth(mark):
+            turn.message["train"] = False
+    return turns
+
+
+def keys_of(turns: Any) -> tuple[str, str]:
+    """How these turns name role and content."""
+    named = isinstance(turns, list) and any(isinstance(turn, dict) and "role" in turn for turn in turns)
+    other = isinstance(turns, list) and any(isinstance(turn, dict) and "from" in turn for turn in turns)
+    return ("from", "value") if other and not named else ("role", "content")
 
 
 def turn_of(raw: Any, at: str, role_key: str, content_key: str) -> Turn:
@@ -128,50 +168,79 @@ def turn_of(raw: Any, at: str, role_key: str, content_key: str) -> Turn:
     if not isinstance(raw, dict):
         raise Refused(f"{at}: expected `{role_key}` and `{content_key}`, found {a(raw)}")
     role_at, content_at = f"{at}.{role_key}", f"{at}.{content_key}"
-    named = text(role_at, raw.get(role_key))
-    role = ROLES.get(named)
-    if role is None:
-        raise Refused(f"{role_at}: unknown role {named[:40]!r}{meant(named.lower(), ROLES)}")
+    for ours, key in (("role", role_key), ("content", content_key)):
+        excused = key == content_key and (raw.get("tool_calls") or raw.get("function_call"))
+        if key not in raw and not excused:
+            said_by = f"its keys are {listed(raw)}; name its own in the recipe: `turn_keys: {{{ours}: <key>}}`"
+            raise Refused(f"{at}.{key}: expected text, found nothing" + (f"; {said_by}" if raw else ""))
+    role = _role(role_at, raw[role_key])
     content = raw.get(content_key)
+    message: dict[str, Any] = {"role": "assistant" if role == "call" else role, "content": content}
     if role == "call":
-        message = {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": _calls(content_at, from_json(content_at, content)),
-        }
-        return Turn(role_at, content_at, message | _context(at, role, raw))
-    message = {"role": role, "content": content}
-    if isinstance(content, list):
+        message |= {"content": "", "tool_calls": _calls(content_at, from_json(content_at, content))}
+        if not message["tool_calls"]:
+            raise Refused(f"{content_at}: expected tool calls with `name` and `arguments`, found an empty list")
+    elif isinstance(content, list):
         message |= _parts(content_at, content)
+    speaks = message["role"] == "assistant"
+    called = raw.get("tool_calls") or raw.get("function_call")  # the second is OpenAI's older name
+    calls = _calls(f"{at}.tool_calls", from_json(f"{at}.tool_calls", called)) if called else []
+    if not speaks and (calls or "tool_calls" in message):
+        raise Refused(f"{at}.tool_calls: only an assistant can call tools, found role {role}")
     if role == "assistant":
-        called = raw.get("tool_calls") or raw.get("function_call")  # the second is OpenAI's older name
-        if called:
-            message["tool_calls"] = _calls(f"{at}.tool_calls", from_json(f"{at}.tool_calls", called))
-        if raw.get("reasoning_content"):
-            message["reasoning_content"] = text(f"{at}.reasoning_content", raw["reasoning_content"])
+        if calls:
+            message["tool_calls"] = calls
+        message |= _thoughts(at, raw)
         if message["content"] is None and message.get("tool_calls"):
             message["content"] = ""
-    elif "tool_calls" in message:
-        raise Refused(f"{content_at}: only an assistant can call tools, found role {role}")
     elif role == "tool":
         message |= {key: text(f"{at}.{key}", raw[key]) for key in ("name", "tool_call_id") if raw.get(key)}
+    elif role == "system" and message["content"] is None:
+        message["content"] = ""
     text(content_at, message["content"])
-    return Turn(role_at, content_at, message | _context(at, role, raw))
+    if not learnt(at, message["role"], raw) and speaks:
+        message["train"] = False
+    text_alone(f"{at}.", raw)
+    known = {role_key, content_key, *MARKS, *READ.get(message["role"], ())}
+    unread = [key for key, value in raw.items() if key not in known and value not in (None, "", [], {})]
+    return Turn(
+        role_at, content_at, message, tuple(f"nothing reads the key {listed([key])} of a turn" for key in unread)
+    )
 
 
-def _context(at: str, role: str, raw: dict[str, Any]) -> dict[str, bool]:
-    """`train: False` where the data gives an assistant turn no weight. No other role is ever trained."""
-    for key in ("loss_weight", "weight", "train"):
-        weight = raw.get(key)
-        if weight is None:
-            continue
-        if weight not in (0, 1):
-            raise Refused(f"{at}.{key}: expected 0 or 1, found {a(weight)}")
-        if weight and role not in ("assistant", "call"):
-            raise Refused(f"{at}.{key}: only assistant turns are trained, found {weight} on a {role} turn")
-        if not weight and role in ("assistant", "call"):
-            return {"train": False}
-    return {}
+def _role(at: str, value: Any) -> str:
+    named = text(at, value)
+    role = ROLES.get(named.strip().lower())
+    if role is None:
+        raise Refused(
+            f"{at}: unknown role '{shown(named, 40)}'{meant(named.lower(), ROLES, 0.75) or _mapping([named])}"
+        )
+    return role
+
+
+def _known(turns: list[Any], at: str, key: str) -> None:
+    """Refuse turns of which several have roles that are not known, and show how the recipe names them."""
+    roles = [turn.get(key) if isinstance(turn, dict) else None for turn in turns]
+    unknown = [role for role in roles if isinstance(role, str) and role.strip().lower() not in ROLES]
+    named = list(dict.fromkeys(unknown))
+    if len(named) > 1:
+        names = ", ".join(f"'{shown(name, 40)}'" for name in named[:4])
+        raise Refused(f"{at}[{roles.index(named[0])}].{key}: unknown roles {names}{_mapping(named[:4])}")
+
+
+def _mapping(names: list[str]) -> str:
+    """How the recipe says who speaks, as far as one can guess."""
+    guesses = zip(names, ("user", "assistant", "system", "tool"), strict=False)
+    guessed = (f"{in_yaml(name[:40])}: {role}" for name, role in guesses)
+    return f"; say in the recipe who speaks so: `roles: {{{', '.join(guessed)}}}`"
+
+
+def _thoughts(at: str, raw: dict[str, Any]) -> dict[str, str]:
+    """`reasoning_content`, by whichever of its names the turn has it."""
+    thoughts = {key: text(f"{at}.{key}", raw[key]) for key in THOUGHTS if raw.get(key)}
+    if len(set(thoughts.values())) > 1:
+        raise Refused(f"{at}: {' and '.join(thoughts)} differ: which is what the assistant thinks?")
+    return {"reasoning_content": next(iter(thoughts.values()))} if thoughts else {}
 
 
 def _parts(at: str, parts: list[Any]) -> dict[str, Any]:
@@ -180,6 +249,7 @@ def _parts(at: str, parts: list[Any]) -> dict[str, Any]:
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(kind, str) or kind not in read:
+            part_of_text(f"{at}[{i}].type", str(kind))
             raise Refused(f"{at}[{i}].type: expected one of {', '.join(read)}, found {a(kind if kind else part)}")
         key = "text" if kind == "text" and part.get("text") is not None else "value"
         where, value = f"{at}[{i}].{key}", part.get(key)
@@ -205,8 +275,6 @@ def _calls(at: str, calls: Any) -> list[dict[str, Any]]:
             raise Refused(f"{at}[{i}].arguments: expected an object, found {a(arguments)}")
         named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         read.append(named | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
-    if not read:
-        raise Refused(f"{at}: expected tool calls with `name` and `arguments`, found an empty list")
     return read
 
 
@@ -240,32 +308,9 @@ def from_json(at: str, value: Any) -> Any:
 
 
 def encodable(at: str, value: Any) -> Any:
-    """The value, which must survive being written as UTF-8 JSON: half surrogate pairs and dates do not."""
+    """The value, which must survive being written as UTF-8 JSON: half surrogate pairs, dates, NaN do not."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise Refused(f"{at}: cannot be written as JSON in UTF-8: {error}") from error
     return value
-
-
-def meant(word: str, known: Iterable[str]) -> str:
-    """A did-you-mean for the end of a message, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-KINDS = {
-    str: "the text ",
-    list: "the list ",
-    dict: "the object ",
-    int: "the number ",
-    float: "the number ",
-    bool: "",
-}
-
-
-def a(value: Any) -> str:
-    """What a value is, shown short, for messages."""
-    shown = repr(value)
-    kind = KINDS.get(type(value), f"the {type(value).__name__} ")
-    return "nothing" if value is None else kind + (shown if len(shown) < 50 else shown[:46] + " …")

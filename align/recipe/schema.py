@@ -74,7 +74,8 @@ class Source(Section):
     """One place that rows come from."""
 
     path: str
-    """A JSON, JSONL, CSV, TSV, Parquet or text file (also `.gz`), a folder of them, or a hub data set id."""
+    """A JSON, JSONL, CSV, TSV, Parquet or text file (also `.gz`), a folder of them, a pattern such as `data/*.jsonl` or
+    `data/**/*.csv`, or a hub data set id."""
     format: Literal[
         "auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text",
         "pairs", "transcripts", "ranked", "labelled", "classes", "prompts",
@@ -82,8 +83,13 @@ class Source(Section):
     """The shape of its rows. `auto` looks at the columns and prints what it found."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Passes over this source in one epoch: 2.0 shows every row twice, 0.5 a seeded half."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Rename columns: the format's name to the file's, for example `{prompt: question, completion: answer}`."""
+    columns: dict[str, str | None] = Field(default_factory=dict)
+    """Rename columns: the format's name to the file's, for example `{prompt: question, completion: answer}`. A column
+    mapped to null is not read: `{label: null}`."""
+    turn_keys: dict[str, str] = Field(default_factory=dict)
+    """Rename the keys of turns: ours to the file's, for example `{role: speaker, content: utterance}`."""
+    roles: dict[str, Literal["system", "user", "assistant", "tool", "tool_call"]] = Field(default_factory=dict)
+    """Who speaks: the file's name to the role, for example `{customer: user, agent: assistant}`."""
     limit: PositiveInt | None = None
     """Read only this many rows."""
     name: str | None = None
@@ -121,8 +127,9 @@ class Data(Section):
     """The held-out rows."""
     max_length: PositiveInt = 1024
     """Most tokens in one example."""
-    overlong: Literal["error", "drop", "truncate"] = "error"
-    """What happens to a longer one. Drops and cuts are written to ledger.jsonl."""
+    overlong: Literal["error", "drop", "truncate", "chunk"] = "error"
+    """What happens to a longer one. `chunk` cuts texts into examples of at most `max_length` tokens, and drops
+    conversations. Drops and cuts are written to ledger.jsonl."""
     invalid: Literal["error", "drop"] = "error"
     """What happens to a row that cannot be taken (no assistant turn, empty content, …). Drops go to ledger.jsonl."""
     duplicates: Literal["keep", "drop"] = "keep"

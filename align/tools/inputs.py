@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from align.data.files import data_files, is_hub_id
+from align.data.paths import data_files, is_hub_id
 from align.recipe.document import Keys
 from align.recipe.errors import UserError
 from align.recipe.help import choices

@@ -24,10 +24,11 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from align.data.files import data_files, read_file, text_lines
+from align.data.files import read_file, text_lines
 from align.data.graft import graft
 from align.data.lines import Broken, lines_of
 from align.data.packing import pack_padded
+from align.data.paths import data_files
 from align.data.trees import Tree, plant
 from align.data.turns import Refused, a, filled, meant
 from align.models.base import META, load_base

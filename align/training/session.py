@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from align.data.marking import show
 from align.data.mixture import Prepared, counting, prepare
 from align.data.reading import Reading
-from align.data.show import show
 from align.models.base import load_tokenizer
 from align.models.demo import cache_folder
 from align.recipe.schema import BaseRecipe, Data

@@ -15,8 +15,9 @@ from data.voices import SMOLLM, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.data.classes import class_numbers, counts, find_labels, formats, prepare_classes
+from align.data.classes import class_numbers, classes, counts, find_labels, formats, prepare_classes
 from align.data.formats import Fault, Row, convert, read_rows
+from align.data.labels import alike
 from align.recipe.errors import UserError
 from align.recipe.schema import Data, Eval, Source
 
@@ -86,9 +87,61 @@ def test_labels_are_texts(value, label):
     assert row.label == label
 
 
+def test_one_label_written_in_several_ways_is_one_class(tmp_path):
+    """Over CSV, JSON and Parquet; and what counts as another way of writing is said."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.csv").write_text("text,label\na,1\nb,True\nc,01\nd,Spam\n")
+    rows = [{"text": t, "label": v} for t, v in (("e", 1), ("f", 1.0), ("g", True), ("h", "spam"))]
+    (data / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["i", "j"], "label": [1.0, None]}), data / "c.parquet")
+    whole = Source(path=str(data))
+    labels = find_labels([whole])
+    assert labels == ["1", "Spam", "spam", "true"]
+    section = Data(train=[whole], invalid="drop")
+    made = prepare_classes(section, Eval(), False, labels, TOKENIZER, 0, tmp_path / "cache").data
+    assert counts(made.train, 4).tolist() == [5, 1, 1, 2]
+    said = "\n".join(made.summary)
+    assert f"{data}/a.csv: the label '01' counts as '1' (1 row)" in said
+    assert f"{data}/a.csv: the label 'True' counts as 'true' (1 row)" in said
+    assert "warning: 'Spam' and 'spam' are 2 classes; if they are meant as one, write them alike" in said
+    assert "warning: '1' and 'true' are 2 classes" in said
+    only = prepare_classes(section, Eval(), False, labels, TOKENIZER, 0, tmp_path / "cache").data
+    assert only.summary == made.summary, "also from the cache"
+
+
+@pytest.mark.parametrize(
+    ("found", "labels"),
+    [
+        (["007", "008"], ["007", "008"]),
+        (["01", "1", "2"], ["1", "2"]),
+        (["TRUE", "False", "True"], ["False", "true"]),
+        ([0.5, "0.50", "b"], ["0.5", "b"]),
+        ([0.1234567, 0.1234568], ["0.1234567", "0.1234568"]),
+        (["nan", "inf", "1"], ["1", "inf", "nan"]),
+        (["-0", 0, "1"], ["0", "1"]),
+    ],
+)
+def test_how_a_class_is_named(tmp_path, found, labels):
+    rows = [{"text": f"{i}", "label": label} for i, label in enumerate(found * 2)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert find_labels([Source(path=str(tmp_path / "a.jsonl"))]) == labels
+
+
+def test_labels_of_the_recipe_that_are_one():
+    with pytest.raises(UserError, match=r"classify.labels: '1' and '01' are two ways to write one label"):
+        classes(["1", "01"])
+
+
+def test_labels_that_only_look_alike():
+    assert alike(["c", "c++", "C#", "-1", "1", "0", "a"]) == []
+    assert len(alike(["not spam", "Not_Spam", "yes", "true", "1"])) == 2
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
+        ({"text": "hi", "label": "ham", "image": "x.png"}, "image: only text can be learnt"),
         ({"text": "hi", "label": "spma"}, "label: expected one of ham, spam, found 'spma'; did you mean 'spam'?"),
         ({"text": "hi", "label": ""}, "label: expected a label, found an empty text"),
         ({"text": "hi"}, "label: expected a label, found nothing"),

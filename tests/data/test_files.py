@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.data.files import data_files, is_hub_id, read_file
+from align.data.files import read_file
 from align.data.formats import Fault, Row, read_rows
 from align.data.lines import CHUNK, Broken, json_array
+from align.data.paths import data_files, is_hub_id, survey
+from align.data.tables import delimiter_note
 from align.recipe.errors import UserError
 from align.recipe.schema import Source
 
@@ -326,3 +328,156 @@ def test_a_table_may_have_no_extension_if_tabs_part_its_first_line(tmp_path):
     assert data_files(str(put(tmp_path, "Collection", "ham\thi\n"))) == [tmp_path / "Collection"]
     assert placed(tmp_path, "Collection", "ham\thi\r\n") == [(1, {"column1": "ham", "column2": "hi"})]
     assert "no extension" in refusal(tmp_path, "Other", "ham hi\n")
+
+
+def test_arrow_padding_is_left_out_and_a_written_null_stays(tmp_path):
+    """JSON and Parquet give the same rows; a null among other values of a struct cannot be told from padding."""
+
+    def row(name, parameters, arguments):
+        tools = [{"type": "function", "function": {"name": name, "parameters": {"properties": parameters}}}]
+        call = [{"function": {"name": name, "arguments": arguments}}]
+        talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": call}]
+        return {
+            "messages": [*talk, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "1"}],
+            "tools": tools,
+        }
+
+    rows = [
+        row("sky", {"town": {"type": "string", "default": None, "enum": ["a", None]}}, {"town": "Oslo"}),
+        row(
+            "lamp", {"number": {"type": "integer"}, "on": {"type": "boolean", "const": None}}, {"number": 3, "on": True}
+        ),
+        row("stop", {"force": {"type": "boolean"}}, {}),
+    ]
+    json_path, parquet_path = tmp_path / "d.jsonl", tmp_path / "d.parquet"
+    json_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet_path)
+    read = [[row[2:] for row in read_rows(Source(path=str(path)))] for path in (json_path, parquet_path)]
+    assert read[0][:2] == read[1][:2]
+    assert '"default": null' in json.dumps(read[1][0])
+    assert "null" not in json.dumps(read[1][1][0])
+    assert read[1][2][0][1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_arrow_maps_keep_their_nulls_and_columns_stay(tmp_path):
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    table = pyarrow.table({"m": pyarrow.array([[("a", None)]], kind), "text": ["t"], "none": pyarrow.nulls(1)})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    assert list(read_file(tmp_path / "d.parquet")) == [(1, {"m": {"a": None}, "text": "t", "none": None})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        ("a.csv", "text;label\na, b;1\nc, d;2\n", "semicolons"),
+        ("a.csv", "text\tlabel\na, b\t1\nc\t2\n", "tabs"),
+        ("a.csv", 'text|label\n"a | b"|1\nc|2\n', "bars"),
+        ("a.csv", "text;label\n", "semicolons"),
+        ("a.csv", "text, or so;label\na;1\nb, c, d;2\n", "semicolons"),
+        ("a.tsv", "text;label\na\t, b;1\nc;2\n", "semicolons"),
+        ("a.tsv", "text,label\na,1\n", "commas"),
+        ("a.csv", "text,label;x\na,1\nb;c,2\n", ""),
+        ("a.csv", "text\na; b\nc\n", ""),
+        ("a.csv", "the text; in words\nOne\nTwo\n", ""),
+        ("a.csv", "text,label\na;b\nc;d\n", ""),
+        ("a.tsv", "text\tlabel\na, b\t1\nc, d\t1\n", ""),
+        ("a.csv", 'text\n"broken', ""),
+    ],
+)
+def test_what_parts_the_cells_of_a_table_is_told(tmp_path, name, content, note):
+    path = put(tmp_path, name, content)
+    assert delimiter_note(path, False) == (f"; its cells are parted by {note}" if note else "")
+    if note:
+        rows = list(read_file(path))
+        assert all(len(row) == 2 for _, row in rows)
+        assert len(rows) == content.count("\n") - 1
+
+
+def test_a_table_without_header_and_with_other_delimiters(tmp_path):
+    path = put(tmp_path, "a.csv", "ham;Hello, you\nspam;Win\nham;a, b, c\n")
+    columns = {"label": "column1", "text": "column2"}
+    assert [row["column2"] for _, row in read_file(path, columns)] == ["Hello, you", "Win", "a, b, c"]
+    path = put(tmp_path, "a.tsv", "Hello, you\nBye, you\n")
+    assert [row["column1"] for _, row in read_file(path, {"text": "column1"})] == ["Hello, you", "Bye, you"]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Folders with links: `data/in` to a folder outside, two loops, a twin, one to nothing and one to a file."""
+    for name in (
+        "data/a/1.jsonl",
+        "data/b.jsonl",
+        "data/.hidden/x.jsonl",
+        "out/2.jsonl",
+        "out/deep/3.csv",
+        "data/LICENSE.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        put(tmp_path, name, "x")
+    for link, to in (
+        ("data/in", "../out"), ("data/twin", "../out/deep"), ("data/loop", "."), ("data/a/up", "../.."),
+        ("out/back", "../data"), ("data/gone.jsonl", "nowhere"), ("data/file.jsonl", "../out/2.jsonl"),
+    ):  # fmt: skip
+        (tmp_path / link).symlink_to(to)
+    return tmp_path
+
+
+def test_linked_folders_are_followed_once_and_never_in_circles(tree):
+    found = survey(str(tree / "data"))
+    names = [str(path.relative_to(tree / "data")) for path in found.paths]
+    assert names == ["a/1.jsonl", "b.jsonl", "file.jsonl", "in/2.jsonl", "in/deep/3.csv"]
+    said = "\n".join(found.remarks).replace(f"{tree}/", "")
+    for line in (
+        "data/loop: a link that is not followed: it leads to a folder around it",
+        "data/a/up: a link that is not followed: it leads to a folder around it",
+        "data/twin: a link that is not followed: its folder is read already",
+        "data/in/back: a link that is not followed: its folder is read already",
+        "data/gone.jsonl: this link leads to nowhere, which is not there",
+    ):
+        assert line in said
+    (tree / "link").symlink_to("data")
+    assert len(data_files(str(tree / "link"))) == 5
+    with pytest.raises(UserError, match=r"gone.jsonl: this link leads to nowhere, which is not there; mend the link"):
+        data_files(str(tree / "data/gone.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("data/*.jsonl", ["data/b.jsonl", "data/c.jsonl"]),
+        ("data/[ab]*", ["data/a/1.jsonl", "data/a/deep/3.csv", "data/b.jsonl"]),
+        ("data/**/*.csv", ["data/a/deep/3.csv"]),
+        ("**/a/*.jsonl", ["data/a/1.jsonl"]),
+        ("**", ["data/a/1.jsonl", "data/a/deep/3.csv", "data/b.jsonl", "data/c.jsonl"]),
+        ("*/?.jsonl", ["data/b.jsonl", "data/c.jsonl"]),
+        ("data/a/../c.json*", ["data/a/../c.jsonl"]),
+    ],
+)
+def test_patterns(tmp_path, monkeypatch, pattern, names):
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/a/1.jsonl", "data/a/deep/3.csv", "data/b.jsonl", "data/c.jsonl", "data/.d.jsonl", "data/e.doc"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        put(tmp_path, name, "x")
+    Path("data/loop").symlink_to(".")
+    assert [str(path) for path in data_files(pattern)] == names
+
+
+def test_a_pattern_without_a_match_and_a_name_with_its_letters(tmp_path):
+    with pytest.raises(UserError, match=r"no data file matches this pattern; `\*` stands for"):
+        data_files(str(tmp_path / "*.jsonl"))
+    path = put(tmp_path, "a[1]*.jsonl", '{"text": "a"}')
+    assert data_files(str(path)) == [path]
+    assert list(read_rows(Source(path=str(path)))) == [Row(str(path), 1, None, "a", None)]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["x" * 5000, "y/" * 3000 + "a.jsonl", "nul\0.jsonl", "half\ud800.jsonl", "line\u2028.jsonl", "", "\x1b[2J.csv"],
+)
+def test_paths_that_are_none(path):
+    with pytest.raises(UserError) as caught:
+        data_files(path)
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].isprintable()
+    assert len(caught.value.problems[0]) < 500
+    is_hub_id(path)

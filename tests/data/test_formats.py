@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -208,32 +209,7 @@ REFUSED = [
         {"messages": [user("hi")]},
         "messages: expected an assistant turn to learn from, found none",
     ),
-    (
-        "messages",
-        {"messages": [user("a"), *HI]},
-        "messages[1].role: expected assistant after user, found user",
-    ),
-    (
-        "messages",
-        {"messages": [*HI, HI[1]]},
-        "messages[2].role: expected user after assistant, found assistant",
-    ),
-    (
-        "messages",
-        {"messages": HI[1:]},
-        "messages[0].role: expected system or user at the start, found assistant",
-    ),
-    (
-        "messages",
-        {"messages": [HI[0], system("s"), HI[1]]},
-        "messages[1].role: expected assistant after user",
-    ),
     ("messages", {"messages": HI, "system": 3}, "system: expected text, found the number 3"),
-    (
-        "messages",
-        {"messages": [system("a"), *HI], "system": "b"},
-        "messages[0].role: expected user after system",
-    ),
     ("messages", {"messages": [user(""), HI[1]]}, "messages[0].content: expected text, found an empty text"),
     (
         "messages",
@@ -248,7 +224,62 @@ REFUSED = [
         {"messages": [HI[0], {"role": "asistant", "content": "b"}]},
         "messages[1].role: unknown role 'asistant'; did you mean 'assistant'?",
     ),
-    ("messages", {"messages": [HI[0], tool("5"), HI[1]]}, "messages[1].role: expected assistant after user"),
+    ("messages", {"messages": [HI[0], tool("5"), HI[1]]}, "messages[1].role: this tool turn answers no call"),
+    (
+        "messages",
+        {"messages": [HI[0], CALL, HI[1]]},
+        "messages[2].role: expected tool after a tool call, found assistant",
+    ),
+    (
+        "messages",
+        {"messages": [HI[0] | {"tool_calls": [call("f")]}, HI[1]]},
+        "messages[0].tool_calls: only an assistant",
+    ),
+    (
+        "messages",
+        {"messages": [HI[0], assistant("b", reasoning_content="c", thinking="d")]},
+        "messages[1]: reasoning_content and thinking differ",
+    ),
+    (
+        "messages",
+        {"messages": [HI[0], assistant("b", loss="maybe")]},
+        "messages[1].loss: expected 0 or 1, true or false",
+    ),
+    (
+        "messages",
+        {"messages": [HI[0], assistant("b", loss=True, ignore=1)]},
+        "messages[1]: loss and ignore contradict each other",
+    ),
+    (
+        "messages",
+        {"messages": [HI[0], assistant("b", train_detail=[{"begin_offset": 0, "end_offset": 1, "train": False}])]},
+        "messages[1].train_detail: parts of a turn cannot be marked",
+    ),
+    ("messages", {"messages": HI, "loss_mask": [0]}, "loss_mask: expected a list of 2 marks, one a turn"),
+    ("messages", {"messages": HI, "loss_mask": [0, 2]}, "loss_mask[1]: expected 0 or 1"),
+    (
+        "messages",
+        {"messages": HI, "images": ["a.png"]},
+        "images: only text can be learnt, and this row refers to images",
+    ),
+    ("messages", {"messages": [user("a") | {"audio": "a.wav"}, HI[1]]}, "messages[0].audio: only text can be learnt"),
+    ("messages", {"messages": HI, "label": "spam"}, "label: expected true or false, 1 or 0 or -1"),
+    ("messages", {"messages": HI, "kto_tag": float("nan")}, "kto_tag: expected true or false, 1 or 0 or -1"),
+    (
+        "messages",
+        {"messages": [HI[0], assistant(None, tool_calls=[{"name": "f", "arguments": {"x": float("nan")}}])]},
+        "messages: cannot be written as JSON in UTF-8",
+    ),
+    (
+        "messages",
+        {"messages": [{"speaker": "user", "text": "a"}, HI[1]]},
+        "messages[0].role: expected text, found nothing; its",
+    ),
+    (
+        "messages",
+        {"messages": [{"role": "customer", "content": "a"}, HI[1]]},
+        "messages[0].role: unknown role 'customer'; say in the recipe",
+    ),
     (
         "messages",
         {"messages": [HI[0], CALL, *HI]},
@@ -272,7 +303,7 @@ REFUSED = [
     (
         "messages",
         {"messages": [HI[0], assistant([{"type": "image_url"}])]},
-        "messages[1].content[0].type: expected one of text, reasoning, tool_call, found the text 'image_url'",
+        "messages[1].content[0].type: only text can be learnt, and this row refers to images",
     ),
     (
         "messages",
@@ -282,7 +313,7 @@ REFUSED = [
     (
         "messages",
         {"messages": [user("a") | {"loss_weight": 1}, HI[1]]},
-        "messages[0].loss_weight: only assistant turns are trained, found 1 on a user turn",
+        "messages[0].loss_weight: only assistant turns are trained, found the number 1 on a user turn",
     ),
     (
         "messages",
@@ -297,7 +328,7 @@ REFUSED = [
         "conversations[1].value: expected text, found an empty text",
     ),
     ("sharegpt", said(("human", "a"), ("function_call", "sum")), "conversations[1].value: expected JSON"),
-    ("sharegpt", {"conversations": HI}, "conversations[0].from: expected text, found nothing"),
+    ("sharegpt", {"conversations": [{"from": "human"}, HI[1]]}, "conversations[0].role: expected text, found nothing"),
     ("alpaca", {"instruction": "a", "output": None}, "output: expected text, found nothing"),
     ("alpaca", {"instruction": "", "output": "b"}, "instruction: expected text, found an empty text"),
     (
@@ -309,7 +340,7 @@ REFUSED = [
     (
         "prompt_completion",
         {"prompt": "a", "completion": HI},
-        "completion[0].role: expected assistant after user",
+        "completion[0].role: expected the assistant's answer to the prompt, found user",
     ),
     ("text", {"text": " "}, "text: expected text, found only white space"),
     ("text", ["text"], "expected a row of named columns, found the list ['text']"),
@@ -330,7 +361,7 @@ def test_detection_names_the_other_formats_that_fit():
     assert "it could be text too" in why
 
 
-@pytest.mark.parametrize("row", [{"question": "a", "answer": "b"}, {"conversations": HI}, {"messages": "no JSON"}, {}])
+@pytest.mark.parametrize("row", [{"question": "a", "answer": "b"}, {"messages": "no JSON"}, {}])
 def test_detection_says_why_it_cannot_tell(row):
     format, why = detect([row])
     assert format is None
@@ -432,11 +463,7 @@ def assert_canonical(row: Row) -> None:
     roles = [message["role"] for message in row.messages]
     assert roles[-1] == "assistant"
     shown = "".join("c" if m.get("tool_calls") else m["role"][0] for m in row.messages)
-    while "ct" in shown:  # a call and its results, of which there are at most as many, count as part of the answer
-        shown = shown.replace("ct", "c")
-    shown = shown.removeprefix("s").replace("ca", "a").replace("cc", "c")
-    assert set(shown[::2]) == {"u"}
-    assert set(shown[1::2]) <= {"a", "c"}
+    assert not re.search(r"(?<![ct])t|c[^ct]", shown)  # results follow calls, and calls that are not last have results
     for message in row.messages:
         assert isinstance(message["content"], str)
         assert message["content"].strip() or message.get("tool_calls")
@@ -459,11 +486,171 @@ def test_fuzz_only_canonical_rows_or_faults_come_out(case):
         assert result.reason
 
 
-@pytest.mark.parametrize("row", [{"messages": HI}, {"prompt": "Hi!", "completion": "Go away."}])
-def test_an_answer_marked_as_undesirable_is_not_learnt(row):
-    format = "messages" if "messages" in row else "prompt_completion"
-    assert convert(row | {"label": False}, format, "f", 1).reason.startswith(
-        "label: false marks the answer as undesirable"
+GOOD = (True, "true", "True", 1, 1.0, "1", "desirable", "good", None, "")
+BAD = (False, "false", "False", 0, 0.0, "0", -1, "-1", -1.0, "undesirable", "bad", "no")
+
+
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+@pytest.mark.parametrize(
+    "row", [{"messages": HI}, {"prompt": "Hi!", "completion": "Go."}, {"instruction": "a", "output": "b"}]
+)
+def test_an_answer_marked_as_undesirable_is_not_learnt(row, column):
+    format = detect([row])[0]
+    for label in GOOD:
+        assert isinstance(convert(row | {column: label}, format, "f", 1), Row), label
+    for label in BAD:
+        fault = convert(row | {column: label}, format, "f", 1)
+        assert "marks the answer as undesirable" in fault.reason, label
+        assert fault.reason.startswith(f"{column}: ")
+
+
+MARKS_OFF = {
+    "loss": False,
+    "loss_mask": 0,
+    "weight": 0.0,
+    "train": "false",
+    "loss_scale": "0",
+    "masked": True,
+    "ignore": "1",
+}
+MARKS_ON = {"loss": True, "loss_mask": 1, "weight": 1.0, "train": "True", "masked": False, "mask": 0, "training": None}
+
+
+@pytest.mark.parametrize("key", MARKS_OFF)
+def test_a_turn_marked_as_not_to_be_learnt_is_context(key):
+    row = {"messages": [user("a"), assistant("b", **{key: MARKS_OFF[key]}), *HI]}
+    made = convert(row, "messages", "f", 1)
+    assert [m.get("train", True) for m in made.messages if m["role"] == "assistant"] == [False, True]
+    assert made.remarks == ()
+
+
+@pytest.mark.parametrize("key", MARKS_ON)
+def test_a_turn_marked_as_to_be_learnt_is_learnt(key):
+    row = {"messages": [user("a"), assistant("b", **{key: MARKS_ON[key]})]}
+    made = convert(row, "messages", "f", 1)
+    assert (made.messages, made.remarks) == ([user("a"), assistant("b")], ())
+
+
+def test_a_list_of_marks_beside_the_turns():
+    row = {"messages": [user("a"), assistant("b"), *HI], "loss_mask": [0, 0, 0, 1]}
+    assert convert(row, "messages", "f", 1).messages == [user("a"), assistant("b", train=False), *HI]
+
+
+def test_keys_that_nothing_reads_are_remarked():
+    row = {"messages": [user("a") | {"mood": "glad", "id": 3, "name": None}, assistant("b", mood="sad", refusal=None)]}
+    assert convert(row, "messages", "f", 1).remarks == (
+        "nothing reads the key `mood` of a turn",
+        "nothing reads the key `id` of a turn",
     )
-    assert isinstance(convert(row | {"label": True}, format, "f", 1), Row)
-    assert isinstance(convert(row | {"label": 0}, format, "f", 1), Row)  # a column of another meaning
+
+
+ORDERS = {
+    "an assistant first": [assistant("hello"), *HI],
+    "users in a row": [user("a"), *HI],
+    "assistants in a row": [*HI, assistant("there")],
+    "a system in the middle": [*HI, system("It is noon."), *HI],
+    "calls in a row": [
+        user("?"), assistant("", tool_calls=[call("f")]), assistant("", tool_calls=[call("g")]), tool("1"), tool("2"),
+        HI[1],
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_turns_stand_in_the_order_that_the_row_has_them_in(name):
+    assert convert({"messages": ORDERS[name]}, "messages", "f", 1) == Row("f", 1, ORDERS[name], None, None)
+
+
+@pytest.mark.parametrize("nothing", ["", "  ", None])
+def test_a_system_turn_that_says_nothing_is_left_out_and_told(nothing):
+    row = {"messages": [system(nothing), *HI]}
+    repairs = ("left out messages[0].content: an empty system turn",)
+    assert convert(row, "messages", "f", 1) == Row("f", 1, HI, None, None, repairs)
+
+
+@pytest.mark.parametrize("none", [[], None, "[]", ""])
+def test_no_call(none):
+    row = {"messages": [*HI[:1], assistant("hello", tool_calls=none)]}
+    assert convert(row, "messages", "f", 1).messages == HI
+
+
+def test_turns_under_either_pair_of_keys_in_either_column():
+    assert convert({"conversations": HI}, "sharegpt", "f", 1).messages == HI
+    assert detect([{"conversations": HI}]) == ("sharegpt", "column `conversations` with role/content")
+    assert (
+        convert({"messages": said(("human", "hi"), ("gpt", "hello"))["conversations"]}, "messages", "f", 1).messages
+        == HI
+    )
+
+
+@pytest.mark.parametrize("empty", [None, "", [], "[]", [None], {"bytes": None, "path": None}, float("nan")])
+def test_a_column_of_images_that_holds_none_does_no_harm(empty):
+    assert isinstance(convert({"messages": HI, "images": empty, "audio": empty}, "messages", "f", 1), Row)
+
+
+MAPPED = {
+    "roles": ({"conversations": [{"from": "customer", "value": "hi"}, {"from": "agent", "value": "hello"}]}, {}),
+    "roles in JSON": (
+        {"messages": '[{"role": "customer", "content": "hi"}, {"role": "agent", "content": "hello"}]'},
+        {},
+    ),
+    "keys": (
+        {"dialog": [{"speaker": "user", "utterance": "hi"}, {"speaker": "assistant", "utterance": "hello"}]},
+        {"columns": {"messages": "dialog"}},
+    ),
+    "both": (
+        {"conversations": [{"speaker": "customer", "utterance": "hi"}, {"speaker": "agent", "utterance": "hello"}]},
+        {},
+    ),
+    "a list of messages and an answer": (
+        {"prompt": [{"speaker": "customer", "utterance": "hi"}], "completion": "hello"},
+        {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_roles_and_keys_by_a_mapping(tmp_path, name):
+    row, more = MAPPED[name]
+    path = write(tmp_path, "d.jsonl", row)
+    source = Source(
+        path=path, roles={"customer": "user", "agent": "assistant"},
+        turn_keys={"role": "speaker", "content": "utterance"}, **more,
+    )  # fmt: skip
+    assert list(read_rows(source)) == [Row(path, 1, HI, None, None)]
+
+
+def test_a_mapping_that_is_wanting_is_shown(tmp_path):
+    path = write(tmp_path, "d.jsonl", MAPPED["keys"][0])
+    with pytest.raises(
+        UserError, match=r"`columns: {messages: dialog}, turn_keys: {role: speaker, content: utterance}`"
+    ):
+        list(read_rows(Source(path=path)))
+    with pytest.raises(UserError, match=r"`turn_keys` maps the unknown 'rol'; did you mean 'role'\?"):
+        list(read_rows(Source(path=path, turn_keys={"rol": "speaker"})))
+    (fault,) = read_rows(Source(path=write(tmp_path, "e.jsonl", MAPPED["roles"][0])))
+    assert fault.reason.endswith("`roles: {customer: user, agent: assistant}`")
+    (fault,) = read_rows(Source(path=path, columns={"messages": "dialog"}, format="messages"))
+    assert "its keys are `speaker`, `utterance`; name its own in the recipe: `turn_keys: {role: <key>}`" in fault.reason
+
+
+def test_a_column_that_is_not_to_be_read(tmp_path):
+    path = write(tmp_path, "d.jsonl", {"messages": HI, "label": "spam", "images": ["a.png"]})
+    assert isinstance(next(read_rows(Source(path=path))), Fault)
+    source = Source(path=path, columns={"label": None, "images": None})
+    assert list(read_rows(source)) == [Row(path, 1, HI, None, None)]
+
+
+def test_names_from_a_file_are_shown_not_sent_to_the_terminal(tmp_path):
+    path = write(tmp_path, "d.jsonl", {"\x1b]52;c;aGk=\x07": "a", "\u2028b": "c"})
+    with pytest.raises(UserError) as caught:
+        list(read_rows(Source(path=path)))
+    assert str(caught.value).isprintable()
+    for row in (
+        {"messages": [{"role": "\x1b[2J", "content": "a"}]},
+        {"messages": [{"\x1b[2J": "a"}]},
+        {"messages": [*HI], "tools": [{"\x1b[2J": 1}]},
+        {"messages": [user("a"), {"role": "assistant", "content": "b", "loss": "\x1b[2J"}]},
+    ):
+        assert convert(row, "messages", "f", 1).reason.isprintable()
+    assert "".join(convert({"messages": [HI[0] | {"\x1b[2J": "a"}, HI[1]]}, "messages", "f", 1).remarks).isprintable()

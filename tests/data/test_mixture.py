@@ -227,7 +227,9 @@ def test_a_failed_build_leaves_nothing(folder, tokenizer):
 def test_a_store_holds_trees_with_branches():
     index = {name: np.zeros(0, np.int64) for name in COLUMNS}
     index |= {"segments": np.array([0, 2, 5, 6, 8]), "examples": np.array([0, 3, 4])}
-    store = Store(np.arange(8, dtype=np.int32), np.arange(8) > 1, **index, files=[], found=[], faults=[], repairs=[])
+    store = Store(
+        np.arange(8, dtype=np.int32), np.arange(8) > 1, **index, files=[], found=[], faults=[], repairs=[], remarks=[]
+    )
     assert store.lengths.tolist() == [6, 2]
     assert [segment.tolist() for segment in store.tree(0).segments] == [[0, 1], [2, 3, 4], [5]]
     assert [trained.tolist() for trained in store.tree(0).trained] == [[False] * 2, [True] * 3, [True]]
@@ -327,3 +329,64 @@ def test_counting_is_quiet_at_first_and_off_a_terminal_prints_lines(monkeypatch)
             now = second
             tell("a[b].jsonl", rows)
     assert screen.getvalue() == "tokenising a[b].jsonl: 1,024 rows\ntokenising a[b].jsonl: 2,048 rows\n"
+
+
+def test_long_texts_are_cut_into_chunks_that_train_each_token_once(folder, tokenizer):
+    rows = [{"text": " ".join(f"w{i * j}" for i in range(n))} for j, n in enumerate((1, 60, 100, 5))]
+    _save(folder / "texts.jsonl", [*rows, rows[1]])
+    _save(folder / "talks.jsonl", [_chat("long " * 100, "yes"), _chat("short", "yes")])
+    options = {"max_length": 96, "overlong": "chunk", "duplicates": "drop", "eval": {"fraction": 0.3}}
+    data = _data("texts.jsonl", "talks.jsonl", **options)
+    made = _prepare(data, tokenizer, folder)
+    whole = {
+        f"texts.jsonl:{i + 1}": render(row, tokenizer, "assistant").segments[0].tolist()
+        for i, row in enumerate(read_rows(Source(path="texts.jsonl")))
+    }
+    taught, sides = {place: Counter() for place in whole}, {}
+    for side in (made.train, made.eval):
+        for i in range(len(side)):
+            tree, (place, _, part) = side.tree(i), side.where(i).partition(", tokens ")
+            assert len(tree.segments) == 1
+            assert side.lengths[i] == side.longest[i] == len(tree.segments[0]) <= 96
+            assert side.labels[i] == tree.trained[0].sum() > 0
+            if place in whole:
+                first = int(part.partition(" to ")[0]) - 1 if part else 0
+                assert tree.segments[0].tolist() == whole[place][first : first + len(tree.segments[0])]
+                assert bool(part) == (len(whole[place]) > 96)
+                taught[place].update(first + np.flatnonzero(tree.trained[0]))
+                assert sides.setdefault(place, side) is side, "chunks of one text stand on one side"
+    for place, counts in taught.items():
+        wanted = range(1, len(whole[place])) if not place.endswith(":5") else ()
+        assert counts == Counter(wanted), "every token but the first, once; of a duplicate none"
+    actions = [(e["file"], e["line"], e["action"]) for e in made.ledger.entries]
+    assert sorted(actions) == [
+        ("talks.jsonl", 1, "dropped"), ("texts.jsonl", 2, "chunked"), ("texts.jsonl", 3, "chunked"),
+        ("texts.jsonl", 5, "dropped"),
+    ]  # fmt: skip
+    assert "0 truncated, 2 cut into chunks, 0 repaired" in "\n".join(made.summary)
+    with pytest.raises(UserError, match="give it 2 or more"):
+        _prepare(_data("texts.jsonl", max_length=1, overlong="chunk"), tokenizer, folder)
+
+
+def test_what_is_to_be_said_of_a_file_is_said_once_also_from_the_cache(folder, tokenizer):
+    rows = [_chat("q", f"a{i}") for i in range(3)]
+    rows[1]["messages"][0]["mood"] = rows[2]["messages"][1]["mood"] = "glad"
+    _save(folder / "rows.jsonl", rows)
+    (folder / "more").mkdir()
+    shutil.copy(folder / "other.jsonl", folder / "more")
+    (folder / "more" / "gone.jsonl").symlink_to("nowhere.jsonl")
+    for _ in range(2):
+        made = _prepare(_data("rows.jsonl", "more"), tokenizer, folder)
+        assert made.summary.count("rows.jsonl: nothing reads the key `mood` of a turn (2 rows)") == 1
+        assert made.summary.count("more/gone.jsonl: this link leads to nowhere.jsonl, which is not there") == 1
+
+
+def test_a_mapping_of_names_is_part_of_the_key(folder, tokenizer):
+    rows = [{"messages": [{"role": "a", "content": "one"}, {"role": "b", "content": "two"}]}]
+    _save(folder / "rows.jsonl", rows)
+    texts = []
+    for roles in ({"a": "user", "b": "assistant"}, {"a": "system", "b": "assistant"}):
+        data = Data(train=[Source(path="rows.jsonl", roles=roles)])
+        texts.append(tokenizer.decode(_prepare(data, tokenizer, folder).train.tree(0).segments[0]))
+    assert ["user\none" in text for text in texts] == [True, False]
+    assert ["system\none" in text for text in texts] == [False, True]

@@ -12,10 +12,10 @@ from voices import SMOLLM, VOICES, make_row, talk_of, tiny_tokenizer, written
 
 from align.data.examples import unusable
 from align.data.formats import Fault
+from align.data.marking import show
 from align.data.mixture import prepare
 from align.data.preferences import labelled, preferences, render_answers
 from align.data.render import conversations, prompt_key, render
-from align.data.show import show
 from align.data.store import stored
 from align.data.templates import chat_tokenizer
 from align.recipe.errors import UserError
@@ -245,7 +245,7 @@ def test_stored_trees_are_the_rendered_ones(folder):
 def test_the_summary_counts_pairs_or_answers(folder):
     _save(folder / "pairs.jsonl", [_pair(f"q{i}", "a", "b") for i in range(10)])
     _save(folder / "ranked.jsonl", [{"prompt": "q", "answers": ["a", "b", "c"]}])
-    _save(folder / "labelled.jsonl", [{"prompt": "q", "completion": "a", "label": 0}])
+    _save(folder / "labelled.jsonl", [{"prompt": "q", "completion": f"a{i}", "label": i % 4 != 0} for i in range(8)])
     made = _prepare(folder, "pairs.jsonl", eval={"fraction": 0.1})
     assert made.summary[0] == "pairs.jsonl: pairs (columns `chosen`, `rejected`)"
     assert made.summary[-2].startswith("train: 9 pairs, ")
@@ -254,7 +254,11 @@ def test_the_summary_counts_pairs_or_answers(folder):
     assert made.summary[-2].startswith("train: 11 rows with 23 answers, ")
     assert made.summary[-1].startswith("eval: 0 rows, ")
     made = _prepare(folder, "labelled.jsonl", reading=labelled())
-    assert made.summary[-2].startswith("train: 1 row, ")
+    assert made.summary[-4].startswith("train: 8 rows, ")
+    assert made.summary[-2] == "train: 6 desirable, 2 undesirable"
+    assert "dpo.undesirable_weight from 2.25 to 3, the other weight 1" in made.summary[-1]
+    assert _prepare(folder, "labelled.jsonl", reading=labelled(1, 2.5)).summary[-1] == made.summary[-2]
+    assert "answers is 0.75 times that of" in _prepare(folder, "labelled.jsonl", reading=labelled(0.5, 2)).summary[-1]
 
 
 def test_no_prompt_of_a_pair_stands_on_both_sides(folder):

@@ -20,8 +20,8 @@ from voices import (
 
 from align.data.chats import chat_of
 from align.data.formats import Fault
+from align.data.marking import show
 from align.data.render import prompt_key, render, render_rows
-from align.data.show import show
 from align.data.templates import chat_tokenizer
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the published data se
 
 NO_ANSWER = "conversations: expected an assistant turn to learn from, found none"
 EMPTY = "conversations[2].value: expected text, found an empty text"
-NO_CALL = "conversations[2].from: expected user after assistant, found tool"
+NO_CALL = "conversations[2].from: this tool turn answers no call: there are more results than calls"
 
 SETS = {  # file: (format, rows, faults by line, turns, calling turns); counted apart from this package
     "llamafactory/alpaca_en_demo.json": ("alpaca", 999, {}, 1998, 0),
