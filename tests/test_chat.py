@@ -160,12 +160,12 @@ def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(tuned, talk, monkeypatch, i
 def test_no_half_characters_are_told():
     tokenizer, pieces = tiny_tokenizer(), []  # one token a byte
     text = "  né 你好 🌸\n\nx \ufffd y  "
-    stream, tokens = Stream(tokenizer, pieces.append), tokenizer(text)["input_ids"]
+    stream, tokens = Stream(tokenizer.decode, pieces.append), tokenizer(text)["input_ids"]
     for count in range(1, len(tokens) + 1):
         stream.tell(tokens[:count])
     assert stream.finish(tokens) == "".join(pieces) == text.strip()
     assert pieces[:5] == ["n", "é", " 你", "好", " 🌸"]
-    assert Stream(tokenizer, pieces.append).finish(tokens[:7]) == "né \ufffd", "cut off within a character"
+    assert Stream(tokenizer.decode, pieces.append).finish(tokens[:7]) == "né \ufffd", "cut off within a character"
 
 
 def test_a_result_brings_its_trunk(world, tuned, here, cache, talk):

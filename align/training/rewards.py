@@ -68,7 +68,7 @@ class RewardPart(Section):
 
 
 class Answered(NamedTuple):
-    """A response and what it answers, as texts."""
+    """A response and what it answers, as texts; prompt + response is the text of all tokens decoded together."""
 
     asked: Asked
     prompt: str
