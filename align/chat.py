@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from align.models.sampling import Sampling
 from align.recipe.errors import UserError
+from align.recipe.paths import expanded
 from align.tools.talk import Answer, Talk
 from align.tools.talker import load_talker
 from align.training.launch import signals
@@ -111,7 +112,7 @@ def obey(talk: Talk, command: str, words: str) -> None:
 
 def save(talk: Talk, name: str) -> None:
     """The conversation as one row of messages."""
-    path = Path(name).expanduser()
+    path = Path(expanded(name))
     if path.suffix != ".jsonl":
         raise UserError("/save FILE: the file's name is to end in .jsonl")
     if not talk.turns:
@@ -169,7 +170,7 @@ def parse(argv: Sequence[str]) -> Command:
     how = Sampling(given.max_new, temperature=temperature, top_p=top_p)
     if given.beams > 1:
         how = Sampling(given.max_new, temperature=0, beams=given.beams)
-    return Command(given.model, given.adapter, given.system.strip(), how, given.seed)
+    return Command(expanded(given.model), [*map(expanded, given.adapter)], given.system.strip(), how, given.seed)
 
 
 class _Parser(argparse.ArgumentParser):

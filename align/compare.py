@@ -21,6 +21,7 @@ from rich.console import Console
 
 from align.recipe.errors import UserError
 from align.recipe.load import dump_recipe, load_recipe, parse_command
+from align.recipe.paths import Location
 from align.recipe.schema import PositiveInt, Section
 from align.tools.comparison import compare
 from align.tools.comparison_page import costs, figures, markdown, page
@@ -33,7 +34,7 @@ from align.training.checkpoint import write_atomic
 class Source(Section):
     """An evaluated run, or a sweep of them."""
 
-    path: str | list[str]
+    path: Location | list[Location]
     """Run folder of an `align.evaluate`, or several of one sweep."""
     name: str | None = None
     """What the run is called (default: as its evaluation is). Of a single folder alone."""
@@ -60,7 +61,7 @@ class Compare(Section):
 
     runs: list[Source] = Field(min_length=1)
     """The runs."""
-    baseline: str | None = None
+    baseline: Location | None = None
     """Run folder of the evaluation of the model that all runs started from (usually the SFT result), with several
     samples a prompt for best-of-n. Default: without it."""
     score: str = "gold"
@@ -85,7 +86,7 @@ class Recipe(Section):
 
     stage: Literal["compare"]
     """This tool."""
-    run: str
+    run: Location
     """The folder for the report."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Fixes the bootstrap's resamples."""

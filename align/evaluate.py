@@ -29,6 +29,7 @@ from align.data.render import conversations
 from align.models.base import load_tokenizer
 from align.models.roles import Roles
 from align.recipe.errors import UserError
+from align.recipe.paths import Location
 from align.recipe.schema import Data, Eval, Model, PositiveInt, Section, Source
 from align.tools.drawn_pairs import Preferences, check_conversations, drawn_pairs
 from align.tools.evaluated import Evaluated, read_run
@@ -68,7 +69,7 @@ class Judge(Section):
 
     openai: Endpoint
     """An endpoint that speaks OpenAI's protocol."""
-    against: str
+    against: Location
     """Run folder of another evaluation over the same prompts: the first response to each is the opponent."""
     name: Annotated[str, Field(pattern=r"^[\w-]+$")] = "judge"
     """What it is called in the metrics."""
@@ -128,12 +129,12 @@ class Recipe(Section):
 
     stage: Literal["evaluate"]
     """This tool."""
-    run: str
+    run: Location
     """The output folder."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Fixes the responses, the bootstrap's resamples, and the split where there is one."""
     model: Model
-    policy: str | None = None
+    policy: Location | None = None
     """`final/` or `best/` folder of a run that trained a LoRA on this trunk. Default: the trunk itself, from which such
     runs started."""
     data: Data

@@ -29,6 +29,7 @@ from align.recipe.document import Document
 from align.recipe.errors import UserError
 from align.recipe.help import recipe_help
 from align.recipe.load import dump_recipe, load_recipe
+from align.recipe.paths import Location, expanded
 from align.recipe.schema import PositiveInt, Section
 from align.tools.board import Board
 from align.tools.jobs import FORKS, Job, Launcher, ask_to_stop, devices
@@ -46,7 +47,7 @@ class Accelerate(Section):
     """How `accelerate launch` starts the stages that train. `accelerate: null` starts each as one plain process
     instead, some ten seconds faster."""
 
-    config: str | None = None
+    config: Location | None = None
     """A file that `accelerate config` has made. Default: the user's own, if there is one."""
     processes: PositiveInt | None = None
     """Processes a stage. Default: as the config has it."""
@@ -62,7 +63,7 @@ class Keys(Section):
 
     stage: str | None = None
     """sft, reward, dpo, ppo, classify, evaluate or compare. Default: that of `recipe`."""
-    recipe: str | None = None
+    recipe: Location | None = None
     """A recipe to start from, beside the pipeline's file. What is shared is laid over it, then the stage's own keys."""
     sweep: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = Field(default_factory=dict)
     """Key -> values: one stage for each combination, such as `dpo[beta=0.1,seed=2]`."""
@@ -75,7 +76,7 @@ class Recipe(Section):
 
     stage: Literal["pipeline"]
     """This tool."""
-    run: str
+    run: Location
     """The output folder; each stage's run is a folder in it, unless the stage has a `run` of its own."""
     accelerate: Accelerate | None = Field(default_factory=Accelerate)
     jobs: PositiveInt | Literal["auto"] = "auto"
@@ -256,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--fresh", action="store_true", help="start every stage over")
     words = parser.parse_intermixed_args(argv)
     try:
-        recipe, document = _read(words.recipe, words.overrides)
+        recipe, document = _read(expanded(words.recipe), words.overrides)
         pipeline = Pipeline(recipe, stages_of(document, Path(recipe.run)), Console(), words.fresh)
         pipeline.check()
         status = pipeline.preview() if words.dry_run else pipeline.run()

@@ -122,10 +122,10 @@ def identities(parts: Sequence[RewardPart]) -> dict[str, str]:
             file = getattr(sys.modules[part.function.partition(":")[0]], "__file__", None)
             found[part.title] = f"the function {part.function}" + (f" ({digest(Path(file))[:8]})" if file else "")
         elif part.adapter:
-            weights = Path(part.adapter).expanduser() / "adapter_model.safetensors"
+            weights = Path(part.adapter) / "adapter_model.safetensors"
             found[part.title] = f"the adapter {digest(weights)[:8]}"
         else:
-            folder = Path(part.model).expanduser()
+            folder = Path(part.model)
             kind = f"the model {digest(folder)[:8] if folder.is_dir() else part.model}"
             found[part.title] = kind if part.label is None else f"{kind}, label {part.label}"
     return found

@@ -34,6 +34,7 @@ from align.models.base import META, load_base
 from align.models.joined import fix_products
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
+from align.recipe.paths import expanded
 from align.recipe.schema import Lora, Model
 from align.training.classification import softmax
 from align.training.launch import keep_freed_memory
@@ -117,7 +118,7 @@ class Classifier:
 def predict_command(argv: Sequence[str]) -> None:
     """`--predict FOLDER [FILE]`. What a user can mend goes to stderr, with exit status 2."""
     parser = argparse.ArgumentParser("python -m align.classify", description=__doc__)
-    parser.add_argument("--predict", metavar="FOLDER", type=Path, required=True, help="final/ of a finished run")
+    parser.add_argument("--predict", metavar="FOLDER", required=True, help="final/ of a finished run")
     parser.add_argument("file", nargs="?", help="what to classify; standard input where it is left out")
     parser.add_argument("--text", metavar="COLUMN", default="text", help="column of the texts: a name, or column2")
     parser.add_argument("--format", choices=WRITERS, default="csv", help="of the output (default: csv)")
@@ -127,9 +128,11 @@ def predict_command(argv: Sequence[str]) -> None:
     logging.disable_progress_bar()
     keep_freed_memory()
     try:
-        texts = _texts(options.file, options.text)
+        file = None if options.file is None else expanded(options.file)
+        folder = Path(expanded(options.predict))
+        texts = _texts(file, options.text)
         first = list(islice(texts, 1))  # a fault of the file is told before the model is loaded
-        _write(Classifier(options.predict), chain(first, texts), options.file or "<stdin>", options.format)
+        _write(Classifier(folder), chain(first, texts), file or "<stdin>", options.format)
     except UserError as error:
         print("\n".join(error.problems), file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -20,6 +20,7 @@ from align.models.judge import Judge, read_judge
 from align.models.roles import CRITIC, Scorer, read_scorer
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
+from align.recipe.paths import Location
 from align.recipe.schema import Section
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
@@ -28,9 +29,9 @@ RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence
 class RewardPart(Section):
     """One part of the reward; it is one of `adapter`, `model` and `function`."""
 
-    adapter: str | None = None
+    adapter: Location | None = None
     """`final/` folder of a run of align.reward on the same trunk: a role on it."""
-    model: str | None = None
+    model: Location | None = None
     """Any other sequence-classification checkpoint, a folder or hub id, with its own tokenizer."""
     label: str | int | None = None
     """With `model`: the class whose log-odds are the score, by name or number; needed where it has several."""
