@@ -10,7 +10,6 @@ answers go to the standard output.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -28,6 +27,7 @@ from transformers.utils import logging
 from align.models.sampling import Sampling
 from align.recipe.errors import UserError
 from align.recipe.paths import expanded
+from align.recipe.records import to_json
 from align.tools.talk import Answer, Talk
 from align.tools.talker import load_talker
 from align.training.launch import signals
@@ -119,7 +119,7 @@ def save(talk: Talk, name: str) -> None:
         raise UserError("/save: nothing has been said yet")
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": talk.messages}, ensure_ascii=False) + "\n")
+            file.write(to_json({"messages": talk.messages}) + "\n")
     except FileExistsError:
         raise UserError(f"/save: {name} is already there; choose another name") from None
     except OSError as error:

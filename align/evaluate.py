@@ -14,7 +14,6 @@ purpose: one number for all of it; `align.compare` reads what is written here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -30,6 +29,7 @@ from align.models.base import load_tokenizer
 from align.models.roles import Roles
 from align.recipe.errors import UserError
 from align.recipe.paths import Location
+from align.recipe.records import to_json
 from align.recipe.schema import Data, Eval, Model, PositiveInt, Section, Source
 from align.tools.drawn_pairs import Preferences, check_conversations, drawn_pairs
 from align.tools.evaluated import Evaluated, read_run
@@ -45,7 +45,6 @@ from align.tools.evaluation_folder import (
     response_lines,
     source_names,
     tokenizer_hash,
-    told,
 )
 from align.tools.generation import Answering, Prompts, Responses, distinct_prompts, respond
 from align.tools.harness import LmEval, check_installed, harness
@@ -217,17 +216,17 @@ def evaluate(session: Session) -> None:
             "prompts": given.prompts.key,
             "sampling": {"samples": section.samples, "seed": recipe.seed, **section.generation.model_dump()},
             "scores": identities(section.scores),
-            "metrics": {name: told(metric) for name, metric in metrics.items()},
+            "metrics": {name: metric._asdict() for name, metric in metrics.items()},
             "judges": counts,
             "preferences": pairs and {"pairs": len(pairs.rows), "left_out": pairs.left_out},
             "training": training,
         }
-        write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
+        write_atomic(folder / "environment.json", to_json(environment(), indent=1))
         write_atomic(folder / "ledger.jsonl", ledger_lines([given.data, *given.texts.values(), *given.pairs.values()]))
         write_atomic(folder / "responses.jsonl", response_lines(given.prompts, responses))
         if pairs:
             write_atomic(folder / PREFERENCES, pairs.lines())
-        write_atomic(folder / RESULT, json.dumps(about, indent=1, ensure_ascii=False))
+        write_atomic(folder / RESULT, to_json(about, indent=1))
         for line in in_words(metrics, responses, counts, pairs):
             session.say(line)
         session.say(f"done: {folder / RESULT}")

@@ -17,6 +17,7 @@ from align.data.chat import chat_of
 from align.data.mixture import Prepared
 from align.recipe.errors import UserError
 from align.recipe.load import dump_recipe, load_recipe
+from align.recipe.records import to_json
 from align.recipe.schema import Section
 from align.tools.drawn_pairs import DrawnPairs
 from align.tools.generation import SUMS, Prompts, Responses
@@ -78,25 +79,16 @@ def response_lines(prompts: Prompts, responses: Responses) -> str:
             "tokens": len(said.tokens),
             "ended": bool(said.ended),
             **{name: of[name] for name in SUMS},
-            "scores": {name: _number(float(score[i, sample])) for name, score in responses.scores.items()},
+            "scores": {name: float(score[i, sample]) for name, score in responses.scores.items()},
         }
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        lines.append(to_json(record) + "\n")
     return "".join(lines)
 
 
 def ledger_lines(sources: Sequence[Prepared]) -> str:
     """ledger.jsonl: what became of rows of all sources."""
     entries = sorted((e for data in sources for e in data.ledger.entries), key=lambda e: (e["file"], e["line"]))
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-
-
-def told(found: Estimate) -> dict[str, float | int | None]:
-    """An estimate as evaluation.json has it: null where a number is not known."""
-    return {name: _number(value) for name, value in found._asdict().items()}
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return "".join(to_json(entry) + "\n" for entry in entries)
 
 
 def in_words(

@@ -35,6 +35,7 @@ from align.models.joined import fix_products
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.paths import expanded
+from align.recipe.records import to_json
 from align.recipe.schema import Lora, Model
 from align.training.classification import softmax
 from align.training.launch import keep_freed_memory
@@ -173,7 +174,7 @@ def _jsonl_writer(stream: TextIO, labels: list[str]) -> Callable[[int, str | Non
         if probabilities is not None:
             shares = {name: float(f"{p:.6g}") for name, p in zip(labels, probabilities, strict=True)}
         record = {"line": line, "label": label, "probabilities": shares}
-        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        stream.write(to_json(record) + "\n")
 
     return write
 
