@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from align.tools.jobs import FORKS, Job, Launcher, ask_to_stop, devices
 from align.tools.records import Records
 from align.tools.stage import Stage
 from align.tools.stages import stages_of
+from align.training.border import border
 from align.training.checkpoint import write_atomic
 from align.training.launch import signals
 
@@ -256,24 +256,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check all, print the plan and every recipe, and stop")
     parser.add_argument("--fresh", action="store_true", help="start every stage over")
     words = parser.parse_intermixed_args(argv)
-    try:
+    with border("let fewer stages run at once (jobs)"):
         recipe, document = _read(expanded(words.recipe), words.overrides)
         pipeline = Pipeline(recipe, stages_of(document, Path(recipe.run)), Console(), words.fresh)
         pipeline.check()
-        status = pipeline.preview() if words.dry_run else pipeline.run()
-    except UserError as error:
-        print("\n".join(error.problems), file=sys.stderr, flush=True)
-        status = 2
-    except OSError as error:
-        print(
-            f"{error.filename}: {error.strerror}; make room there, or use another folder", file=sys.stderr, flush=True
-        )
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        status = 130
-    if status:
-        raise SystemExit(status)
+        if status := pipeline.preview() if words.dry_run else pipeline.run():
+            raise SystemExit(status)
 
 
 def _read(path: str, overrides: Sequence[str]) -> tuple[Recipe, Document]:

@@ -19,7 +19,7 @@ from align.data.chat import Chat, Span, Unwritable, chat_of
 from align.data.formats import FORMATS, Fault, Row
 from align.data.reading import Reading
 from align.data.trees import Tree
-from align.recipe.errors import UserError
+from align.recipe.errors import UserError, printable
 
 LossOn = Literal["assistant", "last", "all"]
 
@@ -113,7 +113,7 @@ def _marked(ids: np.ndarray, trained: np.ndarray, start: int, tokenizer: PreTrai
     written = tokenizer.decode(ids[:start], clean_up_tokenization_spaces=False)
     for first, last in pairwise(edges):
         text = tokenizer.decode(ids[:last], clean_up_tokenization_spaces=False)
-        run, written = text[len(written) :], text
+        run, written = printable(text[len(written) :]), text
         marked = f"⟦{run}⟧" if trained[first] and not colour else run
         shown.append(marked, style="green" if trained[first] and colour else None)
     return shown

@@ -40,12 +40,13 @@ def expanded(path: str) -> str:
     return whole
 
 
-def _location(path: str) -> str:
+def location(path: str) -> str:
+    """The same of what a recipe can hold, which is UTF-8."""
     whole = expanded(path)
     if re.search("[\ud800-\udfff]", whole):  # bytes of a name that a recipe, which is UTF-8, cannot hold
         raise UserError(f"{path[:80]!r} stands for a name that is not UTF-8; give the file another name")
     return whole
 
 
-Location = Annotated[str, AfterValidator(_location)]
+Location = Annotated[str, AfterValidator(location)]
 """A path, or a name that stands where a path may, in a recipe; validated, it is expanded."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,6 +36,7 @@ from align.recipe.errors import UserError
 from align.recipe.paths import expanded
 from align.recipe.records import to_json
 from align.recipe.schema import Lora, Model
+from align.training.border import border
 from align.training.classification import softmax
 from align.training.launch import keep_freed_memory
 from align.training.plan import row_budget
@@ -128,17 +128,12 @@ def predict_command(argv: Sequence[str]) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     keep_freed_memory()
-    try:
+    with border("classify fewer texts at once, or shorter ones"):
         file = None if options.file is None else expanded(options.file)
         folder = Path(expanded(options.predict))
         texts = _texts(file, options.text)
         first = list(islice(texts, 1))  # a fault of the file is told before the model is loaded
         _write(Classifier(folder), chain(first, texts), file or "<stdin>", options.format)
-    except UserError as error:
-        print("\n".join(error.problems), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write(classifier: Classifier, texts: Iterator[Text], name: str, format: str) -> None:
