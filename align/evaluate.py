@@ -15,6 +15,7 @@ purpose: one number for all of it; `align.compare` reads what is written here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -54,6 +55,7 @@ from align.tools.statistics import Draws, Estimate
 from align.tools.written import gathering
 from align.training.batches import Batches
 from align.training.checkpoint import write_atomic
+from align.training.foreign import foreign
 from align.training.launch import run_stage
 from align.training.meters import environment
 from align.training.rewards import RewardPart, Rewards
@@ -206,7 +208,8 @@ def evaluate(session: Session) -> None:
             won, counts[judge.name] = judged(judge, *asked_of, given, responses, draws)
             metrics |= won
         if section.lm_eval:
-            metrics |= harness(trunk, section.lm_eval, recipe.seed)
+            asking = partial(harness, trunk, section.lm_eval, recipe.seed)
+            metrics |= foreign("evaluate.lm_eval: the tasks could not be asked", asking)
         about = {
             "stage": "evaluate",
             "name": folder.resolve().name,

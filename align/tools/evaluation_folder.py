@@ -111,8 +111,9 @@ def identities(parts: Sequence[RewardPart]) -> dict[str, str]:
     found = {}
     for part in parts:
         if part.function:
-            file = getattr(sys.modules[part.function.partition(":")[0]], "__file__", None)
-            found[part.title] = f"the function {part.function}" + (f" ({digest(Path(file))[:8]})" if file else "")
+            file = getattr(sys.modules.get(part.function.partition(":")[0]), "__file__", None)
+            there = isinstance(file, str) and Path(file).is_file()
+            found[part.title] = f"the function {part.function}" + (f" ({digest(Path(file))[:8]})" if there else "")
         elif part.adapter:
             weights = Path(part.adapter) / "adapter_model.safetensors"
             found[part.title] = f"the adapter {digest(weights)[:8]}"
