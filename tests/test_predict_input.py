@@ -44,12 +44,15 @@ def run(world, cache, tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def classifier(run) -> Classifier:
+    return Classifier(run / "final")
+
+
 @pytest.fixture
-def final(run, monkeypatch) -> Path:
-    """Its result, loaded once."""
-    loaded = Classifier(run / "final") if not hasattr(Classifier, "of_tests") else Classifier.of_tests
-    monkeypatch.setattr(Classifier, "of_tests", loaded, raising=False)
-    monkeypatch.setattr(predict, "Classifier", lambda folder: loaded)
+def final(run, classifier, monkeypatch) -> Path:
+    """Its result, which is loaded once for all tests."""
+    monkeypatch.setattr(predict, "Classifier", lambda folder: classifier)
     return run / "final"
 
 
@@ -68,7 +71,7 @@ def test_measures_that_are_not_defined_are_null(run):
     for path in (*run.rglob("*.json"), *run.rglob("*.jsonl")):
         text = path.read_text("utf-8")
         for line in text.splitlines() if path.suffix == ".jsonl" else [text]:
-            json.loads(line, parse_constant=lambda name: pytest.fail(f"{path}: {name}"))
+            json.loads(line, parse_constant=pytest.fail)
     last = json.loads((run / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     assert (last["split"], last["auroc"], last["auprc"]) == ("test", None, 1.0)
     splits = json.loads((run / "classification.json").read_text("utf-8"))["splits"]
@@ -144,11 +147,11 @@ def test_a_line_of_the_standard_input_that_is_no_text(final):
 
 def test_a_score_that_is_not_finite_is_no_label(final, here, monkeypatch):
     whole = Classifier.probabilities
-    monkeypatch.setattr(
-        Classifier,
-        "probabilities",
-        lambda self, texts: whole(self, texts) * np.where(["nan" in t for t in texts], np.nan, 1)[:, None],
-    )
+
+    def broken(self, texts):
+        return np.where([["nan" in text] for text in texts], np.nan, whole(self, texts))
+
+    monkeypatch.setattr(Classifier, "probabilities", broken)
     told = predicted(final, stdin=b"Name it\nnan\nSay it\n")
     assert [bool(row["label"]) for row in rows_of(told)] == [True, False, True]
     assert "<stdin>:2: the model's scores of it are not finite" in told.err
