@@ -10,9 +10,8 @@ answers go to the standard output.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
+import re
 import signal
 import sys
 import warnings
@@ -21,14 +20,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-import torch
 from accelerate import Accelerator
 from transformers.utils import logging
 
 from align.models.sampling import Sampling
-from align.recipe.errors import UserError
+from align.recipe.errors import UserError, printable
+from align.recipe.paths import expanded, location
+from align.recipe.records import to_json
 from align.tools.talk import Answer, Talk
 from align.tools.talker import load_talker
+from align.training.border import border
 from align.training.launch import signals
 
 TEMPERATURE, TOP_P, MAX_NEW = 0.7, 0.95, 512
@@ -53,7 +54,9 @@ def talk_on_terminal(talk: Talk, model: str) -> None:
     """Until Ctrl-D."""
     with suppress(ImportError):
         import readline  # noqa: F401  (`input` then edits lines, and has those before)
-    print(f"{model}. /help lists the commands, Ctrl-D leaves.")
+    print(f"{printable(model)}. /help lists the commands, Ctrl-D leaves.")
+    with suppress(AttributeError):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             line = input("> ").strip()
@@ -77,9 +80,14 @@ def talk_on_terminal(talk: Talk, model: str) -> None:
 def tell(talk: Talk, text: str) -> list[int]:
     """Ask, and print the answer as it comes; the signals that came meanwhile."""
     with signals() as came:
-        answer = talk.ask(text, lambda piece: print(piece, end="", flush=True), lambda: came)
+        answer = talk.ask(text, lambda piece: print(_shown(piece), end="", flush=True), lambda: came)
     print(f"\n{_note(talk, answer)}".rstrip())
     return came
+
+
+def _shown(text: str) -> str:
+    """What a model wrote, for the standard output: a terminal would act on control characters, a file takes them."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def _note(talk: Talk, answer: Answer) -> str:
@@ -111,30 +119,33 @@ def obey(talk: Talk, command: str, words: str) -> None:
 
 def save(talk: Talk, name: str) -> None:
     """The conversation as one row of messages."""
-    path = Path(name).expanduser()
+    path = Path(expanded(name))
     if path.suffix != ".jsonl":
         raise UserError("/save FILE: the file's name is to end in .jsonl")
     if not talk.turns:
         raise UserError("/save: nothing has been said yet")
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": talk.messages}, ensure_ascii=False) + "\n")
+            file.write(to_json({"messages": talk.messages}) + "\n")
     except FileExistsError:
         raise UserError(f"/save: {name} is already there; choose another name") from None
     except OSError as error:
         raise UserError(f"/save: {name}: {error.strerror}") from None
-    print(f"saved: {path}")
+    print(printable(f"saved: {path}"))
 
 
 def talk_in_lines(talk: Talk) -> None:
     """A user turn a line; the answers alone are written."""
-    for number, line in enumerate(sys.stdin, 1):
-        if line.strip():
+    for number, raw in enumerate(sys.stdin.buffer, 1):
+        line = raw.decode("utf-8-sig" if number == 1 else "utf-8", "replace").strip()
+        if line.encode() not in raw:
+            print(f"standard input:{number}: bytes that are not UTF-8 are read as \ufffd", file=sys.stderr, flush=True)
+        if line:
             try:
-                answer = talk.ask(line.strip(), lambda _piece: None)
+                answer = talk.ask(line, lambda _piece: None)
             except UserError as error:
                 raise UserError(*(f"standard input:{number}: {problem}" for problem in error.problems)) from None
-            print(answer.text, flush=True)
+            print(_shown(answer.text), flush=True)
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -161,6 +172,7 @@ def parse(argv: Sequence[str]) -> Command:
         "--max-new: 1 or more": given.max_new < 1,
         "--beams: 1 or more": given.beams < 1,
         "--seed: from 0 to 4294967295": not 0 <= given.seed < 2**32,
+        "--system: this is not UTF-8 text": re.search("[\ud800-\udfff]", given.system),
         "--beams: a search draws nothing; leave --temperature and --top-p out": given.beams > 1
         and drawn != (None,) * 2,
     }
@@ -169,7 +181,7 @@ def parse(argv: Sequence[str]) -> Command:
     how = Sampling(given.max_new, temperature=temperature, top_p=top_p)
     if given.beams > 1:
         how = Sampling(given.max_new, temperature=0, beams=given.beams)
-    return Command(given.model, given.adapter, given.system.strip(), how, given.seed)
+    return Command(location(given.model), [*map(location, given.adapter)], given.system.strip(), how, given.seed)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -182,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
+    with border("choose a smaller model, or a smaller --max-new"):
         command = parse(sys.argv[1:] if argv is None else argv)
         trunk = load_talker(command.model, command.adapters, Accelerator(mixed_precision="no"))
         talk = Talk(trunk, command.sampling, command.seed, command.system)
@@ -190,18 +202,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             talk_on_terminal(talk, command.model)
         else:
             talk_in_lines(talk)
-    except (UserError, UnicodeDecodeError) as error:
-        problems = error.problems if isinstance(error, UserError) else ["standard input: not UTF-8 text"]
-        print("\n".join(problems), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except (torch.OutOfMemoryError, MemoryError):
-        print("out of memory: choose a smaller model, or a smaller --max-new", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except BrokenPipeError:  # who read the answers has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ both directions under a head of their own. Left out on purpose: several labels f
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from align.models.base import load_base, load_tokenizer
 from align.models.demo import cache_folder
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
+from align.recipe.records import to_json
 from align.recipe.schema import BaseRecipe, Eval, Fraction, PositiveInt, Section
 from align.training.checkpoint import write_atomic
 from align.training.classification import (
@@ -185,7 +185,7 @@ def conclude(loop: Loop, labels: list[str], test: Examples) -> dict[str, Any]:
         record["accuracy_low"], record["accuracy_high"] = interval(record["accuracy"] * len(test), len(test))
         if threshold:
             record |= at_threshold(threshold.threshold, *known["test"])
-        tell(loop, record)
+        tell(loop, {name: None if value != value else value for name, value in record.items()})
     if loop.session.first:
         results = {
             "labels": labels,
@@ -193,7 +193,7 @@ def conclude(loop: Loop, labels: list[str], test: Examples) -> dict[str, Any]:
             "splits": {name: outcome(*about, labels) for name, about in known.items()},
             "mistakes": [m for name, side in sides.items() for m in mistaken(loop, name, side, *known[name], labels)],
         }
-        write_atomic(loop.run.folder / RESULTS, json.dumps(results, ensure_ascii=False))
+        write_atomic(loop.run.folder / RESULTS, to_json(results))
     config, names = loop.trunk.plain.config, dict(enumerate(labels))
     config.update({"id2label": names, "label2id": {label: i for i, label in names.items()}})
     if config.pad_token_id is None:  # without it, transformers classifies one text at a time
@@ -230,10 +230,11 @@ def mistaken(
 
 
 def tell(loop: Loop, record: dict[str, Any]) -> None:
-    """A last line of metrics.jsonl, once, though a run be killed after it and started again."""
+    """A last line of metrics.jsonl, once, though a run be killed after it and started again; None is not known."""
     if loop.session.first and loop.run.last("test") != record:
         loop.run.append("metrics.jsonl", record)
-    numbers = " ".join(f"{name} {value:.4g}" for name, value in record.items() if name not in ("step", "split"))
+    shown = {name: "–" if value is None else value for name, value in record.items() if name not in ("step", "split")}
+    numbers = " ".join(f"{name} {value}" if value == "–" else f"{name} {value:.4g}" for name, value in shown.items())
     loop.session.say(f"test  {numbers}")
 
 

@@ -19,21 +19,23 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from align.recipe.errors import UserError
+from align.recipe.errors import UserError, printable
 from align.recipe.load import dump_recipe, load_recipe, parse_command
+from align.recipe.paths import Location
 from align.recipe.schema import PositiveInt, Section
 from align.tools.comparison import compare
 from align.tools.comparison_page import costs, figures, markdown, page
 from align.tools.comparison_summary import cost, headlines, summary
 from align.tools.evaluated import Evaluated, check_alike, read_run
 from align.tools.statistics import Draws
+from align.training.border import border
 from align.training.checkpoint import write_atomic
 
 
 class Source(Section):
     """An evaluated run, or a sweep of them."""
 
-    path: str | list[str]
+    path: Location | list[Location]
     """Run folder of an `align.evaluate`, or several of one sweep."""
     name: str | None = None
     """What the run is called (default: as its evaluation is). Of a single folder alone."""
@@ -60,7 +62,7 @@ class Compare(Section):
 
     runs: list[Source] = Field(min_length=1)
     """The runs."""
-    baseline: str | None = None
+    baseline: Location | None = None
     """Run folder of the evaluation of the model that all runs started from (usually the SFT result), with several
     samples a prompt for best-of-n. Default: without it."""
     score: str = "gold"
@@ -85,7 +87,7 @@ class Recipe(Section):
 
     stage: Literal["compare"]
     """This tool."""
-    run: str
+    run: Location
     """The folder for the report."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Fixes the bootstrap's resamples."""
@@ -147,22 +149,16 @@ def work(recipe: Recipe, fresh: bool, console: Console) -> None:
     for name, content in written.items():
         write_atomic(folder / name, content)
     for line in (*headlines(result), *summary(result), cost(result), f"{folder / 'report.html'} holds the report"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    try:
+    with border("compare fewer runs at once"):
         command = parse_command(sys.argv[1:] if argv is None else argv, Recipe, "align.compare")
         if command.show:
             raise UserError("--show: a comparison has no examples to show; leave it out")
         work(command.recipe, command.fresh, Console())
-    except UserError as error:
-        print("\n".join(error.problems), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except OSError as error:
-        print(f"{error.filename}: {error.strerror}; see that it can be read", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

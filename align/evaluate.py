@@ -14,8 +14,8 @@ purpose: one number for all of it; `align.compare` reads what is written here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -29,6 +29,8 @@ from align.data.render import conversations
 from align.models.base import load_tokenizer
 from align.models.roles import Roles
 from align.recipe.errors import UserError
+from align.recipe.paths import Location
+from align.recipe.records import to_json
 from align.recipe.schema import Data, Eval, Model, PositiveInt, Section, Source
 from align.tools.drawn_pairs import Preferences, check_conversations, drawn_pairs
 from align.tools.evaluated import Evaluated, read_run
@@ -44,7 +46,6 @@ from align.tools.evaluation_folder import (
     response_lines,
     source_names,
     tokenizer_hash,
-    told,
 )
 from align.tools.generation import Answering, Prompts, Responses, distinct_prompts, respond
 from align.tools.harness import LmEval, check_installed, harness
@@ -54,6 +55,7 @@ from align.tools.statistics import Draws, Estimate
 from align.tools.written import gathering
 from align.training.batches import Batches
 from align.training.checkpoint import write_atomic
+from align.training.foreign import foreign
 from align.training.launch import run_stage
 from align.training.meters import environment
 from align.training.rewards import RewardPart, Rewards
@@ -68,7 +70,7 @@ class Judge(Section):
 
     openai: Endpoint
     """An endpoint that speaks OpenAI's protocol."""
-    against: str
+    against: Location
     """Run folder of another evaluation over the same prompts: the first response to each is the opponent."""
     name: Annotated[str, Field(pattern=r"^[\w-]+$")] = "judge"
     """What it is called in the metrics."""
@@ -128,12 +130,12 @@ class Recipe(Section):
 
     stage: Literal["evaluate"]
     """This tool."""
-    run: str
+    run: Location
     """The output folder."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Fixes the responses, the bootstrap's resamples, and the split where there is one."""
     model: Model
-    policy: str | None = None
+    policy: Location | None = None
     """`final/` or `best/` folder of a run that trained a LoRA on this trunk. Default: the trunk itself, from which such
     runs started."""
     data: Data
@@ -206,7 +208,8 @@ def evaluate(session: Session) -> None:
             won, counts[judge.name] = judged(judge, *asked_of, given, responses, draws)
             metrics |= won
         if section.lm_eval:
-            metrics |= harness(trunk, section.lm_eval, recipe.seed)
+            asking = partial(harness, trunk, section.lm_eval, recipe.seed)
+            metrics |= foreign("evaluate.lm_eval: the tasks could not be asked", asking)
         about = {
             "stage": "evaluate",
             "name": folder.resolve().name,
@@ -216,17 +219,17 @@ def evaluate(session: Session) -> None:
             "prompts": given.prompts.key,
             "sampling": {"samples": section.samples, "seed": recipe.seed, **section.generation.model_dump()},
             "scores": identities(section.scores),
-            "metrics": {name: told(metric) for name, metric in metrics.items()},
+            "metrics": {name: metric._asdict() for name, metric in metrics.items()},
             "judges": counts,
             "preferences": pairs and {"pairs": len(pairs.rows), "left_out": pairs.left_out},
             "training": training,
         }
-        write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
+        write_atomic(folder / "environment.json", to_json(environment(), indent=1))
         write_atomic(folder / "ledger.jsonl", ledger_lines([given.data, *given.texts.values(), *given.pairs.values()]))
         write_atomic(folder / "responses.jsonl", response_lines(given.prompts, responses))
         if pairs:
             write_atomic(folder / PREFERENCES, pairs.lines())
-        write_atomic(folder / RESULT, json.dumps(about, indent=1, ensure_ascii=False))
+        write_atomic(folder / RESULT, to_json(about, indent=1))
         for line in in_words(metrics, responses, counts, pairs):
             session.say(line)
         session.say(f"done: {folder / RESULT}")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +28,14 @@ from align.recipe.document import Document
 from align.recipe.errors import UserError
 from align.recipe.help import recipe_help
 from align.recipe.load import dump_recipe, load_recipe
+from align.recipe.paths import Location, expanded
 from align.recipe.schema import PositiveInt, Section
 from align.tools.board import Board
 from align.tools.jobs import FORKS, Job, Launcher, ask_to_stop, devices
 from align.tools.records import Records
 from align.tools.stage import Stage
 from align.tools.stages import stages_of
+from align.training.border import border
 from align.training.checkpoint import write_atomic
 from align.training.launch import signals
 
@@ -46,7 +47,7 @@ class Accelerate(Section):
     """How `accelerate launch` starts the stages that train. `accelerate: null` starts each as one plain process
     instead, some ten seconds faster."""
 
-    config: str | None = None
+    config: Location | None = None
     """A file that `accelerate config` has made. Default: the user's own, if there is one."""
     processes: PositiveInt | None = None
     """Processes a stage. Default: as the config has it."""
@@ -62,7 +63,7 @@ class Keys(Section):
 
     stage: str | None = None
     """sft, reward, dpo, ppo, classify, evaluate or compare. Default: that of `recipe`."""
-    recipe: str | None = None
+    recipe: Location | None = None
     """A recipe to start from, beside the pipeline's file. What is shared is laid over it, then the stage's own keys."""
     sweep: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = Field(default_factory=dict)
     """Key -> values: one stage for each combination, such as `dpo[beta=0.1,seed=2]`."""
@@ -75,7 +76,7 @@ class Recipe(Section):
 
     stage: Literal["pipeline"]
     """This tool."""
-    run: str
+    run: Location
     """The output folder; each stage's run is a folder in it, unless the stage has a `run` of its own."""
     accelerate: Accelerate | None = Field(default_factory=Accelerate)
     jobs: PositiveInt | Literal["auto"] = "auto"
@@ -255,24 +256,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check all, print the plan and every recipe, and stop")
     parser.add_argument("--fresh", action="store_true", help="start every stage over")
     words = parser.parse_intermixed_args(argv)
-    try:
-        recipe, document = _read(words.recipe, words.overrides)
+    with border("let fewer stages run at once (jobs)"):
+        recipe, document = _read(expanded(words.recipe), words.overrides)
         pipeline = Pipeline(recipe, stages_of(document, Path(recipe.run)), Console(), words.fresh)
         pipeline.check()
-        status = pipeline.preview() if words.dry_run else pipeline.run()
-    except UserError as error:
-        print("\n".join(error.problems), file=sys.stderr, flush=True)
-        status = 2
-    except OSError as error:
-        print(
-            f"{error.filename}: {error.strerror}; make room there, or use another folder", file=sys.stderr, flush=True
-        )
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        status = 130
-    if status:
-        raise SystemExit(status)
+        if status := pipeline.preview() if words.dry_run else pipeline.run():
+            raise SystemExit(status)
 
 
 def _read(path: str, overrides: Sequence[str]) -> tuple[Recipe, Document]:

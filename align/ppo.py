@@ -245,6 +245,7 @@ class Algorithm:
             "learn_seconds": time.perf_counter() - scored_at,
             "sampled_tokens_per_second": float(rollout.lengths.sum()) / (sampled_at - started),
         }
+        self.watch.learnt(loop, step, metrics)
         return Learnt(metrics, int(sums.sums()["distinct"][0]), int(episodes.lengths.sum()))
 
     def evaluate(self, loop: Loop) -> dict[str, Any]:
@@ -306,7 +307,7 @@ def train(session: Session) -> None:
     rewards, temperature = Rewards(recipe.ppo.rewards, trunk), recipe.ppo.generation.temperature
     roles = Roles(trunk, recipe.lora, rewards.scorers, rewards.leading, temperature, recipe.seed)
     ptx = Pretraining(session, trunk, recipe.ppo.ptx) if recipe.ppo.ptx else None
-    algorithm = Algorithm(recipe, roles, rewards, Watch(rewards, trunk.tokenizer), ptx)
+    algorithm = Algorithm(recipe, roles, rewards, Watch(rewards, trunk), ptx)
     Loop(session, run, trunk, data, algorithm, roles, {CRITIC: recipe.ppo.critic_rate(recipe.optim)}).run_all()
 
 

@@ -3,9 +3,9 @@
     python benchmarks/ppo_sst2.py --actor FOLDER [--judge FOLDER] [--seeds 0 1 2]
 
 The reward is the log-odds of `positive` (label 1) that a classifier of align.classify, trained on SST-2 by
-recipes/sentiment.yaml, gives to prompt and response; `--judge` is its `final/`. Prompts are the first 2 to 8 tokens of
-sentences, held-out ones from the dev sentences. Prints, for each seed, the held-out reward before and after, with its
-95 % interval over prompts, and the KL to the reference.
+recipes/sentiment.yaml, gives to the text of prompt and response together; `--judge` is its `final/`. Prompts are the
+first 2 to 8 tokens of sentences, held-out ones from the dev sentences. Prints, for each seed, the held-out reward
+before and after, with its 95 % interval over prompts, and the KL to the reference.
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ import json
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from world import Told, align, tree, write_rows
 from align import chat
 from align.models.decode import sample
 from align.models.sampling import Sampling
-from align.tools.talk import Stream, Talk
+from align.tools.talk import Answer, Stream, Talk
 from align.tools.talker import load_talker
 
 ASKED = ["Name the capital of France", "And?", "你好"]
@@ -53,11 +55,16 @@ class Screen(io.StringIO):
         return self.pieces[self.pieces.index("> ") + 1 :] if "> " in self.pieces else []
 
 
+def piped(text: str | bytes) -> io.TextIOWrapper:
+    """What comes from a file or another command."""
+    return io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode()), "utf-8")
+
+
 @pytest.fixture
 def talk(monkeypatch, here):
     """Run the command on lines of standard input."""
 
-    def run(model: object, lines: list[str], *argv: object, terminal: type[io.StringIO] = io.StringIO) -> Told:
+    def run(model: object, lines: list[str], *argv: object, terminal: Callable[[str], TextIO] = piped) -> Told:
         monkeypatch.setattr(sys, "stdin", terminal("".join(f"{line}\n" for line in lines)))
         return align(model, *argv, stage=chat)
 
@@ -160,12 +167,12 @@ def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(tuned, talk, monkeypatch, i
 def test_no_half_characters_are_told():
     tokenizer, pieces = tiny_tokenizer(), []  # one token a byte
     text = "  né 你好 🌸\n\nx \ufffd y  "
-    stream, tokens = Stream(tokenizer, pieces.append), tokenizer(text)["input_ids"]
+    stream, tokens = Stream(tokenizer.decode, pieces.append), tokenizer(text)["input_ids"]
     for count in range(1, len(tokens) + 1):
         stream.tell(tokens[:count])
     assert stream.finish(tokens) == "".join(pieces) == text.strip()
     assert pieces[:5] == ["n", "é", " 你", "好", " 🌸"]
-    assert Stream(tokenizer, pieces.append).finish(tokens[:7]) == "né \ufffd", "cut off within a character"
+    assert Stream(tokenizer.decode, pieces.append).finish(tokens[:7]) == "né \ufffd", "cut off within a character"
 
 
 def test_a_result_brings_its_trunk(world, tuned, here, cache, talk):
@@ -244,7 +251,50 @@ def test_every_fault_of_the_command_line_at_once(talk):
     assert told.err.splitlines() == ["--top-p: above 0, and 1 at most", "--max-new: 1 or more"]
 
 
-def test_input_that_is_no_text(tuned, monkeypatch, here):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), "utf-8"))
-    told = align(tuned, stage=chat)
-    assert (told.status, told.err) == (2, "standard input: not UTF-8 text\n")
+def test_bytes_that_are_no_text_are_read_as_such_and_told(tuned, talk, monkeypatch):
+    """Each line of them; none ends the talk, and U+FFFD itself is text."""
+    monkeypatch.setattr(sys, "stdin", piped(b"\xef\xbb\xbfHi\r\n\xff\xfe a\n\n\xed\xa0\x80\nAnd \xef\xbf\xbd?\n"))
+    told = align(tuned, *WARM, stage=chat)
+    assert told.status == 0, told.err
+    what = "bytes that are not UTF-8 are read as \ufffd"
+    assert told.err.splitlines() == [f"standard input:{number}: {what}" for number in (2, 4)]
+    plain = talk(tuned, ["Hi", "\ufffd\ufffd a", "\ufffd\ufffd\ufffd", "And \ufffd?"], *WARM)
+    assert (plain.out, plain.err) == (told.out, "")
+
+
+def test_words_of_the_command_line_that_are_no_text(talk, world):
+    for argv, said in (
+        (("--system", "a\udcff"), "--system: this is not UTF-8 text"),
+        (("--adapter", "a\0b"), "holds a NUL character"),
+        (("--adapter", "a" * 300), "is too long for the name of a file"),
+    ):
+        told = talk(world.base, ["Hi"], *argv)
+        assert (told.status, told.out) == (2, "")
+        assert said in told.err
+        assert len(told.err.splitlines()) == 1
+    told = talk("\udcff", ["Hi"])
+    assert (told.status, told.out) == (2, "")
+    assert "stands for a name that is not UTF-8" in told.err
+
+
+class Wall(Screen):
+    """A terminal that answers are written to."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_is_not_given_control_characters(tuned, monkeypatch):
+    """Though the model writes them; a file is given its words as they are."""
+    evil = "a\x1b]52;c;bWFsd2FyZQ==\x07b\u202ec\r\n"
+    monkeypatch.setattr(Talk, "ask", lambda self, text, say, stopping=None: say(evil) or Answer(evil, "ended"))
+    for screen, stdin, expected in (
+        (Wall(), piped("Hi\n"), "a\\x1b]52;c;bWFsd2FyZQ==\\x07b\\u202ec\\r\n\n"),
+        (Screen(), piped("Hi\n"), evil + "\n"),
+        (Wall(), Terminal("Hi\n"), "> a\\x1b]52;c;bWFsd2FyZQ==\\x07b\\u202ec\\r\n\n> \n"),
+    ):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(sys, "stdout", screen)
+        chat.main([str(tuned)])
+        assert screen.getvalue().endswith(expected)
+        assert ("\x1b" in screen.getvalue()) == (not screen.isatty())

@@ -152,6 +152,26 @@ class TestTwo:
         assert figures["headlines"] == ["a or b: not decided"]
         assert "50 % lies within the interval" in figures["summary"][2]
 
+    def test_two_runs_that_never_moved_are_at_like_kl(self, tmp_path):
+        """A KL of 0, or an estimate below it; and a run whose memory was not recorded has its time alone."""
+        cost = trained("dpo") | {"peak_memory_bytes": None}
+        one, other = evaluated(tmp_path / "one", training=cost), evaluated(tmp_path / "other", 2.0, seed=1)
+        found, _ = result(recipe(tmp_path / "c.yaml", {"path": str(one)}, {"path": str(other), "group": "ppo"}))
+        assert [pair["alike"] for pair in found["pairs"]] == [True]
+        assert found["headlines"] == ["other beats one at like KL"]
+        assert "alike, so the match is fair" in " ".join(found["summary"])
+        (told,) = [
+            line for line in (tmp_path / "c" / "compare.md").read_text().splitlines() if "Device time of" in line
+        ]
+        assert "dpo 1 min 0 s;" in told
+        assert "memory" not in told
+        for folder, below in ((one, 0.1), (other, 0.2)):
+            rows = [row | {"kl": None, "logprob": row["ref_logprob"] - below} for row in rows_of(folder)]
+            write_rows(folder, rows)
+        found, _ = result(recipe(tmp_path / "d.yaml", {"path": str(one)}, {"path": str(other), "group": "ppo"}))
+        assert found["kl"] == "sequence"
+        assert [pair["alike"] for pair in found["pairs"]] == [True]
+
     def test_a_winner_at_another_kl_is_called_so(self, sweeps, tmp_path):
         """Farther from the reference, or less far; which of the two is said only where the intervals of KL part."""
         wide = evaluated(tmp_path / "wide", 1.2, 6.5, seed=3)

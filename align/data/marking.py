@@ -9,6 +9,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from align.data.trees import Tree
+from align.recipe.errors import printable
 
 
 def show(tree: Tree, tokenizer: PreTrainedTokenizerBase, colour: bool) -> Text:
@@ -41,7 +42,7 @@ def _marked(ids: np.ndarray, trained: np.ndarray, start: int, tokenizer: PreTrai
     written = tokenizer.decode(ids[:start], clean_up_tokenization_spaces=False)
     for first, last in pairwise(edges):
         text = tokenizer.decode(ids[:last], clean_up_tokenization_spaces=False)
-        run, written = text[len(written) :], text
+        run, written = printable(text[len(written) :]), text
         marked = f"⟦{run}⟧" if trained[first] and not colour else run
         shown.append(marked, style="green" if trained[first] and colour else None)
     return shown

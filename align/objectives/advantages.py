@@ -105,9 +105,11 @@ def adapted(kl_coef: float, kl: float, target: float, horizon: float, steps: int
     """The next KL coefficient, kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) steps / horizon).
 
     Ziegler et al. 2019 (arXiv 1909.08593), section 2.2. `kl` is the mean per response since the last call, during
-    which `steps` responses were sampled.
+    which `steps` responses were sampled. More than `horizon` of them count a horizon at a time, for at once they could
+    turn the coefficient negative, which would pay for KL.
     """
     assert target > 0, target
     assert horizon > 0, horizon
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * steps / horizon)
+    whole, rest = divmod(steps, horizon)
+    return kl_coef * (1 + error) ** whole * (1 + error * rest / horizon)

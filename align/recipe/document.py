@@ -118,7 +118,7 @@ class _Reader:
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             key = key_node.value
-            if not isinstance(key_node, yaml.ScalarNode) or not printable(key):
+            if not isinstance(key_node, yaml.ScalarNode) or not encodable(key):
                 self._fault(line, f"a key in {dotted(keys)} is not text")
             elif key in values:
                 self._fault(line, f"duplicate key {key!r} in {dotted(keys)}; it already stands on line {first[key]}")
@@ -139,7 +139,7 @@ class _Reader:
                 return float(text)
             case "int" | "float":
                 raise UserError(f"{self.where(line)}: the number {text[:40]} is too large")
-            case _ if not printable(text):
+            case _ if not encodable(text):
                 raise UserError(f"{self.where(line)}: the text {text[:40]!r} holds half a character")
         return text
 
@@ -237,7 +237,7 @@ def dotted(keys: Keys) -> str:
     return ".".join(map(str, keys)) or "the recipe"
 
 
-def printable(text: str) -> bool:
+def encodable(text: str) -> bool:
     """Whether it can be written as UTF-8."""
     return not re.search("[\ud800-\udfff]", text)
 

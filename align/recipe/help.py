@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types as limits
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
 WIDTH = 100
@@ -103,6 +103,7 @@ def words(kind: Any) -> str:
 
 def _arm(kind: Any) -> str:
     bare, constraints = split(kind)
+    constraints = [c for c in constraints if not isinstance(c, AfterValidator)]  # it changes what is given
     said = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(bare, "any value")
     if is_section(bare):
         said = "a section"

@@ -27,6 +27,7 @@ from align.recipe.help import (
     usage,
     words,
 )
+from align.recipe.paths import expanded
 from align.recipe.schema import BaseRecipe
 
 STAGES = ("sft", "reward", "dpo", "ppo", "classify")
@@ -61,8 +62,9 @@ def parse_command(argv: Sequence[str], recipe_type: type[BaseRecipe], program: s
         problems.append("no recipe is named")
     if problems:
         raise UserError(*problems, f"usage: {usage(program)}")
-    recipe = load_recipe(paths[0], overrides, recipe_type)
-    return Command(recipe, Path(paths[0]), fresh="--fresh" in flags, show="--show" in flags)
+    path = expanded(paths[0])
+    recipe = load_recipe(path, overrides, recipe_type)
+    return Command(recipe, Path(path), fresh="--fresh" in flags, show="--show" in flags)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str], recipe_type: type[BaseRecipe]) -> BaseRecipe:
@@ -185,7 +187,7 @@ def _found(value: Any, written: str) -> str:
 
 def _remedy(value: Any, written: str, kind: Any) -> str:
     options = arms(kind)
-    takes_text = str in options
+    takes_text = any(split(arm)[0] is str for arm in options)
     if isinstance(value, str):
         close = get_close_matches(value, [c for c in choices(kind) if isinstance(c, str)], 1)
         if close:

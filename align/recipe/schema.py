@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from align.recipe.paths import Location
+
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -25,11 +27,11 @@ class Section(BaseModel):
 class Model(Section):
     """The base checkpoint that becomes the run's trunk."""
 
-    base: str
+    base: Location
     """A local folder in Hugging Face format, a hub id, or `demo/smollm2-135m` (the embedded model)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    adapter: str | None = None
+    adapter: Location | None = None
     """`final/` folder of an earlier SFT run: its LoRA is merged into the base, in float32, when the model is loaded."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only the base's config and tokenizer and starts from new weights: training from scratch."""
@@ -46,7 +48,7 @@ class Model(Section):
     """Recompute activations in the backward pass: about a third more time, much less memory."""
     compile: bool = False
     """`torch.compile` the decoder layers; worth its start-up time on long GPU runs."""
-    chat_template: str | None = None
+    chat_template: Location | None = None
     """`chatml`, `plain` or a Jinja file. Default: the tokenizer's own; without one, `chatml` if its vocabulary has
     `<|im_start|>`, else `plain`."""
     template_options: dict[str, Any] = Field(default_factory=dict)
@@ -73,7 +75,7 @@ class Lora(Section):
 class Source(Section):
     """One place that rows come from."""
 
-    path: str
+    path: Location
     """A JSON, JSONL, CSV, TSV, Parquet or text file (also `.gz`), a folder of them, a pattern such as `data/*.jsonl` or
     `data/**/*.csv`, or a hub data set id."""
     format: Literal[
@@ -207,7 +209,7 @@ class BaseRecipe(Section):
 
     stage: str
     """The stage that this recipe is for."""
-    run: str
+    run: Location
     """The run's output folder."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Fixes the order of examples, the splits, the initial weights and dropout."""

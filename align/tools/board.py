@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from align.recipe.errors import printable
 from align.tools.jobs import Job
 from align.tools.stage import Stage
 
@@ -38,7 +39,7 @@ class Board:
 
     def say(self, line: str) -> None:
         """Print a line, as it is; above the table where there is one."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def show(self, jobs: Sequence[Job]) -> None:
         """These jobs are running now."""

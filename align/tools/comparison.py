@@ -218,9 +218,9 @@ def _share(margin: Estimate) -> Estimate:
 
 
 def at_like_kl(c: Comparison, i: int, j: int) -> bool:
-    """Whether two runs are equally far from the reference, or nearly so."""
-    low, high = sorted((c.kl_of(i).value, c.kl_of(j).value))
-    return low > 0 and high - low <= ALIKE * high
+    """Whether two runs are equally far from the reference, or nearly so; an estimate below 0 counts as 0."""
+    low, high = sorted(max(c.kl_of(k).value, 0.0) for k in (i, j))
+    return high - low <= ALIKE * high
 
 
 def _alike(result: Comparison) -> set[frozenset[int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from align.recipe.records import to_json
 from align.tools.comparison import Comparison
 from align.tools.comparison_plots import frontier, overoptimisation, training_curves
 from align.tools.comparison_summary import answers, details, headlines, notes, summary
@@ -59,12 +59,12 @@ def figures(c: Comparison) -> str:
     told = _plain(c) | {"headlines": headlines(c), "summary": summary(c), "notes": notes(c)}
     for run in told["runs"]:
         del run["cost"]
-    return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
+    return to_json(told, indent=1) + "\n"
 
 
 def costs(c: Comparison) -> str:
     """costs.json: what each run's training took, by its name."""
-    return json.dumps({run.name: _plain(run.cost) for run in c.runs}, indent=1, ensure_ascii=False) + "\n"
+    return to_json({run.name: _plain(run.cost) for run in c.runs}, indent=1) + "\n"
 
 
 def markdown(c: Comparison) -> str:

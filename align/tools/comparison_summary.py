@@ -60,7 +60,8 @@ def cost(c: Comparison) -> str:
         if len(seconds) < len(members):
             said.append((math.inf, f"{group} not recorded"))
             continue
-        about = [f"{len(members)} runs"] * (len(members) > 1) + [f"up to {size(max(memory))} of memory"] * bool(memory)
+        about = [f"{len(members)} runs"] if len(members) > 1 else []
+        about += [f"up to {size(max(memory))} of memory"] if memory else []
         said.append((sum(seconds), f"{group} {duration(sum(seconds))}" + (f" ({', '.join(about)})" if about else "")))
     return f"Device time of training: {'; '.join(words for _, words in sorted(said))}."
 

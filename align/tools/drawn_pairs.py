@@ -7,7 +7,6 @@ close. What comes out are on-policy pairs for `align.reward` and `align.dpo`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import numpy as np
 
 from align.data.prompts import Asked
 from align.recipe.errors import UserError
+from align.recipe.records import to_json
 from align.recipe.schema import Section
 from align.tools.evaluation import ratio
 from align.tools.generation import Responses
@@ -42,7 +42,7 @@ class DrawnPairs(NamedTuple):
 
     def lines(self) -> str:
         """preferences.jsonl."""
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+        return "".join(to_json(row) + "\n" for row in self.rows)
 
     def accuracy(self, draws: Draws) -> Estimate:
         """Of the score itself on these pairs: the most that a reward model can be expected to reach."""

@@ -17,6 +17,7 @@ from align.data.chats import chat_of
 from align.data.mixture import Prepared
 from align.recipe.errors import UserError
 from align.recipe.load import dump_recipe, load_recipe
+from align.recipe.records import to_json
 from align.recipe.schema import Section
 from align.tools.drawn_pairs import DrawnPairs
 from align.tools.generation import SUMS, Prompts, Responses
@@ -78,25 +79,16 @@ def response_lines(prompts: Prompts, responses: Responses) -> str:
             "tokens": len(said.tokens),
             "ended": bool(said.ended),
             **{name: of[name] for name in SUMS},
-            "scores": {name: _number(float(score[i, sample])) for name, score in responses.scores.items()},
+            "scores": {name: float(score[i, sample]) for name, score in responses.scores.items()},
         }
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        lines.append(to_json(record) + "\n")
     return "".join(lines)
 
 
 def ledger_lines(sources: Sequence[Prepared]) -> str:
     """ledger.jsonl: what became of rows of all sources."""
     entries = sorted((e for data in sources for e in data.ledger.entries), key=lambda e: (e["file"], e["line"]))
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-
-
-def told(found: Estimate) -> dict[str, float | int | None]:
-    """An estimate as evaluation.json has it: null where a number is not known."""
-    return {name: _number(value) for name, value in found._asdict().items()}
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return "".join(to_json(entry) + "\n" for entry in entries)
 
 
 def in_words(
@@ -119,13 +111,14 @@ def identities(parts: Sequence[RewardPart]) -> dict[str, str]:
     found = {}
     for part in parts:
         if part.function:
-            file = getattr(sys.modules[part.function.partition(":")[0]], "__file__", None)
-            found[part.title] = f"the function {part.function}" + (f" ({digest(Path(file))[:8]})" if file else "")
+            file = getattr(sys.modules.get(part.function.partition(":")[0]), "__file__", None)
+            there = isinstance(file, str) and Path(file).is_file()
+            found[part.title] = f"the function {part.function}" + (f" ({digest(Path(file))[:8]})" if there else "")
         elif part.adapter:
-            weights = Path(part.adapter).expanduser() / "adapter_model.safetensors"
+            weights = Path(part.adapter) / "adapter_model.safetensors"
             found[part.title] = f"the adapter {digest(weights)[:8]}"
         else:
-            folder = Path(part.model).expanduser()
+            folder = Path(part.model)
             kind = f"the model {digest(folder)[:8] if folder.is_dir() else part.model}"
             found[part.title] = kind if part.label is None else f"{kind}, label {part.label}"
     return found

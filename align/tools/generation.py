@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from align.objectives.losses import path_sums
 from align.recipe.schema import PositiveInt
 from align.training.batches import Batches
 from align.training.rewards import Answered, Rewards
-from align.training.rollout import Episodes, Generation, sampled
+from align.training.rollout import Episodes, Generation, sampled, texts
 from align.training.screen import Screen
 
 SUMS = ("logprob", "ref_logprob", "kl", "entropy")  # over a response's tokens, in nats
@@ -112,12 +112,8 @@ def respond(
         "tokens": np.array([len(response.tokens) for response in episodes.flat], np.float64).reshape(shape),
         "ended": np.array([response.ended for response in episodes.flat], np.float64).reshape(shape),
     }
-    text: Callable[[Any], str] = lambda ids: trunk.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
-    answered = [
-        Answered(row, asked_in, text(response.tokens))
-        for row, asked_in, own in zip(rows, map(text, prompts.stems), episodes.responses, strict=True)
-        for response in own
-    ]
+    pairs = iter(texts(trunk, episodes))
+    answered = [Answered(row, *next(pairs)) for row in rows for _ in range(samples)]
     told = rewards.of_texts(answered, batches.rank, batches.world)
     scores = dict(zip(scorers, columns[len(SUMS) :], strict=True))
     scores |= {name: score.double().numpy().reshape(shape) for name, score in told.items()}

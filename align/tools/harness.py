@@ -9,6 +9,7 @@ from pydantic import Field
 
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
+from align.recipe.paths import Location
 from align.recipe.schema import PositiveInt, Section
 from align.tools.statistics import Estimate, Z
 
@@ -18,7 +19,7 @@ class LmEval(Section):
 
     tasks: list[str] = Field(min_length=1)
     """Their names there, such as `hellaswag`. Their data come from the hub, if the task says no other place."""
-    folder: str | None = None
+    folder: Location | None = None
     """Tasks of your own, as its YAML files. Default: those that it has."""
     shots: Annotated[int | None, Field(ge=0)] = None
     """Examples before each question. Default: the task's own number."""

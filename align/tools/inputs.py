@@ -16,6 +16,7 @@ from align.recipe.document import Keys
 from align.recipe.errors import UserError
 from align.recipe.help import choices
 from align.recipe.schema import Source
+from align.tools.references import UNFILLED
 from align.tools.written import Written, gathering
 
 OUTPUTS = ("run", "log")  # what these sections name is written or shown, not read
@@ -42,7 +43,7 @@ def missing(recipe: BaseModel, document: Written, made: Collection[Path]) -> lis
     problems: list[str] = []
     for keys, value in walk(recipe):
         path = value.path if isinstance(value, Source) else value
-        if isinstance(path, BaseModel) or "${" in path or any(Path(path).is_relative_to(folder) for folder in made):
+        if isinstance(path, BaseModel) or path == UNFILLED or any(Path(path).is_relative_to(folder) for folder in made):
             continue
         if isinstance(value, Source) and not is_hub_id(path):
             where = document.place((*keys, "path")).where

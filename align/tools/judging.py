@@ -136,8 +136,8 @@ class EndpointJudge:
             "max_tokens": self.endpoint.max_tokens,
         }
         url = self.endpoint.url.rstrip("/") + "/chat/completions"
-        request = Request(url, json.dumps(body).encode(), self.headers)
         try:
+            request = Request(url, json.dumps(body).encode(), self.headers)
             with urlopen(request, timeout=self.endpoint.timeout) as reply:
                 said = json.load(reply)["choices"][0]["message"]["content"]
         except HTTPError as error:
@@ -148,7 +148,7 @@ class EndpointJudge:
             return "timeout" if isinstance(error.reason, TimeoutError) else "unreachable"
         except (OSError, HTTPException):
             return "unreachable"
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             return "nonsense"
         verdicts = set(VERDICT.findall(said)) if isinstance(said, str) else set()
         return verdicts.pop() if len(verdicts) == 1 else "nonsense"

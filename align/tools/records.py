@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from align import __version__
+from align.recipe.records import to_json
 from align.tools.inputs import digest, digests
 from align.tools.stage import Stage
 from align.training.checkpoint import write_atomic
@@ -64,7 +65,7 @@ class Records:
         self._write(stage, record._replace(result=digest(stage.result), seconds=seconds, over={}))
 
     def _write(self, stage: Stage, record: Record) -> None:
-        write_atomic(self._file(stage), json.dumps(record._asdict(), indent=1, ensure_ascii=False))
+        write_atomic(self._file(stage), to_json(record._asdict(), indent=1))
 
     def _file(self, stage: Stage) -> Path:
         return self.folder / f"{stage.slug}.json"

@@ -16,6 +16,7 @@ from align.tools.written import Node, gathering, meant
 
 REFERENCE = re.compile(r"(\$?)\$\{([^{}]*)\}")
 PARTS = re.compile(r"([^\[\].]*)(\[[^\]]*\])?(?:\.(.*))?")
+UNFILLED = "$?"  # in the place of a reference that has a problem
 Points = dict[str, list[Stage]]  # the stages that a name stands for
 
 
@@ -48,6 +49,7 @@ class Filling:
         elif isinstance(value, list):
             value = [filled for item in value for filled in self._items(item)]
         elif isinstance(value, str) and REFERENCE.search(value):
+            value = UNFILLED
             with gathering(self.problems):
                 paths = self._paths(node)
                 value = paths[0] if not self._sweeps(node) else [Node(path, node.place) for path in paths]

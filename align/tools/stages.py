@@ -7,6 +7,7 @@ by its sweep. What it waits for follows from the results that it names.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 from align.recipe.document import Document
 from align.recipe.errors import UserError
+from align.recipe.paths import expanded
 from align.tools.inputs import missing
 from align.tools.references import Filling, Points, names
 from align.tools.stage import KINDS, Stage, recipe_type, slug
@@ -82,7 +84,7 @@ class Planner:
         start, each, sweep = (keys.pop(key, None) for key in ("recipe", "each", "sweep"))
         file: dict[str, Node] = {}
         if start and start.value:
-            document = Document(self.beside / start.value)
+            document = Document(self.beside / expanded(start.value))
             self.problems += [problem.text for problem in document.problems]
             file = Node.of(document).value
             file.pop("run", None)
@@ -117,7 +119,9 @@ class Planner:
         for name, (_, tree, each, _) in self.definitions.items():
             for needed, where in [*names(tree), *([(each.value, each.place.where)] if each else [])]:
                 if needed not in self.written:
-                    self.problems.append(f"{where}: no stage is named {needed!r}; {meant(needed, [*self.written])}")
+                    variable = f"; an environment variable is written ${needed}" if needed in os.environ else ""
+                    fault = f"no stage is named {needed!r}; {meant(needed, [*self.written])}{variable}"
+                    self.problems.append(f"{where}: {fault}")
                 elif needed in self.definitions:
                     needs[name].add(needed)
         try:
@@ -162,7 +166,7 @@ class Planner:
         text, recipe = Written(filled), None
         with gathering(self.problems):
             recipe = text.typed(recipe_type(kind))
-        folder = Path(str(text.values["run"]))
+        folder = Path(recipe.run if recipe else str(text.values["run"]))
         return Stage(name, kind, folder, tree.place.where, recipe, tuple(filling.after), bound), text
 
     def _check_folders(self, stages: list[Stage]) -> None:

@@ -10,16 +10,18 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from align.data.formats import Fault, Row
 from align.data.prompts import prompts
+from align.data.texts import said
 from align.models.decode import sample
+from align.models.rows import end_tokens
 from align.models.sampling import Sampling
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 
 Say = Callable[[str], object]
+NEAR = 16  # tokens of the prompt that may decide how the first ones of an answer are written
 
 
 class Answer(NamedTuple):
@@ -67,23 +69,24 @@ class Talk:
                 "(/reset), or ask for less"
             )
         how = self.sampling._replace(max_new=min(self.sampling.max_new, room))
-        said: list[int] = []
-        stream = Stream(self.trunk.tokenizer, say)
+        tokens: list[int] = []
+        before, ends = prompt[-NEAR:], end_tokens(self.trunk)
+        stream = Stream(lambda tokens: said(self.trunk.tokenizer, before, tokens, ends), say)
 
-        def heed(tokens: list[int]) -> None:
+        def heed(more: list[int]) -> None:
             if stopping():
                 raise _Stopped
-            said.extend(tokens)
-            stream.tell(said)
+            tokens.extend(more)
+            stream.tell(tokens)
 
         try:
             ((response,),) = sample(self.trunk, [prompt], how, [(self.seed, len(self.turns) // 2)], heed=heed)
-            said = response.tokens.tolist()
+            tokens = response.tokens.tolist()
             cut = "context" if how.max_new < self.sampling.max_new else "max_new"
             end = "ended" if response.ended else cut
         except _Stopped:
             end = "stopped"
-        answer = stream.finish(said)
+        answer = stream.finish(tokens)
         if answer:
             self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         return Answer(answer, end)
@@ -92,16 +95,17 @@ class Talk:
 class Stream:
     """Tokens as text, told as far as it is certain: no half of a character, no blank that may be the last."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Say) -> None:
-        self.tokenizer, self.say, self.told = tokenizer, say, 0
+    def __init__(self, text: Callable[[list[int]], str], say: Say) -> None:
+        """`text`: what tokens are, written out."""
+        self.text, self.say, self.told = text, say, 0
 
     def tell(self, tokens: list[int]) -> None:
         """What all the tokens so far add to what was told."""
-        self._more(self._text(tokens).rstrip("\ufffd").strip())
+        self._more(self.text(tokens).rstrip("\ufffd").strip())
 
     def finish(self, tokens: list[int]) -> str:
         """The rest; and the whole text."""
-        text = self._text(tokens).strip()
+        text = self.text(tokens).strip()
         self._more(text)
         return text
 
@@ -109,9 +113,6 @@ class Stream:
         if text[self.told :]:
             self.say(text[self.told :])
             self.told = len(text)
-
-    def _text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class _Stopped(Exception):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 RECENT = 5  # records that a judgement on a course rests on
+NEEDED = ("kl_per_token", "ended", "response_tokens", "entropy", "score")
 
 
 class Finding(NamedTuple):
@@ -15,22 +16,26 @@ class Finding(NamedTuple):
     text: str
 
 
-def diagnose(records: Sequence[dict[str, Any]], judges: Sequence[str] = ()) -> list[Finding]:
-    """What the lines of metrics.jsonl show; `judges`: parts of the reward with weight 0."""
-    train = [record for record in records if record["split"] == "train"]
-    held = [record for record in records if record["split"] == "eval"]
+Course = Sequence[dict[str, Any]]  # records of one split in their order, the first and the last ones at least
+
+
+def diagnose(train: Course, held: Course, judges: Sequence[str] = ()) -> list[Finding]:
+    """What the lines of metrics.jsonl show, train and eval; `judges`: parts of the reward with weight 0.
+
+    A record in which a number is not known is passed over.
+    """
+    train, held = (_known(course, *NEEDED) for course in (train, held))
     found = []
     if len(train) >= RECENT:
         found += [*_negative_kl(train), *_no_end(train), *_blind_critic(train)]
     for course in (held, train):
         if len(course) > 1:
             found += [*_lengths(course), *_entropy(course)]
-    if len(held) > 1:
-        found += [finding for judge in judges for finding in _hacking(held, f"score/{judge}", judge)]
+    found += [finding for judge in judges for finding in _hacking(held, f"score/{judge}", judge)]
     return list({finding.kind: finding for finding in found}.values())
 
 
-def _negative_kl(train: Sequence[dict[str, Any]]) -> list[Finding]:
+def _negative_kl(train: Course) -> list[Finding]:
     kl = _mean(train, "kl_per_token")
     if kl > -0.01:
         return []
@@ -44,7 +49,7 @@ def _negative_kl(train: Sequence[dict[str, Any]]) -> list[Finding]:
     ]
 
 
-def _no_end(train: Sequence[dict[str, Any]]) -> list[Finding]:
+def _no_end(train: Course) -> list[Finding]:
     ended = _mean(train, "ended")
     if ended >= 0.1:
         return []
@@ -57,9 +62,9 @@ def _no_end(train: Sequence[dict[str, Any]]) -> list[Finding]:
     ]
 
 
-def _blind_critic(train: Sequence[dict[str, Any]]) -> list[Finding]:
-    known = _mean(train, "explained_variance")
-    if len(train) < 4 * RECENT or known >= 0:
+def _blind_critic(train: Course) -> list[Finding]:
+    told = _known(train, "explained_variance")  # which is not, where returns did not vary
+    if len(told) < 4 * RECENT or (known := _mean(told, "explained_variance")) >= 0:
         return []
     return [
         Finding(
@@ -70,7 +75,7 @@ def _blind_critic(train: Sequence[dict[str, Any]]) -> list[Finding]:
     ]
 
 
-def _lengths(course: Sequence[dict[str, Any]]) -> list[Finding]:
+def _lengths(course: Course) -> list[Finding]:
     first, last = course[0]["response_tokens"], course[-1]["response_tokens"]
     if abs(last - first) < 8 or 0.5 < last / first < 1.5:
         return []
@@ -83,7 +88,7 @@ def _lengths(course: Sequence[dict[str, Any]]) -> list[Finding]:
     ]
 
 
-def _entropy(course: Sequence[dict[str, Any]]) -> list[Finding]:
+def _entropy(course: Course) -> list[Finding]:
     first, last = course[0]["entropy"], course[-1]["entropy"]
     if last > 0.25 * first or last > 0.5:
         return []
@@ -96,7 +101,9 @@ def _entropy(course: Sequence[dict[str, Any]]) -> list[Finding]:
     ]
 
 
-def _hacking(held: Sequence[dict[str, Any]], judge: str, name: str) -> list[Finding]:
+def _hacking(held: Course, judge: str, name: str) -> list[Finding]:
+    if len(held := _known(held, judge)) < 2:
+        return []
     score, word = (held[-1][key] - held[0][key] for key in ("score", judge))
     if score <= 0 or word > 0:
         return []
@@ -109,5 +116,9 @@ def _hacking(held: Sequence[dict[str, Any]], judge: str, name: str) -> list[Find
     ]
 
 
-def _mean(records: Sequence[dict[str, Any]], name: str) -> float:
+def _known(records: Course, *names: str) -> Course:
+    return [record for record in records if all(record.get(name) is not None for name in names)]
+
+
+def _mean(records: Course, name: str) -> float:
     return sum(record[name] for record in records[-RECENT:]) / len(records[-RECENT:])

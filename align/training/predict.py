@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, starmap
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -26,16 +25,19 @@ from transformers.utils import logging
 
 from align.data.files import read_file, text_lines
 from align.data.graft import graft
-from align.data.lines import Broken, lines_of
+from align.data.lines import Broken
 from align.data.packing import pack_padded
 from align.data.paths import data_files
 from align.data.trees import Tree, plant
-from align.data.turns import Refused, a, filled, meant
+from align.data.turns import Refused, a, encodable, filled, meant
 from align.models.base import META, load_base
 from align.models.joined import fix_products
 from align.models.trunk import Trunk
-from align.recipe.errors import UserError
+from align.recipe.errors import UserError, printable
+from align.recipe.paths import expanded
+from align.recipe.records import to_json
 from align.recipe.schema import Lora, Model
+from align.training.border import border
 from align.training.classification import softmax
 from align.training.launch import keep_freed_memory
 from align.training.plan import row_budget
@@ -118,7 +120,7 @@ class Classifier:
 def predict_command(argv: Sequence[str]) -> None:
     """`--predict FOLDER [FILE]`. What a user can mend goes to stderr, with exit status 2."""
     parser = argparse.ArgumentParser("python -m align.classify", description=__doc__)
-    parser.add_argument("--predict", metavar="FOLDER", type=Path, required=True, help="final/ of a finished run")
+    parser.add_argument("--predict", metavar="FOLDER", required=True, help="final/ of a finished run")
     parser.add_argument("file", nargs="?", help="what to classify; standard input where it is left out")
     parser.add_argument("--text", metavar="COLUMN", default="text", help="column of the texts: a name, or column2")
     parser.add_argument("--format", choices=WRITERS, default="csv", help="of the output (default: csv)")
@@ -127,31 +129,50 @@ def predict_command(argv: Sequence[str]) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     keep_freed_memory()
-    try:
-        texts = _texts(options.file, options.text)
+    with border("classify fewer texts at once, or shorter ones"):
+        file = None if options.file is None else expanded(options.file)
+        folder = Path(expanded(options.predict))
+        texts = _texts(file, options.text)
         first = list(islice(texts, 1))  # a fault of the file is told before the model is loaded
-        _write(Classifier(options.predict), chain(first, texts), options.file or "<stdin>", options.format)
-    except UserError as error:
-        print("\n".join(error.problems), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write(Classifier(folder), chain(first, texts), file or "<stdin>", options.format)
 
 
 def _write(classifier: Classifier, texts: Iterator[Text], name: str, format: str) -> None:
-    write = WRITERS[format](sys.stdout, classifier.labels)
-    without = 0
-    while window := list(islice(texts, WINDOW)):
+    shown = printable if sys.stdout.isatty() else str  # a terminal would act on control characters, a file takes them
+    write = WRITERS[format](sys.stdout, [*map(shown, classifier.labels)])
+    rows = without = 0
+    fault: UserError | None = None
+    while window := _window(texts):
+        if isinstance(window[-1], UserError):  # nothing after it can be read; what came before has its labels
+            fault = window.pop()
         known = iter(classifier.probabilities([row.text for row in window if row.text is not None]))
         for row in window:
-            if row.text is None:
-                without += 1
-                print(f"{name}:{row.line}: {row.fault}", file=sys.stderr)
             probabilities = None if row.text is None else next(known)
-            write(row.line, None if probabilities is None else classifier.label(probabilities), probabilities)
+            why = row.fault
+            if probabilities is not None and not np.isfinite(probabilities).all():
+                probabilities, why = None, "the model's scores of it are not finite"
+            if probabilities is None:
+                without += 1
+                print(printable(f"{name}:{row.line}: {why}"), file=sys.stderr)
+            label = None if probabilities is None else shown(classifier.label(probabilities))
+            write(row.line, label, probabilities)
+        rows += len(window)
         sys.stdout.flush()
-    if without:
-        print(f"{name}: {without:,} row{'s' * (without > 1)} without a label", file=sys.stderr)
+        if fault:
+            raise UserError(*fault.problems, f"{name}: stopped there; {rows:,} rows before it are written")
+    if without or not rows:
+        lost = f"{without:,} row{'s' * (without > 1)} without a label" if rows else "there is no row in it"
+        print(printable(f"{name}: {lost}"), file=sys.stderr)
+
+
+def _window(texts: Iterator[Text]) -> list[Text | UserError]:
+    """The next rows; last of them the fault, where one ends the reading."""
+    window: list[Text | UserError] = []
+    try:
+        window.extend(islice(texts, WINDOW))
+    except UserError as error:
+        window.append(error)
+    return window
 
 
 def _csv_writer(stream: TextIO, labels: list[str]) -> Callable[[int, str | None, np.ndarray | None], None]:
@@ -171,7 +192,7 @@ def _jsonl_writer(stream: TextIO, labels: list[str]) -> Callable[[int, str | Non
         if probabilities is not None:
             shares = {name: float(f"{p:.6g}") for name, p in zip(labels, probabilities, strict=True)}
         record = {"line": line, "label": label, "probabilities": shares}
-        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        stream.write(to_json(record) + "\n")
 
     return write
 
@@ -181,7 +202,7 @@ WRITERS = {"csv": _csv_writer, "jsonl": _jsonl_writer}
 
 def _texts(file: str | None, column: str) -> Iterator[Text]:
     if file is None:
-        return _lines(lines_of(sys.stdin.buffer, "<stdin>"))
+        return starmap(_raw, enumerate(sys.stdin.buffer, 1))
     paths = data_files(file)
     if len(paths) > 1:
         raise UserError(f"{file}: is a folder; give one file")
@@ -192,6 +213,13 @@ def _texts(file: str | None, column: str) -> Iterator[Text]:
 def _lines(lines: Iterable[tuple[int, str]]) -> Iterator[Text]:
     for number, line in lines:
         yield _text(number, line.rstrip("\r\n"))
+
+
+def _raw(number: int, line: bytes) -> Text:
+    try:
+        return _text(number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"))
+    except UnicodeDecodeError as error:
+        return Text(number, None, f"not UTF-8 (byte 0x{line[error.start]:02x})")
 
 
 def _rows(path: Path, column: str) -> Iterator[Text]:
@@ -211,7 +239,7 @@ def _rows(path: Path, column: str) -> Iterator[Text]:
 
 def _text(number: int, value: Any) -> Text:
     try:
-        return Text(number, filled("text", value))
+        return Text(number, encodable("text", filled("text", value)))
     except Refused as refused:
         return Text(number, None, str(refused))
 

@@ -5,9 +5,11 @@ Shapes: E episodes (responses), K parts.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from itertools import islice
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -16,21 +18,25 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from align.data.prompts import Asked
+from align.data.turns import a
 from align.models.judge import Judge, read_judge
 from align.models.roles import CRITIC, Scorer, read_scorer
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
+from align.recipe.paths import Location
 from align.recipe.schema import Section
+from align.training.foreign import foreign
 
+LARGEST = torch.finfo(torch.float32).max
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
 
 
 class RewardPart(Section):
     """One part of the reward; it is one of `adapter`, `model` and `function`."""
 
-    adapter: str | None = None
+    adapter: Location | None = None
     """`final/` folder of a run of align.reward on the same trunk: a role on it."""
-    model: str | None = None
+    model: Location | None = None
     """Any other sequence-classification checkpoint, a folder or hub id, with its own tokenizer."""
     label: str | int | None = None
     """With `model`: the class whose log-odds are the score, by name or number; needed where it has several."""
@@ -68,7 +74,7 @@ class RewardPart(Section):
 
 
 class Answered(NamedTuple):
-    """A response and what it answers, as texts."""
+    """A response and what it answers, as texts; prompt + response is the text of all tokens decoded together."""
 
     asked: Asked
     prompt: str
@@ -139,10 +145,8 @@ class Rewards:
 
 def _imported(name: str, key: str) -> RewardFunction:
     module, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute, None)
-    except Exception as error:  # the user's module may fail in any way
-        raise UserError(f"{key}: {module} cannot be imported ({type(error).__name__}: {error})") from None
+    found = foreign(f"{key}: {module} cannot be imported", lambda: importlib.import_module(module))
+    function = foreign(f"{key}: {module} has no function {attribute!r}", lambda: getattr(found, attribute, None))
     if not callable(function):
         raise UserError(f"{key}: {module} has no function {attribute!r}")
     return function
@@ -152,14 +156,29 @@ def _called(function: RewardFunction, name: str, answered: list[Answered]) -> li
     if not answered:
         return []
     asked, prompts, responses = zip(*answered, strict=True)
-    try:
-        given = function(list(prompts), list(responses), [row.record for row in asked])
-        scores = [float(score) for score in given]
-    except Exception as error:  # the user's function may fail in any way
-        raise UserError(f"the reward function {name} failed ({type(error).__name__}: {error})") from error
+    told = f"the reward function {name}"
+
+    def called() -> list[float]:
+        rows = copy.deepcopy([row.record for row in asked])  # its own, which it may change
+        return _numbers(function(list(prompts), list(responses), rows), len(answered))
+
+    scores = foreign(f"{told} failed", called)
     if len(scores) != len(answered):
-        raise UserError(f"the reward function {name} gave {len(scores)} scores for {len(answered)} responses")
-    if not all(map(math.isfinite, scores)):
-        i = next(i for i, score in enumerate(scores) if not math.isfinite(score))
-        raise UserError(f"the reward function {name} gave {scores[i]} for the response {responses[i]!r}")
+        count = f"{len(scores)} scores" if len(scores) < len(answered) else f"more than {len(answered)} scores"
+        raise UserError(f"{told} gave {count} for {len(answered)} responses")
+    for score, response in zip(scores, responses, strict=True):
+        if not abs(score) <= LARGEST:
+            what = ", which is more than float32 holds," if math.isfinite(score) else ""
+            raise UserError(f"{told} gave {score}{what} for the response {response[:200]!r}")
     return scores
+
+
+def _numbers(given: Any, count: int) -> list[float]:
+    """Scores in order, and one more than `count` of them where there are too many. Raises TypeError for what has no
+    order or is text: a dict's keys and the letters of a text would pass for scores."""
+    if isinstance(given, Mapping | Set | str | bytes) or not isinstance(given, Iterable):
+        raise TypeError(f"it returned {a(given)}, not a list of numbers")
+    scores = list(islice(given, count + 1))
+    if texts := [score for score in scores if isinstance(score, str | bytes)]:
+        raise TypeError(f"it returned {a(texts[0])} among its scores, which are to be numbers")
+    return [float(score) for score in scores]

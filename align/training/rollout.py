@@ -20,9 +20,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from align.data.examples import Examples
+from align.data.texts import decoded, said
 from align.data.trees import Forest, Tree
 from align.models.decode import Response, sample
 from align.models.roles import Entropy, Roles, Said
+from align.models.rows import end_tokens
 from align.models.sampling import Sampling
 from align.models.trunk import Trunk
 from align.objectives.losses import path_counts
@@ -131,6 +133,16 @@ def sampled(
     return Episodes(prompts, [found[i] for i in range(len(prompts))])
 
 
+def texts(trunk: Trunk, episodes: Episodes) -> list[tuple[str, str]]:
+    """Prompt and response of every episode, (E,), as text; an end of turn and special tokens are no part of it."""
+    tokenizer, ends = trunk.tokenizer, end_tokens(trunk)
+    return [
+        (decoded(tokenizer, prompt), said(tokenizer, prompt, response.tokens, ends))
+        for prompt, responses in zip(episodes.prompts, episodes.responses, strict=True)
+        for response in responses
+    ]
+
+
 def scored(
     roles: Roles,
     batches: Batches,
@@ -199,11 +211,14 @@ def figures(rollout: Rollout, parts: dict[str, Tensor], score: Tensor, kl_coef: 
     }
 
 
-def explained(rollout: Rollout, returns: Tensor) -> dict[str, float]:
-    """Of the returns (E, T + 1), what the critic knew before it learns from them."""
+def explained(rollout: Rollout, returns: Tensor) -> dict[str, float | None]:
+    """Of the returns (E, T + 1), what the critic knew before it learns from them; where they do not vary beyond
+    rounding there is nothing to explain, and the share is None."""
     real, values = returns[rollout.steps].double(), rollout.values[rollout.steps].double()
+    rounding = 1e-6 * max(1e-6, float(real.abs().max()), float(values.abs().max()))  # returns are sums in float32
+    spread = float(real.var(correction=0)) ** 0.5
     return {
-        "explained_variance": 1 - float((real - values).var()) / (float(real.var()) or 1.0),
+        "explained_variance": 1 - float((real - values).var(correction=0)) / spread**2 if spread > rounding else None,
         "value/return": float(real.mean()),
         "value/critic": float(values.mean()),
     }

@@ -40,15 +40,13 @@ def frontier_panel(train: list[tuple[float, float]], held: list[tuple[float, flo
 
 def findings(metrics: Metrics, recipe: str) -> list[Finding]:
     """What went wrong, as far as the metrics tell."""
-    lines = [
-        {"split": split, "step": step, **row} for split, rows in metrics.splits.items() for step, row in rows.items()
-    ]
+    train, held = ([*metrics.splits.get(split, {}).values()] for split in ("train", "eval"))
     try:
         parts: list[dict[str, Any]] = (yaml.safe_load(recipe) or {})["ppo"]["rewards"]
     except (yaml.YAMLError, KeyError, TypeError):
         parts = []
     judges = [_title(part) for part in parts if not part.get("weight", 1.0)]
-    return diagnose(lines, judges)
+    return diagnose(train, held, judges)
 
 
 def _title(part: dict[str, Any]) -> str:

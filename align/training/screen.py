@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from align.recipe.errors import printable
+
 T = TypeVar("T")
 NAMES = {"learning_rate": "lr", "tokens_per_second": "tok/s", "grad_norm": "norm"}
 HIDDEN = {
@@ -22,7 +24,12 @@ class Screen:
 
     def __init__(self, console: Console, steps: int | None = None, done: int = 0) -> None:
         self.console, self.steps = console, steps
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         hidden = console.quiet or not console.is_terminal
         self.bars = Progress(*columns, console=console, disable=hidden, transient=True)
         if steps is not None:
@@ -47,7 +54,7 @@ class Screen:
             }
             numbers = " ".join(f"{NAMES.get(k, k)} {v:.4g}" for k, v in shown.items())
             line = f"{record['split']:5} step {record['step']}/{self.steps} {numbers}"
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def phase(self, doing: str) -> None:
         """What the step at hand is at, on the main bar."""
@@ -62,5 +69,5 @@ class Screen:
             self.bars.advance(task)
             if not self.console.is_terminal and time.monotonic() - told > 30:
                 told = time.monotonic()
-                self.console.print(f"{doing}: {number + 1} of {len(items)}", highlight=False)
+                self.console.print(f"{doing}: {number + 1} of {len(items)}", markup=False, highlight=False)
         self.bars.remove_task(task)

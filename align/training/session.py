@@ -13,6 +13,7 @@ from align.data.mixture import Prepared, counting, prepare
 from align.data.reading import Reading
 from align.models.base import load_tokenizer
 from align.models.demo import cache_folder
+from align.recipe.errors import printable
 from align.recipe.schema import BaseRecipe, Data
 from align.training.run import Run
 
@@ -63,8 +64,8 @@ class Session:
         return data
 
     def say(self, line: str) -> None:
-        """Print a line, as it is."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        """Print a line, with control characters spelt out."""
+        self.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def show_examples(self, data: Prepared, tokenizer: PreTrainedTokenizerBase) -> None:
         """What `--show` prints: the first examples of the first epoch, their trained tokens marked."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from align.data.examples import Examples
 from align.data.prompts import Asked, asked
-from align.training.diagnosis import diagnose
+from align.models.trunk import Trunk
+from align.training.diagnosis import RECENT, diagnose
 from align.training.loop import Loop
 from align.training.rewards import Answered, Rewards
-from align.training.rollout import Episodes
+from align.training.rollout import Episodes, texts
 
 KEPT = 8  # held-out prompts whose responses are kept, evaluation after evaluation
 FILE = "episodes.jsonl"
@@ -20,9 +22,10 @@ FILE = "episodes.jsonl"
 class Watch:
     """Reads what was sampled, and keeps what a user wants to see of it."""
 
-    def __init__(self, rewards: Rewards, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.rewards, self.tokenizer = rewards, tokenizer
+    def __init__(self, rewards: Rewards, trunk: Trunk) -> None:
+        self.rewards, self.trunk = rewards, trunk
         self._rows: dict[int, list[Asked]] = {}  # of each side
+        self._courses: dict[str, list[dict[str, Any]]] | None = None  # metrics of each split
         self._said: set[str] = set()
 
     def texts(self, examples: Examples, chosen: np.ndarray, episodes: Episodes) -> list[Answered]:
@@ -30,11 +33,8 @@ class Watch:
         rows = self._rows.setdefault(id(examples), [])
         if not rows:
             rows += asked(examples)
-        return [
-            Answered(rows[int(i)], self._text(prompt), self._text(response.tokens))
-            for i, prompt, responses in zip(chosen, episodes.prompts, episodes.responses, strict=True)
-            for response in responses
-        ]
+        asked_of = (rows[int(i)] for i in chosen for _ in range(episodes.samples))
+        return [Answered(row, *text) for row, text in zip(asked_of, texts(self.trunk, episodes), strict=True)]
 
     def evaluated(
         self, loop: Loop, episodes: Episodes, score: Tensor, figures: dict[str, float], budget: float | None
@@ -48,26 +48,30 @@ class Watch:
             loop.publish(loop.run.folder / "best", best)
         if not loop.session.first:
             return
-        for i in range(min(KEPT, len(episodes))):
-            number = i * episodes.samples
-            loop.run.append(
-                FILE,
-                {
-                    "step": loop.step,
-                    "prompt": self._text(episodes.prompts[i]),
-                    "response": self._text(episodes.flat[number].tokens),
-                    "score": float(score[number]),
-                },
-            )
+        few = Episodes(episodes.prompts[:KEPT], episodes.responses[:KEPT])
+        for i, (prompt, response) in enumerate(texts(self.trunk, few)[:: few.samples]):
+            of = {"prompt": prompt, "response": response, "score": float(score[i * few.samples])}
+            loop.run.append(FILE, {"step": loop.step, **of})
+        self._warn(loop, loop.step, "eval", figures)
+
+    def learnt(self, loop: Loop, step: int, metrics: dict[str, Any]) -> None:
+        """Warn of what a step's metrics show, where there are held-out rows and where there are none."""
+        if loop.session.first:
+            self._warn(loop, step, "train", metrics)
+
+    def _warn(self, loop: Loop, step: int, split: str, metrics: dict[str, Any]) -> None:
+        if self._courses is None:  # a resumed run judges by its whole course
+            self._courses = {"train": [], "eval": []}
+            for record in loop.run.records("metrics.jsonl"):
+                self._courses[record["split"]].append(record)
+        course = self._courses[split]
+        course.append(metrics)
+        del course[1 : -4 * RECENT]  # judged by the first record and by the last ones
         judges = [name for name, part in self.rewards.parts.items() if not part.weight]
-        history = [*loop.run.records("metrics.jsonl"), {"step": loop.step, "split": "eval", **figures}]
-        for finding in diagnose(history, judges):
+        for finding in diagnose(self._courses["train"], self._courses["eval"], judges):
             if finding.kind not in self._said:
                 self._said.add(finding.kind)
-                loop.session.say(f"warning, step {loop.step}: {finding.text}")
-
-    def _text(self, ids: np.ndarray) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+                loop.session.say(f"warning, step {step}: {finding.text}")
 
 
 def check_unmoved(loop: Loop, terms: dict[str, tuple[float, float]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -176,3 +177,12 @@ def test_adaptive_coefficient():
     assert adapted(0.2, 6.6, target=6.0, horizon=1000, steps=100) == pytest.approx(0.2 * 1.01)
     assert adapted(0.2, 60.0, target=6.0, horizon=1000, steps=100) == pytest.approx(0.2 * 1.02)
     assert adapted(0.2, -5.0, target=6.0, horizon=1000, steps=100) == pytest.approx(0.2 * 0.98)
+
+
+def test_a_kl_coefficient_stays_positive():
+    """Of more responses than the horizon, each horizon counts by itself: 0.8 at most, and all continuous in between."""
+    assert adapted(0.2, 0.0, target=6.0, horizon=100, steps=100) == pytest.approx(0.2 * 0.8)
+    assert adapted(0.2, 0.0, target=6.0, horizon=100, steps=250) == pytest.approx(0.2 * 0.8**2 * 0.9)
+    assert adapted(0.2, 60.0, target=6.0, horizon=1, steps=3) == pytest.approx(0.2 * 1.2**3)
+    coefficients = [adapted(0.2, 0.0, target=6.0, horizon=16, steps=steps) for steps in range(1, 400)]
+    assert all(0 < late < early for early, late in pairwise(coefficients))

@@ -140,14 +140,15 @@ def holds(value) -> bool:
 text = words | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 lined = st.lists(text | st.sampled_from(["", " ", "#", "-", "a: b"]), max_size=4).map("\n".join)
 positive = st.floats(min_value=0, exclude_min=True, max_value=1e300)
-sources = st.builds(Source, path=text, columns=st.dictionaries(text, text, max_size=2))
+paths = text.filter(lambda path: "\0" not in path and "$" not in path)
+sources = st.builds(Source, path=paths, columns=st.dictionaries(text, text, max_size=2))
 
 
 def recipes_of(model, lora):
     return st.builds(
         Recipe,
         stage=st.just("sft"),
-        run=text,
+        run=paths,
         seed=st.integers(0, 2**32 - 1),
         model=model,
         lora=lora,
@@ -159,8 +160,8 @@ def recipes_of(model, lora):
 
 configs = st.dictionaries(text, values.filter(holds), max_size=3)
 adapters = st.none() | st.builds(Lora, targets=st.just("all-linear") | st.lists(text, max_size=3))
-recipes = recipes_of(st.builds(Model, base=text), adapters) | recipes_of(
-    st.builds(Model, base=text, init=st.just("random"), config=configs), st.none()
+recipes = recipes_of(st.builds(Model, base=paths), adapters) | recipes_of(
+    st.builds(Model, base=paths, init=st.just("random"), config=configs), st.none()
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from align.training.diagnosis import diagnose
+from align.training.diagnosis import Finding, diagnose
 
 HEALTHY = {
     "kl_per_token": 0.02,
@@ -27,8 +27,13 @@ def course(split: str, count: int, **changes) -> list[dict]:
     return made
 
 
+def told(records, judges=("judge",)) -> list[Finding]:
+    train, held = ([record for record in records if record["split"] == split] for split in ("train", "eval"))
+    return diagnose(train, held, judges)
+
+
 def kinds(*records: dict, judges=("judge",)) -> set[str]:
-    return {finding.kind for finding in diagnose(records, judges)}
+    return {finding.kind for finding in told(records, judges)}
 
 
 HACKED = {"score": (0.5, 1.5), "score/judge": (1.0, 0.8)}
@@ -48,7 +53,7 @@ HACKED = {"score": (0.5, 1.5), "score/judge": (1.0, 0.8)}
 )
 def test_a_failure_is_told(records, kind, words):
     """That alone, in words with its numbers."""
-    (finding,) = diagnose(records, ["judge"])
+    (finding,) = told(records)
     assert finding.kind == kind
     assert words in finding.text
 
@@ -85,7 +90,16 @@ def test_a_judgement_rests_on_the_last_records():
 def test_each_kind_is_told_once():
     """Though training and held-out prompts both show it; every judge has its own."""
     both = [*course("train", 2, entropy=(2.0, 0.1)), *course("eval", 2, entropy=(2.0, 0.1))]
-    assert len(diagnose(both)) == 1
+    assert len(told(both)) == 1
     hacked = course("eval", 2, **HACKED, **{"score/other": (1.0, 0.0), "score/third": (0.0, 1.0)})
     judges = ("judge", "other", "third")
     assert kinds(*hacked, judges=judges) == {"reward hacking, judge", "reward hacking, other"}
+
+
+def test_a_number_that_is_not_known_shows_nothing():
+    """Such as the explained variance of returns that do not vary; the records beside it are judged as ever."""
+    unknown = course("train", 20, explained_variance=None)
+    assert kinds(*unknown) == set()
+    assert kinds(*unknown, *course("train", 20, explained_variance=-0.5)) == {"blind critic"}
+    assert kinds(*course("train", 1, kl_per_token=None), *course("train", 5, kl_per_token=-0.05)) == {"negative KL"}
+    assert kinds(*course("eval", 3, **{"score": (0.5, 1.5), "score/judge": None})) == set()

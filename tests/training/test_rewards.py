@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
 
 import pytest
@@ -14,6 +16,7 @@ from align.data.prompts import Asked
 from align.models.roles import CRITIC, Roles, Scorer
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora
+from align.training.foreign import SHARED
 from align.training.rewards import Answered, RewardPart, Rewards
 from align.training.rules import VALENCES, exact_answer, one_sentence, sentiment
 
@@ -126,21 +129,103 @@ def test_every_process_scores_its_share(trunk, mine):
     [
         ("raise KeyError('answer')", "failed (KeyError: 'answer')"),
         ("return [1.0]", "gave 1 scores for 2 responses"),
-        ("return [1.0, 2.0, 3.0]", "gave 3 scores for 2 responses"),
+        ("return [1.0, 2.0, 3.0]", "gave more than 2 scores for 2 responses"),
+        ("return itertools.repeat(1.0)", "gave more than 2 scores for 2 responses"),
+        ("return (float(len(r)) for r in responses[1:])", "gave 1 scores for 2 responses"),
+        ("return [1e300, 1.0]", "gave 1e+300, which is more than float32 holds, for the response 'yes'"),
+        ("return [10 ** 400, 1.0]", "failed (OverflowError: "),
+        ("return {'0': 1.0, '1': 2.0}", "failed (TypeError: it returned the object {'0': 1.0, '1': 2.0}, not a list"),
+        ("return {1.0, 2.0}", "failed (TypeError: it returned the set {1.0, 2.0}, not a list"),
+        ("return '12'", "failed (TypeError: it returned the text '12', not a list of numbers"),
+        ("return ['1', '2']", "failed (TypeError: it returned the text '1' among its scores"),
+        ("return [b'1', 2]", "failed (TypeError: it returned the bytes b'1' among its scores"),
+        ("return [1j, 2]", "failed (TypeError: "),
+        ("return 1.0", "failed (TypeError: it returned the number 1.0, not a list"),
+        ("sys.exit(0)", "failed (SystemExit: 0)"),
+        ("os._exit(0)", "failed (Left: os._exit(0))"),
+        ("raise GeneratorExit", "failed (GeneratorExit)"),
+        ("raise type('Mine', (BaseException,), {})('two\\nlines')", "failed (Mine: two)"),
+        ("raise type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})", "failed (Mute)"),
+        ("return (sys.exit(3) for _ in rows)", "failed (SystemExit: 3)"),
+        ("return score(prompts, responses, rows)", "failed (RecursionError: "),
+        ("raise ValueError('\\x1b]0;title\\x07')", "failed (ValueError: \\x1b]0;title\\x07)"),
         ("return [1.0, float('nan')]", "gave nan for the response 'no'"),
         ("return [float('-inf'), 1.0]", "gave -inf for the response 'yes'"),
-        ("return [1.0, 'good']", "failed (ValueError: "),
+        ("return [1.0, 'good']", "failed (TypeError: it returned the text 'good' among its scores"),
         ("return None", "failed (TypeError: "),
         ("return [[1.0], [2.0]]", "failed (TypeError: "),
     ],
 )
 def test_a_function_that_goes_wrong(trunk, mine, body, said):
-    mine(f"def score(prompts, responses, rows):\n    {body}\n")
+    mine(f"import itertools, os, sys\ndef score(prompts, responses, rows):\n    {body}\n")
     rewards = Rewards(parts({"function": "mine:score"}), trunk)
     with pytest.raises(UserError) as error:
         rewards.of_texts(answered("yes", "no"), 0, 1)
     (problem,) = error.value.problems
     assert problem.startswith(f"the reward function mine:score {said}")
+    assert "\n" not in problem
+
+
+def test_what_a_function_changes_is_put_back(trunk, mine, here, monkeypatch):
+    """The folder, streams, signals and settings of torch, whether it returns or fails; and rows are its own copies."""
+    (here / "below").mkdir()
+    mine(
+        "import os, random, signal, sys, torch\n"
+        "def score(prompts, responses, rows):\n"
+        "    os.chdir('below'); sys.stdout = open(os.devnull, 'w'); sys.setrecursionlimit(400)\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "    torch.set_grad_enabled(False); torch.set_default_dtype(torch.float64); torch.set_num_threads(3)\n"
+        "    prompts.clear(); rows[0]['answer'] = 'changed'\n"
+        "    return [float(r) for r in responses]\n"
+    )
+    rewards = Rewards(parts({"function": "mine:score"}), trunk)
+    rows = answered("1", "2")
+    before = [read() for read, _ in SHARED]
+    assert rewards.of_texts(rows, 0, 1)["score"].tolist() == [1, 2]
+    assert [read() for read, _ in SHARED] == before
+    with pytest.raises(UserError, match="could not convert"):
+        rewards.of_texts(answered("x"), 0, 1)
+    assert [read() for read, _ in SHARED] == before
+    assert rows == answered("1", "2")
+
+
+@pytest.mark.parametrize("signal", ["KeyboardInterrupt", "Stopped"])
+def test_a_signal_passes_through(trunk, mine, signal):
+    mine(f"from align.training.stops import Stopped\ndef score(prompts, responses, rows):\n    raise {signal}\n")
+    rewards = Rewards(parts({"function": "mine:score"}), trunk)
+    with pytest.raises(BaseException) as error:  # noqa: PT011
+        rewards.of_texts(answered("yes"), 0, 1)
+    assert type(error.value).__name__ == signal
+
+
+def test_a_process_that_it_forks_is_not_the_run(trunk, mine, capfd):
+    mine(
+        "import os\n"
+        "def score(prompts, responses, rows):\n"
+        "    child = os.fork()\n"
+        "    if child: assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1\n"
+        "    return [1.0]\n"
+    )
+    rewards = Rewards(parts({"function": "mine:score"}), trunk)
+    assert rewards.of_texts(answered("yes"), 0, 1)["score"].tolist() == [1]
+
+
+def test_a_module_that_leaves_while_it_is_imported(trunk, mine, here):
+    for text, said in (
+        ("import sys\nsys.exit(0)\n", "mine cannot be imported (SystemExit: 0)"),
+        ("import os\nos.chdir('/')\n1 / 0\n", "mine cannot be imported (ZeroDivisionError: division by zero)"),
+        ("def __getattr__(name): raise SystemExit(5)\n", "mine has no function 'score' (SystemExit: 5)"),
+        ("import mine\nmine.score\n", "mine cannot be imported (AttributeError: "),
+        ("def score(:\n", "mine cannot be imported (SyntaxError: "),
+    ):
+        sys.modules.pop("mine", None)
+        importlib.invalidate_caches()
+        mine(text)
+        with pytest.raises(UserError) as error:
+            Rewards(parts({"function": "mine:score"}), trunk)
+        (problem,) = error.value.problems
+        assert problem.startswith(f"ppo.rewards.0.function: {said}")
+        assert os.getcwd() == str(here)
 
 
 @pytest.mark.parametrize("score", ["True", "1", "Fraction(1, 2)", "torch.tensor(1.5)", "np.float32(2)"])

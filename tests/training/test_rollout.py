@@ -239,3 +239,8 @@ def test_figures_by_hand():
     assert explained(rollout, returns) == pytest.approx(
         {"explained_variance": 1 - 0.3 / 0.8, "value/return": 2.0, "value/critic": 1.5}
     )
+    # Where returns differ by rounding alone, nothing is to be explained.
+    for constant in (0.0, 3.0):
+        level = torch.full_like(returns, constant) * (1 + 1e-7 * values)
+        assert explained(rollout, level)["explained_variance"] is None
+    assert explained(rollout._replace(values=values * 1e-3), returns * 1e-3)["explained_variance"] is not None

@@ -1,0 +1,56 @@
+"""The edge of a command that trains nothing: what ends it is one line, and an exit status that says of which kind."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+import torch
+
+from align.recipe.errors import UserError, printable
+
+OURS = "this is a fault of align itself; please report it, with the lines above and the command"
+
+
+@contextmanager
+def border(memory: str) -> Iterator[None]:
+    """Around all that a command does; `memory`: the remedy where there was too little.
+
+    Exit status 2: something that the user can mend; 130: interrupted; 1: a fault of align. Who reads the output may
+    leave, which ends the command without a word. What the output's encoding lacks is written as escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a stream that is no file
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        sys.stdout.flush()
+    except UserError as error:
+        _end(2, *error.problems)
+    except KeyboardInterrupt:
+        _end(130, "interrupted")
+    except (torch.OutOfMemoryError, MemoryError):
+        _end(2, f"out of memory: {memory}")
+    except BrokenPipeError:
+        _end(0)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _end(2, f"{where}{error.strerror or error}; see that there is room, and that it can be read and written")
+    except Exception:
+        _end(1, traceback.format_exc().rstrip(), OURS)
+
+
+def _end(status: int, *lines: str) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is sys.stderr and lines:
+                print("\n".join(map(printable, lines)), file=stream)
+            stream.flush()
+        except (OSError, ValueError):  # nobody reads it, or its disk is full: Python would say so once more at its end
+            with suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    raise SystemExit(status) from None
