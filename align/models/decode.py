@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from align.models.beams import search
 from align.models.cache import NAME as DECODE
@@ -67,10 +68,7 @@ def sample(
 def answer(trunk: Trunk, prompt: str, most: int, written_as: Literal["chat", "text"]) -> str:
     """The greedy answer to one user turn, or continuation of a text, of at most `most` tokens."""
     tokenizer = trunk.tokenizer
-    if written_as == "chat":
-        turn = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(prompt, add_special_tokens=written_as == "text")["input_ids"]
+    ids = asked_ids(tokenizer, prompt, written_as)
     if trunk.packed:
         ((response,),) = sample(trunk, [np.array(ids, np.int32)], Sampling(most, temperature=0), [(0,)])
         return tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
@@ -81,6 +79,14 @@ def answer(trunk: Trunk, prompt: str, most: int, written_as: Literal["chat", "te
             inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=most, do_sample=False, **ends
         )
     return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+
+
+def asked_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, written_as: Literal["chat", "text"]) -> list[int]:
+    """One user turn, up to where the answer begins; or a text that is continued."""
+    if written_as == "chat":
+        turn = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return tokenizer(prompt, add_special_tokens=written_as == "text", verbose=False)["input_ids"]
 
 
 class _Draws:
