@@ -89,8 +89,6 @@ class Recipe(BaseRecipe):
             raise ValueError("`batch.examples`: kto takes its baseline from a step's other answers; give it 2 or more")
         if dpo.sft_weight and dpo.loss in ("orpo", "kto"):
             raise ValueError(f"`dpo.sft_weight` is not for the loss {dpo.loss}; leave it out")
-        if self.lora and self.lora.init == "orthogonal" and dpo.loss not in WITHOUT_REFERENCE:
-            raise ValueError("`lora.init: orthogonal`: policy and reference would differ at the start; take default")
         if self.lora and self.lora.dropout and dpo.loss == "kto":
             raise ValueError("`lora.dropout` makes the baseline of kto random; set it to 0")
         return self

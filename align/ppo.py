@@ -139,14 +139,10 @@ class Recipe(BaseRecipe):
             raise ValueError("`lora: null`: PPO's roles are adapters on one trunk; give a `lora` section")
         if self.lora.dropout:
             raise ValueError("`lora.dropout` makes p/p_old random; set it to 0")
-        if self.lora.init == "orthogonal":
-            raise ValueError("`lora.init: orthogonal`: actor and reference would differ at the start; take default")
         if self.model.add_tokens:
             raise ValueError("`model.add_tokens`: PPO's roles share the embedding; train the tokens' rows in SFT first")
         if self.data.overlong == "truncate":
-            raise ValueError(
-                "`data.overlong: truncate`: a prompt without its end asks something else; use drop or error"
-            )
+            raise ValueError("`data.overlong: truncate`: a prompt without its end asks something else; drop it")
         if not any(part.weight for part in self.ppo.rewards):
             raise ValueError("`ppo.rewards`: every part has weight 0; a judge alone rewards nothing")
         if self.ppo.minibatches > self.batch.examples:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # peft's initialisations that do so
+OTHER_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica", "eva", "orthogonal")  # of peft
 
 
 class Section(BaseModel):
@@ -93,21 +93,17 @@ class Lora(Section):
     """Rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732)."""
     dora: bool = False
     """Learn the length of each weight's rows apart from their direction (Liu et al. 2024, arXiv 2402.09353). Slower."""
-    init: Literal["default", "gaussian", "orthogonal"] = "default"
-    """How A starts: `default` is uniform (Kaiming He et al.), `gaussian` normal; the update is 0. With `orthogonal`, A
-    and B start away from 0, and the update is 0 up to rounding: not for stages with a reference (dpo, ppo).
-    """
+    init: Literal["default", "gaussian"] = "default"
+    """How A starts: `default` is uniform (Kaiming He et al.), `gaussian` normal. B starts at 0, so the update does too."""
 
     @field_validator("init", mode="before")
     @classmethod
-    def _leaves_the_base(cls, init: object) -> object:
-        if init in CHANGES_BASE:
+    def _starts_at_the_base(cls, init: object) -> object:
+        if init in OTHER_STARTS:
             raise ValueError(
-                f"{init} changes the base's weights, on which the reference and merging stand; take default, gaussian "
-                "or orthogonal"
+                f"{init} does not start at the base as it is, on which references and merging stand; take default or "
+                "gaussian"
             )
-        if init == "eva":
-            raise ValueError("eva starts from activations on data, which align does not collect; take default")
         return init
 
 

@@ -205,6 +205,6 @@ def test_an_adapter_that_does_not_fit_is_refused(start):
     scorer = read_scorer(str(start.reward), KEY, trunk_of(start))
     scorer = scorer._replace(lora=scorer.lora.model_copy(update={"targets": ["c_attn"]}))
     with pytest.raises(
-        UserError, match="does not fit this trunk: it lacks base_model.model.transformer.h.0.attn.c_attn"
+        UserError, match=r"does not fit this trunk: it lacks base_model.model.transformer.h.0.attn.c_attn"
     ):
         Roles(trunk, LORA, {"reward": scorer}, "reward")
