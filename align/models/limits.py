@@ -27,6 +27,7 @@ from align.models.scoring import is_encoder
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
 
+NAMED = 5  # tokens without a row that are named one by one
 TRIED = 12  # tokens of the trial; fewer positions than these no run can do with
 
 
@@ -107,7 +108,9 @@ def _unknown(limits: Limits, tokenizer: Tokenizer, examples: Examples) -> list[s
         for ids in examples.tree(i).segments:
             for token in np.unique(ids[ids >= limits.rows]).tolist():
                 first.setdefault(token, examples.where(i))
-    return [_no_row(limits, tokenizer, token, where) for token, where in first.items()]
+    lines = [_no_row(limits, tokenizer, token, where) for token, where in first.items()]
+    more = f"{len(lines) - NAMED:,} more tokens have no embedding row in {limits.name}"
+    return lines[:NAMED] + [more] * (len(lines) > NAMED)
 
 
 def _no_row(limits: Limits, tokenizer: Tokenizer, token: int, where: str) -> str:

@@ -94,7 +94,7 @@ class Lora(Section):
     dora: bool = False
     """Learn the length of each weight's rows apart from their direction (Liu et al. 2024, arXiv 2402.09353). Slower."""
     init: Literal["default", "gaussian"] = "default"
-    """How A starts: `default` is uniform (Kaiming He et al.), `gaussian` normal. B starts at 0, so the update does too."""
+    """How A starts: `default` is uniform (Kaiming He et al.), `gaussian` normal. B starts at 0, and so the update."""
 
     @field_validator("init", mode="before")
     @classmethod
