@@ -48,6 +48,7 @@ class Command(NamedTuple):
     system: str
     sampling: Sampling
     seed: int
+    trust: bool  # code beside the base may run
 
 
 def talk_on_terminal(talk: Talk, model: str) -> None:
@@ -155,7 +156,10 @@ def parse(argv: Sequence[str]) -> Command:
         "model", metavar="MODEL", help="a checkpoint folder, hub id or demo/smollm2-135m; or a run, or its final/"
     )
     parser.add_argument(
-        "--adapter", action="append", default=[], help="final/ of a run, to act on MODEL; twice: the first is merged"
+        "--adapter",
+        action="append",
+        default=[],
+        help="final/ of a run, to act on MODEL; of several, in the order of training, all but the last are merged",
     )
     parser.add_argument("--system", default="", help="what the model is told before all turns")
     parser.add_argument("--temperature", type=float, help=f"0 takes the likeliest token (default: {TEMPERATURE})")
@@ -163,6 +167,7 @@ def parse(argv: Sequence[str]) -> Command:
     parser.add_argument("--max-new", type=int, default=MAX_NEW, help="most tokens of an answer (default: %(default)s)")
     parser.add_argument("--beams", type=int, default=1, help="above 1: search the likeliest answer with so many")
     parser.add_argument("--seed", type=int, default=0, help="fixes the answers (default: %(default)s)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that stands beside the base")
     given = parser.parse_args(argv)
     drawn = (given.temperature, given.top_p)
     temperature, top_p = (default if x is None else x for x, default in zip(drawn, (TEMPERATURE, TOP_P), strict=True))
@@ -181,7 +186,8 @@ def parse(argv: Sequence[str]) -> Command:
     how = Sampling(given.max_new, temperature=temperature, top_p=top_p)
     if given.beams > 1:
         how = Sampling(given.max_new, temperature=0, beams=given.beams)
-    return Command(location(given.model), [*map(location, given.adapter)], given.system.strip(), how, given.seed)
+    model, adapters = location(given.model), [*map(location, given.adapter)]
+    return Command(model, adapters, given.system.strip(), how, given.seed, given.trust_remote_code)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -196,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()
     with border("choose a smaller model, or a smaller --max-new"):
         command = parse(sys.argv[1:] if argv is None else argv)
-        trunk = load_talker(command.model, command.adapters, Accelerator(mixed_precision="no"))
+        trunk = load_talker(command.model, command.adapters, Accelerator(mixed_precision="no"), command.trust)
         talk = Talk(trunk, command.sampling, command.seed, command.system)
         if sys.stdin.isatty():
             talk_on_terminal(talk, command.model)

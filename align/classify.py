@@ -32,6 +32,7 @@ from align.data.mixture import counting
 from align.data.trees import Forest
 from align.models.base import load_base, load_tokenizer
 from align.models.demo import cache_folder
+from align.models.limits import Wanted
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.records import to_json
@@ -256,6 +257,7 @@ def train(session: Session) -> None:
             )
     for line in data.summary:
         session.say(line)
+    session.check_limits(tokenizer, [Wanted(side) for side in (data.train, data.eval, test)])
     if session.show:
         return show(session, data.train, tokenizer, labels)
     if not session.unfinished(run):

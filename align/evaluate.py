@@ -251,7 +251,8 @@ def read(session: Session) -> Given:
         raise UserError(*problems)
     with session.accelerator.main_process_first():
         tokenizer = load_tokenizer(recipe.model)
-    data = session.prepare(tokenizer, prompts())
+    room, key = section.generation.max_new, "evaluate.generation.max_new"
+    data = session.prepare(tokenizer, prompts(), room=room, key=key)
     examples = getattr(data, section.side)
     if session.show:
         session.show_examples(data._replace(train=examples), tokenizer)

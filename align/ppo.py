@@ -139,10 +139,10 @@ class Recipe(BaseRecipe):
             raise ValueError("`lora: null`: PPO's roles are adapters on one trunk; give a `lora` section")
         if self.lora.dropout:
             raise ValueError("`lora.dropout` makes p/p_old random; set it to 0")
+        if self.model.add_tokens:
+            raise ValueError("`model.add_tokens`: PPO's roles share the embedding; train the tokens' rows in SFT first")
         if self.data.overlong == "truncate":
-            raise ValueError(
-                "`data.overlong: truncate`: a prompt without its end asks something else; use drop or error"
-            )
+            raise ValueError("`data.overlong: truncate`: a prompt without its end asks something else; drop it")
         if not any(part.weight for part in self.ppo.rewards):
             raise ValueError("`ppo.rewards`: every part has weight 0; a judge alone rewards nothing")
         if self.ppo.minibatches > self.batch.examples:
@@ -298,12 +298,12 @@ class Algorithm:
 def train(session: Session) -> None:
     """The stage, from recipe to `final/`."""
     recipe = session.recipe
-    if not (begun := session.begin(prompts())):
+    if not (begun := session.begin(prompts(), recipe.ppo.generation.max_new, "ppo.generation.max_new")):
         return
     run, data = begun
     base = load_base(recipe.model, session.accelerator.device, frozen=True, seed=recipe.seed)
     trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
-    check_samples(trunk, [data.train, data.eval], recipe.ppo.generation)
+    check_samples(trunk)
     rewards, temperature = Rewards(recipe.ppo.rewards, trunk), recipe.ppo.generation.temperature
     roles = Roles(trunk, recipe.lora, rewards.scorers, rewards.leading, temperature, recipe.seed)
     ptx = Pretraining(session, trunk, recipe.ppo.ptx) if recipe.ppo.ptx else None

@@ -190,9 +190,14 @@ def test_a_result_brings_its_trunk(world, tuned, here, cache, talk):
     assert inside.out != talk(tuned, ASKED, *WARM).out
 
     shutil.copytree(here / "run" / "final", here / "alone")
+    assert talk(here / "alone", ASKED, *WARM).out == inside.out, "its own files tell base and adapters"
+    about = json.loads((here / "alone" / "align.json").read_text())
+    about["trunk"][1] |= {"name": "gone/final", "path": "/gone/final"}
+    (here / "alone" / "align.json").write_text(json.dumps(about))
     alone = talk(here / "alone", ASKED, *WARM)
     assert (alone.status, alone.out) == (2, "")
     assert "was trained on a trunk with fingerprint" in alone.err
+    assert "gone/final is not there" in alone.err
     assert "BASE --adapter SFT/final" in alone.err
     shutil.copytree(tuned, here / "sft alone")
     assert talk(here / "sft alone", ASKED[:1], "--max-new", 3).status == 0, "its own files tell the base"
@@ -227,7 +232,6 @@ def test_what_a_user_can_mend(world, tuned, here, talk):
         ((scores,), "stage reward, which only scores"),
         ((world.base, "--adapter", "nowhere"), "nowhere has no align.json"),
         ((tuned, "--adapter", tuned), "is an adapter itself; name the base"),
-        ((world.base, *["--adapter", tuned] * 3), "3 are given"),
         ((world.base, *["--adapter", tuned] * 2), "with fingerprint"),
         ((world.base, "--temperature", "-1"), "--temperature: 0 or more"),
         ((world.base, "--temperature", "nan"), "--temperature: 0 or more"),

@@ -51,7 +51,8 @@ def refused(world, start, here):
         ({"ppo": {"minibatches": 5}}, "`ppo.minibatches`: there are more than prompts in a step (batch.examples)"),
         ({"ppo": {"generation": {"temperature": 0.0}}}, "ppo.generation.temperature: "),
         ({"ppo": {"generation": {"max_new": 0}}}, "ppo.generation.max_new: "),
-        ({"ppo": {"generation": {"max_new": 500}}}, "are more than the 512 positions of "),
+        ({"model": {"add_tokens": ["<|call|>"]}}, "`model.add_tokens`: PPO's roles share the embedding"),
+        ({"lora": {"init": "pissa"}}, "lora.init: pissa does not start at the base as it is"),
         ({"ppo": {"dual_clip": 1.0}}, "ppo.dual_clip: "),
         ({"ppo": {"kl_coef": -0.1}}, "ppo.kl_coef: "),
         ({"ppo": {"kl_estimator": "k4"}}, "ppo.kl_estimator: "),
@@ -105,8 +106,8 @@ def test_a_reward_on_another_trunk(refused, start, world):
     """It is the world's base here, and the reward's own is another one: both fingerprints are told."""
     own = json.loads((start.reward / "align.json").read_text())["fingerprint"]
     said = refused(model={"base": str(world.base)})
-    assert said.startswith(f"ppo.rewards.0.adapter: {start.reward} was trained on a trunk with fingerprint {own}, but ")
-    other = re.search(r"this run's trunk has ([0-9a-f]{16});", said)[1]
+    assert said.startswith(f"ppo.rewards.0.adapter: {start.reward} was trained on a trunk with fingerprint {own} (")
+    other = re.search(r"the trunk of this run has ([0-9a-f]{16}) \(", said)[1]
     assert other != own
     assert "\n" not in said
 

@@ -173,8 +173,8 @@ def test_an_adapter_of_another_trunk(world, refused, here):
     meta = json.loads((done / "final" / "align.json").read_text())
     (done / "final" / "align.json").write_text(json.dumps(meta | {"fingerprint": "0123456789abcdef"}))
     assert refused(f"model.adapter={done / 'final'}") == (
-        f"model.adapter: done/final was trained on a trunk with fingerprint 0123456789abcdef, but model.base has "
-        f"{meta['fingerprint']}; use the base that its recipe.yaml names"
+        f"model.adapter: done/final was trained on a trunk with fingerprint 0123456789abcdef ({world.base}), but this "
+        f"trunk has {meta['fingerprint']} ({world.base}); use the base that it was trained on, {world.base}"
     )
     assert refused(f"model.adapter={done}").startswith("model.adapter: done has no ")
     assert refused("model.adapter=nowhere").startswith("model.adapter: nowhere has no ")

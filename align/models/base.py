@@ -1,37 +1,33 @@
-"""Loading a base checkpoint: where it comes from, its dtype, its fingerprint, and the adapter merged into it."""
+"""Loading a base: its config, tokenizer and weights, the adapters merged into it, rows for added tokens, its dtype."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import is_bnb_available
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from tokenizers import AddedToken
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from align.data.templates import chat_tokenizer
-from align.models.demo import NAMES, demo_model
+from align.models.adapters import Merged, merge, plain_tokenizer, with_rows
+from align.models.results import CONFIG, SCORING, Link, read_about, read_result
 from align.models.scoring import is_encoder, with_head
+from align.models.sources import base_folder, check_weights, first_line, foreign, is_file, read_config
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
-
-SCORING = ("reward", "classify")  # stages whose results have no output projection
-META = "align.json"  # beside a saved adapter: stage, role, fingerprint of the trunk it was trained on
-WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 class Base(NamedTuple):
@@ -39,44 +35,22 @@ class Base(NamedTuple):
 
     model: PreTrainedModel
     tokenizer: Tokenizer
-    fingerprint: str  # of the weights, an adapter merged on load included
+    fingerprint: str  # of the weights, adapters merged on load and added rows included
     name: str  # as the recipe names it
     source: str  # what peft and transformers can load it from: a folder or a hub id
-
-
-def base_folder(section: Model) -> Path:
-    """The local folder of the base's files; a hub id is fetched (the only place where models use the network)."""
-    name = section.base
-    if name.startswith("demo/"):
-        return demo_model(name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            hint = "give it to model.adapter, and its base here" if (folder / "adapter_config.json").is_file() else ""
-            raise UserError(
-                f"model.base: {name} has no config.json, so it is no checkpoint; {hint or 'check the path'}"
-            )
-        return folder
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        known = f"a local folder in Hugging Face format, a hub id (owner/name) or {NAMES[0]}"
-        raise UserError(f"model.base: there is no model {name!r}; expected {known}")
-    try:
-        return Path(snapshot_download(name, revision=section.revision, allow_patterns=[*WEIGHTS, "*.py"]))
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"model.base: {name!r} is neither a local folder nor could it be fetched from the hub ({reason}); "
-            f"check the name and the network, or use {NAMES[0]}"
-        ) from None
+    links: tuple[Link, ...] = ()  # what the trunk is made of: the base, and each merged adapter
+    added: tuple[int, ...] = ()  # ids of the tokens whose embedding rows train
 
 
 def load_tokenizer(section: Model) -> Tokenizer:
-    """The base's tokenizer (an SFT adapter brings its own, with its chat template), ready to render chats."""
-    folder = adapter_folder(section.adapter) if section.adapter else base_folder(section)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.base: no tokenizer can be loaded from {folder} ({_first_line(error)})") from None
+    """The base's tokenizer (an adapter brings its own, with its chat template), ready to render chats."""
+    if section.adapters:
+        folder = Path(section.adapters[-1]).expanduser()
+        if not is_file(folder / CONFIG):
+            read_result(section.adapters[-1], "model.adapter")  # which says what is missing
+        tokenizer = plain_tokenizer(folder, "model.adapter")
+    else:
+        tokenizer = plain_tokenizer(base_folder(section), "model.base", section.trust_remote_code)
     if not tokenizer.is_fast:
         raise UserError(f"model.base: {section.base} has no fast tokenizer (tokenizer.json), which align needs")
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
@@ -85,7 +59,34 @@ def load_tokenizer(section: Model) -> Tokenizer:
         raise UserError(f"model.base: the tokenizer of {section.base} names no eos token; set it in its config")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    known = tokenizer.get_vocab()  # a token of which, added again, would be cut out of the middle of words
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in section.add_tokens if token not in known])
     return chat_tokenizer(tokenizer, section.chat_template, section.template_options)
+
+
+def base_config(section: Model, scores: bool) -> PreTrainedConfig:
+    """The config of the model that is loaded: without dropout, with the recipe's settings where its weights are new.
+
+    `scores`: it gets a head. UserError for what cannot be what is asked for.
+    """
+    folder = base_folder(section)
+    config = read_config(folder, f"model.base: {section.base}", section.trust_remote_code)
+    about = read_about(folder, "model.base")
+    if about and about.stage in SCORING and not scores:
+        raise UserError(f"model.base: {section.base} is a result of stage {about.stage}, which only scores texts")
+    if is_encoder(config) and (not scores or section.adapters):
+        raise UserError(f"model.base: {section.base} reads in both directions and predicts no next token")
+    with foreign(f"model.base: {section.base} has no usable config.json"):
+        _no_dropout(config)
+    if section.init == "random":
+        unknown = [key for key in section.config if not hasattr(config, key)]
+        if unknown:
+            raise UserError(f"model.config: {section.base} has no setting {', '.join(map(repr, unknown))}")
+        for key, value in section.config.items():
+            setattr(config, key, value)
+    else:
+        check_weights(folder, f"model.base: {section.base}")
+    return config
 
 
 def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int = 0, outputs: int | None = None) -> Base:
@@ -93,39 +94,33 @@ def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int =
 
     With `outputs` it has a head of as many scores in place of the output projection.
     """
-    folder = base_folder(section)
-    stage = about_result(folder, "model.base").get("stage")
-    if outputs is None and stage in SCORING:
-        raise UserError(f"model.base: {section.base} is a result of stage {stage}, which only scores texts")
-    dtype = compute_dtype(section.dtype, device) if frozen else torch.float32
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.base: {section.base} has no usable config.json ({_first_line(error)})") from None
-    _no_dropout(config)
+    results = [read_result(name, "model.adapter") for name in section.adapters]
+    folder, config = base_folder(section), base_config(section, outputs is not None)
     kind = AutoModelForCausalLM
     if is_encoder(config):
-        if outputs is None or section.adapter:
-            raise UserError(f"model.base: {section.base} reads in both directions and predicts no next token")
         config.num_labels, kind = outputs, AutoModelForSequenceClassification
     if section.init == "random":
         model, fingerprint = _new_model(section, config, seed, kind)
     else:
-        model, fingerprint = _load_model(section, folder, config, device, seed, kind), weights_fingerprint(folder)
-    if section.adapter:
-        model, fingerprint = merge_adapter(model, adapter_folder(section.adapter), fingerprint)
-    if not section.quantize:
-        model = model.to(device)
-        for p in model.parameters():  # buffers, such as rotary frequencies, stay in the float32 that they need
-            if p.is_floating_point():
-                p.data = p.data.to(dtype)
+        model, fingerprint = (
+            _load_model(section, folder, config, device, seed, kind),
+            weights_fingerprint(folder, section.base),
+        )
+    trunk = Merged(model, (Link(name=section.base, path=str(folder.resolve()), fingerprint=fingerprint),), fingerprint)
+    for name, result in zip(section.adapters, results, strict=True):
+        trunk = merge(trunk, result, name)
+    tokenizer = load_tokenizer(section)
+    added = tuple(sorted(tokenizer.convert_tokens_to_ids(section.add_tokens)))
+    if added:
+        trunk = with_rows(trunk, added, partial(len, tokenizer), "model.add_tokens")
+    model = _cast(trunk.model, section, compute_dtype(section.dtype, device) if frozen else torch.float32, device)
     if outputs and kind is AutoModelForCausalLM:
         model = with_head(model, outputs, seed).to(device)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.max_length = None
-    local = folder if section.base.startswith("demo/") or Path(section.base).expanduser().is_dir() else None
-    source = str(local.resolve()) if local else section.base
-    return Base(model, load_tokenizer(section), fingerprint, section.base, source)
+    local = section.base.startswith("demo/") or Path(section.base).expanduser().is_dir()
+    source = str(folder.resolve()) if local else section.base
+    return Base(model, tokenizer, trunk.fingerprint, section.base, source, trunk.links, added)
 
 
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
@@ -140,16 +135,29 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def _no_dropout(config: object) -> None:
+def _no_dropout(config: PreTrainedConfig) -> None:
     """Dropout belongs to the recipe's LoRA; the base's own would make log-probabilities random."""
-    for part in {id(c): c for c in (config, getattr(config, "text_config", config))}.values():
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in part.to_dict().items():
             if isinstance(value, float) and (key.endswith(("dropout", "_pdrop")) or "dropout_" in key):
                 setattr(part, key, 0.0)
 
 
+def _cast(model: PreTrainedModel, section: Model, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Weights in `dtype` on the device; UserError where one of them is no finite number."""
+    if not section.quantize:
+        model = model.to(device)
+        for p in model.parameters():  # buffers, such as rotary frequencies, stay in the float32 that they need
+            if p.is_floating_point():
+                p.data = p.data.to(dtype)
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and not torch.isfinite(p).all():
+            raise UserError(f"model.base: {section.base}: {name} has values that are not finite numbers in {dtype}")
+    return model
+
+
 def _load_model(
-    section: Model, folder: Path, config: object, device: torch.device, seed: int, kind: type
+    section: Model, folder: Path, config: PreTrainedConfig, device: torch.device, seed: int, kind: type
 ) -> PreTrainedModel:
     options: dict[str, object] = {}
     if section.quantize:
@@ -164,103 +172,74 @@ def _load_model(
             bnb_4bit_compute_dtype=compute,
         )
         options["device_map"] = {"": device}
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)  # an encoder's new head is drawn here
-            model, told = kind.from_pretrained(
-                folder,
-                config=config,
-                dtype="auto" if not section.quantize else compute_dtype(section.dtype, device),
-                use_safetensors=True,
-                trust_remote_code=section.trust_remote_code,
-                output_loading_info=True,
-                **options,
-            )
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"model.base: {section.base} cannot be loaded ({_first_line(error)})") from None
-    lacking = sorted(told["missing_keys"]) if kind is AutoModelForCausalLM else []
+    with foreign(f"model.base: {section.base} cannot be loaded"), torch.random.fork_rng():
+        torch.manual_seed(seed)  # an encoder's new head is drawn here
+        model, told = kind.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto" if not section.quantize else compute_dtype(section.dtype, device),
+            use_safetensors=True,
+            trust_remote_code=section.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them
+            **options,
+        )
+    wrong = {name: shapes for name, *shapes in map(tuple, told.get("mismatched_keys") or ())}
+    lacking = sorted(told["missing_keys"])
+    if kind is not AutoModelForCausalLM:  # a head of its own is new
+        below = f"{model.base_model_prefix}."
+        wrong = {name: shapes for name, shapes in wrong.items() if name.startswith(below)}
+        lacking = [name for name in lacking if name.startswith(below) and "pooler" not in name]
+    if wrong:
+        name, (found, wanted) = next(iter(sorted(wrong.items())))
+        raise UserError(
+            f"model.base: {section.base}: {name} has the shape {tuple(found)} where its config.json asks for "
+            f"{tuple(wanted)}"
+        )
     if lacking:  # a reward model or classifier, say: its output projection would be random
-        raise UserError(f"model.base: {section.base} is no whole language model: it lacks {', '.join(lacking[:3])}")
+        what = "language model" if kind is AutoModelForCausalLM else "model"
+        raise UserError(f"model.base: {section.base} is no whole {what}: it lacks {', '.join(lacking[:3])}")
     return model
 
 
-def _new_model(section: Model, config: object, seed: int, kind: type) -> tuple[PreTrainedModel, str]:
-    unknown = [key for key in section.config if not hasattr(config, key)]
-    if unknown:
-        raise UserError(f"model.config: {section.base} has no setting {', '.join(map(repr, unknown))}")
-    for key, value in section.config.items():
-        setattr(config, key, value)
+def _new_model(section: Model, config: PreTrainedConfig, seed: int, kind: type) -> tuple[PreTrainedModel, str]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try:
-            model = kind.from_config(config, trust_remote_code=section.trust_remote_code)
-        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ZeroDivisionError) as error:
-            raise UserError(f"model.config: no model can be made from these settings ({_first_line(error)})") from None
+        model = empty_model(section, config, kind)
     described = json.dumps([config.to_diff_dict(), seed], sort_keys=True, default=str)
     return model.float(), hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
-def adapter_folder(name: str, key: str = "model.adapter", of: str = "a finished SFT run") -> Path:
-    """The folder of an earlier run's adapter; `key` names it in the recipe."""
-    folder = Path(name).expanduser()
-    for file in (META, "adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / file).is_file():
-            raise UserError(f"{key}: {folder} has no {file}; give the `final/` folder of {of}")
-    return folder
-
-
-def merge_adapter(model: PreTrainedModel, folder: Path, fingerprint: str) -> tuple[PreTrainedModel, str]:
-    """base + merged adapter, in float32."""
-    weights, about = folder / "adapter_model.safetensors", about_result(folder, "model.adapter")
-    trained_on = about.get("fingerprint")
-    if about.get("stage") in SCORING:
-        raise UserError(f"model.adapter: {folder} is a result of stage {about['stage']}, which only scores texts")
-    if trained_on != fingerprint:
-        raise UserError(
-            f"model.adapter: {folder} was trained on a trunk with fingerprint {trained_on}, but model.base has "
-            f"{fingerprint}; use the base that its recipe.yaml names"
-        )
-    if getattr(model, "is_quantized", False):
-        raise UserError("model.adapter: a quantised trunk cannot take an earlier adapter yet; drop model.quantize")
-    for p in model.parameters():
-        p.data = p.data.float()
+def empty_model(section: Model, config: PreTrainedConfig, kind: type) -> PreTrainedModel:
+    """A model of new weights; UserError where its settings make none."""
     try:
-        adapted = PeftModel.from_pretrained(model, folder, adapter_name="sft")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"model.adapter: {folder} cannot be loaded ({_first_line(error)})") from None
-    digest = hashlib.sha256(fingerprint.encode() + weights.read_bytes()).hexdigest()[:16]
-    return adapted.merge_and_unload(), digest
+        return kind.from_config(config, trust_remote_code=section.trust_remote_code)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # settings may be wrong in any way
+        key = "model.config: no model can be made from these settings"
+        if section.init != "random":
+            key = f"model.base: {section.base}: no model can be made from its config.json"
+        raise UserError(f"{key} ({first_line(error)})") from None
 
 
-def about_result(folder: Path, key: str) -> dict[str, Any]:
-    """What align.json tells of a result; nothing of any other checkpoint."""
-    meta = folder / META
-    try:
-        return dict(json.loads(meta.read_text("utf-8"))) if meta.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{key}: {meta} is damaged ({_first_line(error)})") from None
-
-
-def weights_fingerprint(folder: Path, sample: int = 4096) -> str:
+def weights_fingerprint(folder: Path, name: str | None = None, sample: int = 4096) -> str:
     """16 hex digits that tell one checkpoint's weights from another's, whatever dtype they are loaded in.
 
     Over every tensor's name and shape and up to `sample` of its bytes, evenly spread, straight from the files: a
     retrained checkpoint differs everywhere, and 100 GB are read no slower than their headers.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
-                part = file.get_slice(name)
-                shape = part.get_shape()
-                digest.update(f"{name} {part.get_dtype()} {shape}".encode())
-                rows = range(0, shape[0], max(1, shape[0] // 16)) if shape else ()
-                for row in rows:
-                    values = part[row : row + 1].flatten()
-                    step = max(1, values.numel() // (sample // 16))
-                    digest.update(values[::step].contiguous().view(torch.uint8).numpy().tobytes())
+    with foreign(f"model.base: the weights of {name or folder} are damaged"):
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for tensor in sorted(file.keys()):
+                    part = file.get_slice(tensor)
+                    shape = part.get_shape()
+                    digest.update(f"{tensor} {part.get_dtype()} {shape}".encode())
+                    rows = range(0, shape[0], max(1, shape[0] // 16)) if shape else ()
+                    for row in rows:
+                        values = part[row : row + 1].flatten()
+                        step = max(1, values.numel() // (sample // 16))
+                        digest.update(values[::step].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -9,9 +9,10 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from align.data.formats import Fault, Row
-from align.data.prompts import prompts as prompts_reading
+from align.data.prompts import prompts as prompting
+from align.data.rows import Fault, Row
 from align.models.beams import search
 from align.models.cache import NAME as DECODE
 from align.models.joined import fixed_products
@@ -72,11 +73,7 @@ def answer(trunk: Trunk, prompt: str, most: int, written_as: Literal["chat", "te
 
     Raises UserError for a prompt that cannot be written.
     """
-    asked = [{"role": "user", "content": prompt}] if written_as == "chat" else None
-    (tree,) = prompts_reading().render([Row("", 0, asked, None if asked else prompt, None)], trunk.tokenizer)
-    if isinstance(tree, Fault):
-        raise UserError(f"log.samples: {tree.reason}")
-    ids = tree.segments[0]
+    ids = asked_ids(trunk.tokenizer, prompt, written_as)
     if trunk.packed:
         ((response,),) = sample(trunk, [ids], Sampling(most, temperature=0), [(0,)])
         return trunk.tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
@@ -91,6 +88,18 @@ def answer(trunk: Trunk, prompt: str, most: int, written_as: Literal["chat", "te
             tokenizer=trunk.tokenizer,
         )
     return trunk.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+
+
+def asked_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, written_as: Literal["chat", "text"]) -> np.ndarray:
+    """One user turn, up to where the answer begins, or a text that is continued: (l,) int32.
+
+    Raises UserError for one that cannot be written.
+    """
+    asked = [{"role": "user", "content": prompt}] if written_as == "chat" else None
+    (tree,) = prompting().render([Row("", 0, asked, None if asked else prompt, None)], tokenizer)
+    if isinstance(tree, Fault):
+        raise UserError(f"log.samples: {tree.reason}")
+    return tree.segments[0]
 
 
 class _Draws:

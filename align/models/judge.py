@@ -3,22 +3,24 @@ or a result of align.reward or align.classify on another trunk."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from align.data.chat import Unwritable
 from align.data.chats import chat_of
 from align.data.control import controls_of
-from align.models.base import about_result, base_folder, weights_fingerprint
+from align.models.adapters import plain_tokenizer, put, stranger, trunk_of
+from align.models.base import load_base
+from align.models.limits import positions_of
+from align.models.results import CONFIG, SCORING, read_about, read_result
+from align.models.sources import base_folder, check_weights, folder_on_disk, foreign, is_file, read_config
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
 
@@ -100,45 +102,82 @@ class Judge:
 def read_judge(name: str, label: str | int | None, key: str, device: torch.device, dtype: torch.dtype) -> Judge:
     """The model behind a folder or hub id; UserError, which names the `key`, where there is none to be used.
 
-    `dtype`: what it computes in.
+    `dtype`: what it computes in. No code beside it runs.
     """
+    told = f"{key}.model: {name} cannot be loaded as a sequence classifier"
     folder = Path(name).expanduser()
-    about = about_result(folder, f"{key}.model")
-    adapter = folder / "adapter_config.json"
-    try:
-        if adapter.is_file():
-            model = _with_adapter(folder, json.loads(adapter.read_text("utf-8")), about)
+    about = read_about(folder, f"{key}.model")
+    with _under(f"{key}.model"):
+        if is_file(folder / CONFIG):
+            model = _with_adapter(name, about is not None, f"{key}.model")
         else:
             folder = base_folder(Model(base=name))
-            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto", use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except UserError as error:
-        raise UserError(*(f"{key}.model: {problem}" for problem in error.problems)) from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{key}.model: {name} cannot be loaded as a sequence classifier ({why})") from None
-    chosen = _label(model, label, about.get("labels"), name, key)
-    longest = about.get("max_length") or getattr(model.config, "max_position_embeddings", None) or 4096
+            config = read_config(folder, told)
+            check_weights(folder, name)
+            with foreign(told):
+                model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                    folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True
+                )
+            _check_whole(model, loaded, told)
+    tokenizer = plain_tokenizer(folder, f"{key}.model")
+    labels = about.labels if about else None
+    chosen = _label(model, label, labels, name, key)
+    longest = (about and about.max_length) or 4096
+    if limit := positions_of(model.config):
+        longest = min(longest, limit)
     model = model.to(device, dtype).requires_grad_(False)
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise UserError(f"{told} (it has values that are not finite numbers in {dtype})")
     return Judge(model, tokenizer, chosen, longest)
 
 
-def _with_adapter(folder: Path, config: dict[str, Any], about: dict[str, Any]) -> PreTrainedModel:
+@contextmanager
+def _under(key: str) -> Iterator[None]:
+    """Problems that speak of the sections of a base speak of this key."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(*(p if p.startswith(key) else f"{key}: {p}" for p in error.problems)) from None
+
+
+def _check_whole(model: PreTrainedModel, loaded: dict[str, Any], told: str) -> None:
+    """UserError where weights of the file are missing, which would be random in silence."""
+    if lacking := sorted(loaded["missing_keys"]):
+        raise UserError(f"{told} (it lacks {lacking[0]}, so it is no finished one)")
+
+
+def _with_adapter(name: str, ours: bool, key: str) -> PreTrainedModel:
     """A base with its adapter and head merged in, so that it runs as fast as the base."""
-    source = config["base_model_name_or_path"]
-    if about and about["fingerprint"] != weights_fingerprint(base_folder(Model(base=source))):
-        raise UserError(
-            f"{folder} was not trained on {source} as it is, but on other weights, such as with an SFT adapter merged "
-            "into it; save base and adapter merged, and train it on that (docs/reward.md)"
-        )
-    heads = [key for key in load_file(folder / "adapter_model.safetensors") if key.endswith("score.weight")]
-    outputs = len(about["labels"]) if about.get("labels") else 1
-    if not heads and not about:
-        outputs = AutoConfig.from_pretrained(source).num_labels
-    base = AutoModelForSequenceClassification.from_pretrained(
-        source, num_labels=outputs, dtype=torch.float32, use_safetensors=True
-    )
-    return PeftModel.from_pretrained(base, folder).merge_and_unload()
+    result = read_result(name, key, "a finished reward or classify run", ours)
+    heads = [weight for name, weight in result.weights.items() if name.endswith(("score.weight", "out_proj.weight"))]
+    heads += [weight for name, weight in result.weights.items() if name.endswith("classifier.weight")]
+    if not heads:
+        raise UserError(f"{key}: {result.folder} has no head that scores")
+    outputs = len(heads[0])
+    if ours:
+        if result.about.stage not in SCORING:
+            raise UserError(f"{key}: {result.folder} is a result of stage {result.about.stage}, which scores nothing")
+        section = trunk_of(result, key).model_copy(update={"dtype": "float32"})
+        base = load_base(section, torch.device("cpu"), frozen=True, outputs=outputs)
+        if base.fingerprint != result.about.fingerprint:
+            raise UserError(f"{key}: {stranger(result, base, 'this trunk')}")
+        model = base.model
+    else:
+        source = result.config.base_model_name_or_path or ""
+        folder = folder_on_disk(source)
+        if folder is None:
+            raise UserError(f"{key}: {name} is an adapter on {source!r}, which is not on this machine; fetch it first")
+        config = read_config(folder, f"{key}: {source}")
+        config.num_labels = outputs
+        check_weights(folder, f"{key}: {source}")
+        with foreign(f"{key}: {source} cannot be loaded as a sequence classifier"):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, dtype=torch.float32, use_safetensors=True
+            )
+    with foreign(f"{key}: {result.folder} cannot be put on its base"):
+        adapted = get_peft_model(model, result.config.peft("SEQ_CLS"))
+        put(adapted, result.weights, "default", f"{key}: {result.folder}")
+        return adapted.merge_and_unload()
 
 
 def _label(model: PreTrainedModel, label: str | int | None, known: list[str] | None, name: str, key: str) -> int | None:

@@ -10,6 +10,7 @@ Shapes: n tokens, i and o the layer's input and output size, r the rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from align.models.native import Small
 from align.models.packed import Fixed, Ready
+from align.recipe.errors import UserError
 from align.recipe.schema import Lora
+
+ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)  # kinds of layers that peft adapts
 
 
 class Product(NamedTuple):
@@ -56,9 +60,9 @@ class LoraLinear(lora.Linear):
         return _LoraProduct.apply(x, operands, *operands.trained)
 
     def plain_adapter(self) -> str | None:
-        """The adapter that acts; None if adapters are off, merged, several, or have dropout."""
+        """The adapter that acts; None if adapters are off, merged, several, have dropout, or are more than B A."""
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or len(names) != 1:
+        if self.disable_adapters or self.merged or len(names) != 1 or names[0] in self.lora_variant:
             return None
         return names[0] if isinstance(self.lora_dropout[names[0]], nn.Identity) else None
 
@@ -161,20 +165,58 @@ class _LoraProduct(torch.autograd.Function):
         return grad_x.view(ctx.shape), None, *gradients
 
 
-def lora_config(section: Lora, model: nn.Module, quantized: bool = False, scores: bool = False) -> LoraConfig:
+def lora_config(
+    section: Lora, model: nn.Module, quantized: bool = False, scores: bool = False, added: Sequence[int] = ()
+) -> LoraConfig:
     """peft's configuration for a recipe's `lora` section; a quantised trunk keeps peft's own layers.
 
-    `scores`: the model has a score or class head, which is trained whole beside the adapter.
+    `scores`: the model has a score or class head, which is trained whole beside the adapter. `added`: tokens whose
+    rows train in the embedding, and in the output head where there is one.
     """
+    tables = {}
+    if added:
+        layers = {id(layer): name for name, layer in model.named_modules()}
+        found = [model.get_input_embeddings(), model.get_output_embeddings()]
+        tables = {layers[id(table)]: list(added) for table in found if id(table) in layers}
     config = LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         target_modules=section.targets if isinstance(section.targets, str) else list(section.targets),
         use_rslora=section.rslora,
+        use_dora=section.dora,
+        init_lora_weights=True if section.init == "default" else section.init,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="SEQ_CLS" if scores else "CAUSAL_LM",
+        trainable_token_indices=tables or None,
     )
     if not quantized:
         config._register_custom_module({nn.Linear: LoraLinear, Conv1D: LoraLinear})
     return config
+
+
+def check_targets(model: nn.Module, section: Lora, tokens: bool = False, scores: bool = False) -> None:
+    """UserError, with a line for each, for targets that the model has not, or that cannot take an adapter here.
+
+    `tokens`: rows of added tokens train. Works on a model without weights, too.
+    """
+    named = dict(model.named_modules())
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    layers = sorted({name.rpartition(".")[2] for name, layer in named.items() if isinstance(layer, ADAPTABLE)})
+    problems = []
+    for target in [] if isinstance(section.targets, str) else section.targets:
+        chosen = [layer for name, layer in named.items() if name == target or name.endswith(f".{target}")]
+        if not chosen:
+            close = get_close_matches(target, layers, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(layers)}"
+            problems.append(f"lora.targets: the model has no module {target!r}; {hint}")
+        elif not scores and any(layer is head for layer in chosen):
+            problems.append("lora.targets: the output head takes no adapter; leave it out, or use all-linear")
+        elif tokens and any(layer is embedding for layer in chosen):
+            problems.append(
+                f"lora.targets: {target!r} has the rows that model.add_tokens trains; leave one of them out"
+            )
+    if tokens and not scores and getattr(head, "bias", None) is not None:
+        problems.append("model.add_tokens: the output head has a bias, of which peft can train no rows; use lora: null")
+    if problems:
+        raise UserError(*problems)

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from peft import LoraConfig, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from align.data.trees import Forest
-from align.models.base import about_result, adapter_folder
-from align.models.lora import lora_config
+from align.models.adapters import put, stranger
+from align.models.lora import check_targets, lora_config
+from align.models.results import META, read_result
 from align.models.trunk import Trunk
 from align.objectives.logprobs import linear_entropy, linear_logprobs
 from align.recipe.errors import UserError
@@ -34,28 +33,32 @@ class Scorer(NamedTuple):
     folder: Path
     mean: float  # of its scores on demonstrations
     std: float
-    config: LoraConfig
+    lora: Lora
     weights: dict[str, Tensor]  # of the adapter, under peft's names in a file
     head: Tensor  # (1, d) float32
 
 
 def read_scorer(name: str, key: str, trunk: Trunk) -> Scorer:
     """A `final/` of align.reward that was trained on this trunk; UserError, which names the `key`, for any other."""
-    folder = adapter_folder(name, key, "a finished reward run")
-    about = about_result(folder, key)
-    if about.get("stage") != "reward":
-        raise UserError(f"{key}: {folder} is a result of stage {about.get('stage')}, and no reward model")
-    if about.get("fingerprint") != trunk.fingerprint:
+    result = read_result(name, key, "a finished reward run")
+    folder, about = result.folder, result.about
+    if about.stage != "reward":
+        raise UserError(f"{key}: {folder} is a result of stage {about.stage}, and no reward model")
+    if about.fingerprint != trunk.fingerprint:
+        raise UserError(f"{key}: {stranger(result, trunk, 'the trunk of this run')}; or name it as `model`")
+    if result.config.tokens:
         raise UserError(
-            f"{key}: {folder} was trained on a trunk with fingerprint {about.get('fingerprint')}, but this run's "
-            f"trunk has {trunk.fingerprint}; give both the same model.base and model.adapter, or name it as `model`"
+            f"{key}: {folder} brings rows of added tokens of its own; train them in SFT, and the reward on its result"
         )
-    weights = load_file(folder / "adapter_model.safetensors")
-    heads = [key for key in weights if key.endswith("score.weight")]
-    if len(heads) != 1:
-        raise UserError(f"{key}: {folder} has no scalar head")
+    if about.score_mean is None or about.score_std is None:
+        raise UserError(f"{key}: {folder / META} has no score_mean and score_std, by which scores are normalised")
+    weights = dict(result.weights)
+    heads = [name for name in weights if name.endswith("score.weight")]
+    width = trunk.plain.config.get_text_config().hidden_size
+    if len(heads) != 1 or weights[heads[0]].shape != (1, width):
+        raise UserError(f"{key}: {folder} has no scalar head on {width} features")
     head = weights.pop(heads[0]).float()
-    return Scorer(folder, about["score_mean"], about["score_std"], LoraConfig.from_pretrained(folder), weights, head)
+    return Scorer(folder, about.score_mean, about.score_std, result.config.section, weights, head)
 
 
 class Said(NamedTuple):
@@ -84,14 +87,14 @@ class Roles(nn.Module):
         self.heads = nn.ModuleDict()
         width = trunk.plain.get_input_embeddings().embedding_dim
         for role, scorer in scorers.items():
-            self._add(role, _config(scorer.config, trunk), scorer.weights, seed)
+            self._add(role, scorer.lora, seed, scorer)
             self.heads[role] = _head(scorer.head, trunk)
         if leading is None:
-            self._add(CRITIC, lora_config(lora, trunk.plain), {}, seed)
+            self._add(CRITIC, lora, seed)
             self.heads[CRITIC] = _head(torch.zeros(1, width), trunk)
         else:
             first = scorers[leading]
-            self._add(CRITIC, _config(first.config, trunk), first.weights, seed)
+            self._add(CRITIC, first.lora, seed, first)
             spread = first.std or 1.0
             self.heads[CRITIC] = _head(first.head / spread, trunk, -first.mean / spread)
         for name, parameter in self.named_parameters():
@@ -127,17 +130,15 @@ class Roles(nn.Module):
         }
         self.trunk.save(folder, {name: t for name, t in own.items() if f".{CRITIC}." not in name}, about)
 
-    def _add(self, role: str, config: LoraConfig, weights: dict[str, Tensor], seed: int) -> None:
+    def _add(self, role: str, lora: Lora, seed: int, start: Scorer | None = None) -> None:
+        """A role of its own, which begins as `start`."""
         causal = self.trunk.causal
+        check_targets(self.trunk.plain, lora)
         with torch.random.fork_rng():
             torch.manual_seed(seed + 1)
-            causal.add_adapter(role, config)
-        if weights:
-            told = set_peft_model_state_dict(causal, weights, adapter_name=role)
-            lost = list(told.unexpected_keys or ())
-            lacking = [key for key in told.missing_keys or () if f".{role}." in key]
-            if lost or lacking:
-                raise UserError(f"the adapter of {role} does not fit this trunk: {(lost + lacking)[0]}")
+            causal.add_adapter(role, lora_config(lora, self.trunk.plain))
+        if start:
+            put(causal, start.weights, role, f"the adapter {start.folder}")
         self.trunk._act("default")
 
 
@@ -146,17 +147,6 @@ def steps(forest: Forest) -> Tensor:
     places = torch.cat([forest.where, forest.ends])
     path = torch.cat([forest.path, torch.arange(forest.paths, device=forest.path.device)])
     return places[path.argsort(stable=True)]
-
-
-def _config(saved: LoraConfig, trunk: Trunk) -> LoraConfig:
-    """A scorer's LoRA as one without a head, which is kept beside it."""
-    section = Lora(
-        r=saved.r,
-        alpha=saved.lora_alpha,
-        targets=sorted(saved.target_modules) if not isinstance(saved.target_modules, str) else "all-linear",
-        rslora=saved.use_rslora,
-    )
-    return lora_config(section, trunk.plain)
 
 
 def _head(weight: Tensor, trunk: Trunk, bias: float = 0.0) -> nn.Linear:

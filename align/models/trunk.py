@@ -9,27 +9,30 @@ Shapes: R rows, L tokens in a row, d hidden size, n labels of the batch.
 from __future__ import annotations
 
 import json
+import warnings
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from align.data.ends import turn_ends
-from align.data.trees import FLEX_BLOCK, Forest, Tree, plant
+from align.data.trees import FLEX_BLOCK, Forest
 from align.models import compiled
 from align.models.attention import NAME as FOREST
-from align.models.base import META, Base, compute_dtype
+from align.models.base import Base, compute_dtype
 from align.models.blocks import ForestMask
 from align.models.fused import fuse, spare
-from align.models.lora import lora_config
+from align.models.layout import layout_of
+from align.models.lora import check_targets, lora_config
 from align.models.replay import Replayed
+from align.models.results import META
 from align.objectives.logprobs import linear_logprobs
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
@@ -42,6 +45,7 @@ class Trunk(nn.Module):
     def __init__(self, base: Base, model: Model, lora: Lora | None, seed: int = 0, outputs: int | None = None) -> None:
         super().__init__()
         self.fingerprint, self.base_name, self.tokenizer = base.fingerprint, base.name, base.tokenizer
+        self.links, self.added = base.links, base.added
         self.outputs = outputs
         causal = base.model
         config = causal.config.get_text_config()
@@ -51,7 +55,7 @@ class Trunk(nn.Module):
         causal.requires_grad_(not self.adapted)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.causal = _adapt(causal, lora, bool(model.quantize), bool(outputs)) if self.adapted else causal
+            self.causal = _adapt(causal, lora, base, bool(model.quantize), bool(outputs)) if self.adapted else causal
         if self.adapted:
             self.causal.active_peft_config.base_model_name_or_path = base.source
         if not model.compile:
@@ -66,8 +70,8 @@ class Trunk(nn.Module):
             causal.gradient_checkpointing_enable({"use_reentrant": False, **again})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
         self.replayed = Replayed(device.type)  # one for all samplings: it knows what could not be recorded
-        self.layout, self.layout_reason = self._layout(model.layout)
-        self._set_attention(FOREST if self.packed else self.own_attention)
+        self.layout, self.layout_reason = layout_of(self, model.layout)
+        self.attend(FOREST if self.packed else self.own_attention)
         if model.compile:
             for layer in self.layers:
                 layer.compile(dynamic=True)
@@ -98,9 +102,14 @@ class Trunk(nn.Module):
         return self.plain.get_output_embeddings()
 
     @property
+    def rows(self) -> int:
+        """Tokens that it has an embedding for."""
+        return len(beneath(self.plain.get_input_embeddings()).weight)
+
+    @property
     def dtype(self) -> torch.dtype:
         """What matrix products are computed in."""
-        return self.autocast_dtype or self.plain.get_input_embeddings().weight.dtype
+        return self.autocast_dtype or beneath(self.plain.get_input_embeddings()).weight.dtype
 
     @property
     def remarks(self) -> list[str]:
@@ -147,9 +156,12 @@ class Trunk(nn.Module):
 
     def projection(self, temperature: float = 1.0) -> dict[str, Tensor | float | None]:
         """What makes logits of `states`, divided by the temperature."""
-        weight, bias = self.head.weight.to(self.dtype), self.head.bias
+        layer = beneath(self.head)
+        bias = layer.bias
+        tokens = getattr(self.head, "token_adapter", None)  # rows of added tokens
+        weight = tokens.get_merged_weights(tokens.active_adapters) if tokens and acts(tokens) else layer.weight
         return {
-            "weight": weight,
+            "weight": weight.to(self.dtype),
             "bias": None if bias is None else bias.to(self.dtype),
             "scale": self.scale / temperature,
             "softcap": None if self.softcap is None else self.softcap / temperature,
@@ -195,13 +207,14 @@ class Trunk(nn.Module):
             if isinstance(layer, BaseTunerLayer):
                 layer._disable_adapters = role is None
                 if role is not None:
-                    layer._active_adapter = [role]
+                    brings = not isinstance(layer, TrainableTokensLayer) or role in layer.token_indices
+                    layer._active_adapter = [role] * brings
 
     @contextmanager
     def generating(self):
         """transformers' own attention and mode for `generate`, then back."""
         training, config = self.training, self.plain.generation_config
-        self._set_attention(self.own_attention)
+        self.attend(self.own_attention)
         self.eval()
         self.plain.generation_config = self.generation_config()
         try:
@@ -210,17 +223,17 @@ class Trunk(nn.Module):
         finally:
             self.plain.generation_config = config
             self.train(training)
-            self._set_attention(FOREST if self.packed else self.own_attention)
+            self.attend(FOREST if self.packed else self.own_attention)
 
     @contextmanager
     def attending(self, name: str):
         """Another attention function for a while."""
         before = self.plain.config._attn_implementation
-        self._set_attention(name)
+        self.attend(name)
         try:
             yield self
         finally:
-            self._set_attention(before)
+            self.attend(before)
 
     def save(self, folder: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Write a result that plain peft and transformers load into an empty or new folder.
@@ -238,7 +251,8 @@ class Trunk(nn.Module):
         if not self.outputs:  # over what save_pretrained of a whole model wrote
             self.generation_config().save_pretrained(folder)
         role = "adapter" if self.adapted else "model"
-        meta = {"role": role, "base": self.base_name, "fingerprint": self.fingerprint, **about}
+        trunk = [link.model_dump() for link in self.links]
+        meta = {"role": role, "base": self.base_name, "fingerprint": self.fingerprint, "trunk": trunk, **about}
         (folder / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 
     def autocast(self):
@@ -247,7 +261,8 @@ class Trunk(nn.Module):
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
-    def _set_attention(self, name: str) -> None:
+    def attend(self, name: str) -> None:
+        """Compute attention by the function of this name from now on."""
         self.plain.set_attn_implementation(name)
 
     @property
@@ -255,86 +270,25 @@ class Trunk(nn.Module):
         """The decoder's blocks, in order."""
         return max((m for m in self.decoder.modules() if isinstance(m, nn.ModuleList)), key=len)
 
-    @property
-    def _tolerance(self) -> float:
-        """In 16 bits a deep model's log-probabilities scatter by some 0.1; a fault moves them by more."""
-        return 1e-3 if self.dtype == torch.float32 else 0.3
 
-    def _check_head(self) -> None:
-        """The head on the last hidden state must be all there is to the model's logits, or every loss is wrong."""
-        ids = torch.arange(3, 12) % self.head.weight.shape[0]
-        training = self.training
-        self.eval()
-        self._set_attention(self.own_attention)
-        with torch.no_grad(), self.autocast():
-            row = plant([Tree((ids.numpy().astype(np.int32),), (np.ones(len(ids), bool),))], packed=False)
-            ours = self(row.to(self.device))
-            logits = self.plain(input_ids=ids[None].to(self.device), use_cache=False).logits[0, :-1].float()
-        self.train(training)
-        stock = logits.log_softmax(-1).gather(-1, ids[1:, None].to(self.device))[:, 0]
-        if (ours - stock).abs().median() > self._tolerance:
-            raise UserError(f"model.base: {self.base_name} computes its logits in a way that align does not know")
-
-    def _layout(self, wanted: str) -> tuple[str, str]:
-        """The layout, and why it is not packed where it could have been."""
-        if self.outputs and not hasattr(self.plain, "score"):
-            if wanted == "tree":
-                raise UserError("model.layout: a base that reads in both directions takes the padded layout alone")
-            return "padded", "the base reads in both directions"
-        if not self.outputs:
-            self._check_head()
-        return (wanted, "") if wanted != "auto" else self._exact_layout()
-
-    def _exact_layout(self) -> tuple[str, str]:
-        """`tree` if this model computes packed trees exactly as it computes them one by one, else `padded`.
-
-        Tried, not looked up: recurrent layers leak from tree to tree, some position schemes ignore positions, and a
-        model of tomorrow is on no list.
-        """
-        vocabulary = self.plain.get_input_embeddings().weight.shape[0]
-        draw = np.random.default_rng(0)
-
-        def segment(length: int) -> np.ndarray:
-            return draw.integers(3, max(vocabulary, 4), length).astype(np.int32)
-
-        def tree(*segments: np.ndarray) -> Tree:
-            return Tree(segments, tuple(np.ones(len(s), bool) for s in segments))
-
-        def numbers(forest: Forest) -> Tensor:
-            """One row a label, of like size in all models."""
-            forest = forest.to(self.device)
-            if not self.outputs:
-                return self(forest)[:, None]
-            return nn.functional.normalize(self.states(forest).float(), dim=-1) * 10
-
-        first, other, second = tree(segment(9)), tree(segment(9)), tree(segment(5), segment(4), segment(3))
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                self._set_attention(self.own_attention)
-                alone = numbers(plant([first, second], packed=False))
-                self._set_attention(FOREST)
-                packed, disturbed = (
-                    numbers(plant(trees, multiple=self.row_multiple)) for trees in ([first, second], [other, second])
-                )
-        except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
-            return "padded", f"its attention does not take trees ({(str(error) or repr(error)).splitlines()[0]})"
-        finally:
-            self.train(training)
-        tail = second.label_count
-        leaks = (packed[-tail:] - disturbed[-tail:]).abs().max() > 1e-5
-        differs = (packed - alone).abs().median() > self._tolerance
-        if leaks:
-            return "padded", "its layers carry something from one tree to the next"
-        return ("padded", "its packed numbers differ from those of single rows") if differs else ("tree", "")
+def beneath(layer: nn.Module) -> nn.Module:
+    """A layer of the base, without what peft has put around it."""
+    while hasattr(layer, "token_adapter") or hasattr(layer, "base_layer"):
+        layer = layer.token_adapter if hasattr(layer, "token_adapter") else layer.base_layer
+    return layer
 
 
-def _adapt(causal: nn.Module, lora: Lora, quantized: bool, scores: bool) -> PeftModel:
+def acts(tokens: TrainableTokensLayer) -> bool:
+    """Whether rows of some adapter stand in place of the base's."""
+    return bool(tokens.active_adapters) and not tokens.disable_adapters
+
+
+def _adapt(causal: nn.Module, lora: Lora, base: Base, quantized: bool, scores: bool) -> PeftModel:
+    check_targets(causal, lora, bool(base.added), scores)
     try:
-        adapted = get_peft_model(causal, lora_config(lora, causal, quantized, scores))
-    except ValueError as error:  # no such module, or one that cannot take an adapter
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tied weights: merging unties them
+            adapted = get_peft_model(causal, lora_config(lora, causal, quantized, scores, base.added))
+    except ValueError as error:  # one that cannot take an adapter
         raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
-    if not scores and isinstance(causal.get_output_embeddings(), BaseTunerLayer):
-        raise UserError("lora.targets: the output head takes no adapter; leave it out, or use all-linear")
     return adapted

@@ -8,12 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from align.recipe.paths import Location
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+OTHER_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica", "eva", "orthogonal")  # of peft
 
 
 class Section(BaseModel):
@@ -31,8 +32,12 @@ class Model(Section):
     """A local folder in Hugging Face format, a hub id, or `demo/smollm2-135m` (the embedded model)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    adapter: Location | None = None
-    """`final/` folder of an earlier SFT run: its LoRA is merged into the base, in float32, when the model is loaded."""
+    adapter: Location | list[Location] | None = None
+    """`final/` folder of an earlier run: its LoRA is merged into the base, in float32, when the model is loaded. A list
+    is merged in its order, that of training: `[runs/sft/final, runs/dpo/final]`."""
+    add_tokens: list[str] = Field(default_factory=list)
+    """Tokens whose embedding rows train beside the LoRA. What the tokenizer does not have is added to it, and a row for
+    what has none."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only the base's config and tokenizer and starts from new weights: training from scratch."""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -56,6 +61,26 @@ class Model(Section):
     trust_remote_code: bool = False
     """Run Python code that the base's repository carries. Leave off unless you have read it."""
 
+    @field_validator("add_tokens")
+    @classmethod
+    def _are_tokens(cls, tokens: list[str]) -> list[str]:
+        if not all(token.strip() for token in tokens):
+            raise ValueError("a token needs a letter that is no blank")
+        if len(set(tokens)) < len(tokens):
+            raise ValueError("a token stands there twice")
+        return tokens
+
+    @model_validator(mode="after")
+    def _rows_are_whole(self) -> Model:
+        if self.add_tokens and self.quantize:
+            raise ValueError("`add_tokens` trains embedding rows, which `quantize` cannot have yet; leave one out")
+        return self
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters that are merged, in order."""
+        return [self.adapter] if isinstance(self.adapter, str) else list(self.adapter or [])
+
 
 class Lora(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685). `lora: null` trains every weight instead."""
@@ -70,6 +95,20 @@ class Lora(Section):
     """Every linear layer but the output head, or the names of the modules to adapt."""
     rslora: bool = False
     """Rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732)."""
+    dora: bool = False
+    """Learn the length of each weight's rows apart from their direction (Liu et al. 2024, arXiv 2402.09353). Slower."""
+    init: Literal["default", "gaussian"] = "default"
+    """How A starts: `default` is uniform (Kaiming He et al.), `gaussian` normal. B starts at 0, and so the update."""
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def _starts_at_the_base(cls, init: object) -> object:
+        if init in OTHER_STARTS:
+            raise ValueError(
+                f"{init} does not start at the base as it is, on which references and merging stand; take default or "
+                "gaussian"
+            )
+        return init
 
 
 class Source(Section):
@@ -227,7 +266,7 @@ class BaseRecipe(Section):
             raise ValueError(
                 "a quantised trunk cannot be trained itself: give a `lora` section or drop `model.quantize`"
             )
-        if self.model.init == "random" and (self.lora or self.model.quantize or self.model.adapter):
+        if self.model.init == "random" and (self.lora or self.model.quantize or self.model.adapters):
             raise ValueError(
                 "new weights are trained whole: with `model.init: random` set `lora: null`, and no `model.quantize` "
                 "or `model.adapter`"

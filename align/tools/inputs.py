@@ -52,9 +52,11 @@ def missing(recipe: BaseModel, document: Written, made: Collection[Path]) -> lis
                     data_files(path)
                 except UserError as error:
                     raise UserError(*(f"{where}: {problem}" for problem in error.problems)) from None
-        elif keys[-1] in RESULTS and not Path(path).is_dir():
+        elif (name := next(key for key in reversed(keys) if isinstance(key, str))) in RESULTS and not Path(
+            path
+        ).is_dir():
             problems.append(
-                f"{document.place(keys).where}: {path}: no such folder; give {RESULTS[keys[-1]]} of a finished run"
+                f"{document.place(keys).where}: {path}: no such folder; give {RESULTS[name]} of a finished run"
             )
     return problems
 

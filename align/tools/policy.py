@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from accelerate import Accelerator
-from peft import LoraConfig, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
-from align.models.base import SCORING, about_result, adapter_folder, load_base
+from align.models.adapters import plain_tokenizer, put, stranger
+from align.models.base import load_base
+from align.models.results import SCORING, Result, read_result
+from align.models.sources import foreign
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.load import STAGES, load_recipe
@@ -24,67 +23,43 @@ from align.training.run import Run
 NO_UPDATE = Lora(r=1, alpha=1)  # it starts at zero: the trunk itself
 
 
-class Saved(NamedTuple):
-    """An adapter as a training run left it."""
-
-    folder: Path
-    about: dict[str, Any]  # align.json
-    lora: Lora
-    weights: dict[str, Tensor]  # under peft's names in a file
-
-
-def read_policy(name: str) -> Saved:
+def read_policy(name: str) -> Result:
     """`final/` or `best/` of a run that trained an adapter to answer; UserError for anything else."""
-    folder = adapter_folder(name, "policy", "a finished run that trained a LoRA")
-    about = about_result(folder, "policy")
-    if about.get("stage") in SCORING:
-        raise UserError(f"policy: {folder} is a result of stage {about['stage']}, which only scores texts")
-    try:
-        config, weights = LoraConfig.from_pretrained(folder), load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"policy: {folder} cannot be loaded ({str(error).splitlines()[0][:200]})") from None
-    targets = config.target_modules
-    lora = Lora(
-        r=config.r,
-        alpha=config.lora_alpha,
-        targets=targets if targets == "all-linear" else sorted(targets),
-        rslora=config.use_rslora,
-    )
-    return Saved(folder, about, lora, weights)
+    result = read_result(name, "policy", "a finished run that trained a LoRA")
+    if result.about.stage in SCORING:
+        raise UserError(f"policy: {result.folder} is a result of stage {result.about.stage}, which only scores texts")
+    return result
 
 
-def load_policy(model: Model, saved: Saved | None, accelerator: Accelerator, seed: int) -> Trunk:
+def load_policy(model: Model, saved: Result | None, accelerator: Accelerator, seed: int) -> Trunk:
     """The trunk with the policy as its acting adapter. Raises UserError for a policy of another trunk."""
     base = load_base(model, accelerator.device, frozen=True, seed=seed)
-    if saved and saved.about.get("fingerprint") != base.fingerprint:
-        raise UserError(
-            f"policy: {saved.folder} was trained on a trunk with fingerprint {saved.about.get('fingerprint')}, but "
-            f"this trunk has {base.fingerprint}; give the model.base and model.adapter that its recipe.yaml names"
-        )
-    trunk = Trunk(base, model, saved.lora if saved else NO_UPDATE, seed)
+    if saved:
+        own = tuple(saved.config.tokens)
+        if own != base.added:
+            tokens = plain_tokenizer(saved.folder, "policy").convert_ids_to_tokens(list(own))
+            raise UserError(f"policy: {saved.folder} brings rows of added tokens; give model.add_tokens: {tokens}")
+        if saved.about.fingerprint != base.fingerprint:
+            raise UserError(f"policy: {stranger(saved, base, 'this trunk')}")
+    trunk = Trunk(base, model, saved.config.section if saved else NO_UPDATE, seed)
     if not trunk.packed:
         why = trunk.layout_reason or "model.layout asks for the padded one"
         raise UserError(f"model.base: responses are sampled in the tree layout, which is not to be had: {why}")
     if saved:
-        told = set_peft_model_state_dict(trunk.causal, saved.weights, adapter_name="default")
-        lacking = [key for key in told.missing_keys or () if ".default." in key]
-        if strange := [*(told.unexpected_keys or ()), *lacking]:
-            raise UserError(f"policy: {saved.folder} does not fit this trunk: {strange[0]}")
-        if not all(torch.isfinite(weight).all() for weight in saved.weights.values()):
-            raise UserError(f"policy: {saved.folder} has weights that are not finite")
+        put(trunk.causal, saved.weights, "default", f"policy: {saved.folder}")
     return trunk
 
 
-def trained(saved: Saved) -> dict[str, Any] | None:
+def trained(saved: Result) -> dict[str, Any] | None:
     """How the policy came about and what that cost, from its run's folder; None where there is no run around it."""
-    run, stage = saved.folder.parent, saved.about.get("stage")
+    run, stage = saved.folder.parent, saved.about.stage
     if stage not in STAGES or not (run / "recipe.yaml").is_file():
         return None
     recipe = load_recipe(run / "recipe.yaml", [], recipe_type(stage))
     own = getattr(recipe, stage)
     settings = {f"{stage}.{name}": value for name, value in _scalars(own)}
     settings |= {"optim.learning_rate": recipe.optim.learning_rate, "seed": recipe.seed}
-    cost, around = _read(run / "summary.json"), _read(run / "environment.json")
+    cost, around = _numbers(run / "summary.json"), _numbers(run / "environment.json")
     seconds = cost.get("train_seconds")
     return {
         "run": str(run),
@@ -112,8 +87,12 @@ def _tokens_sampled(run: Path, steps: int | None, recipe: Any) -> int | None:
     return round(sum(record["response_tokens"] * each for record in records))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except ValueError:
-        raise UserError(f"policy: {path} is not whole JSON; mend it, or move it away") from None
+def _numbers(path: Path) -> dict[str, float]:
+    """The numbers that stand in a file of a run; none where it is not there."""
+    if not path.is_file():
+        return {}
+    with foreign(f"policy: {path} is not whole JSON; mend it, or move it away"):
+        found = json.loads(path.read_text("utf-8"))
+    if not isinstance(found, dict):
+        raise UserError(f"policy: {path} holds no object; mend it, or move it away")
+    return {name: x for name, x in found.items() if isinstance(x, int | float) and math.isfinite(x)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,10 +18,12 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
-from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import nn
 from transformers.utils import logging
 
+from align.data.chat import Unwritable
+from align.data.control import controls_of, encoded_text
 from align.data.files import read_file, text_lines
 from align.data.graft import graft
 from align.data.lines import Broken
@@ -30,13 +31,17 @@ from align.data.packing import pack_padded
 from align.data.paths import data_files
 from align.data.trees import Tree, plant
 from align.data.turns import Refused, a, encodable, filled, meant
-from align.models.base import META, load_base
+from align.models.adapters import put, stranger, trunk_of
+from align.models.base import load_base
 from align.models.joined import fix_products
+from align.models.limits import positions_of
+from align.models.results import META, About, read_about, read_result
+from align.models.sources import foreign
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError, printable
-from align.recipe.paths import expanded
+from align.recipe.paths import expanded, location
 from align.recipe.records import to_json
-from align.recipe.schema import Lora, Model
+from align.recipe.schema import Model
 from align.training.border import border
 from align.training.classification import softmax
 from align.training.launch import keep_freed_memory
@@ -56,26 +61,27 @@ class Text(NamedTuple):
 class Classifier:
     """A finished `final/` folder, ready to classify."""
 
-    def __init__(self, folder: Path) -> None:
-        about = _about(folder)
-        self.labels, self.threshold, self.max_length = about["labels"], about["threshold"], about["max_length"]
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = Model.model_validate(about["model"])
-        if about["role"] == "model":  # the folder is the whole model: made from its config, then filled
-            model = model.model_copy(update={"base": str(folder), "adapter": None, "init": "random", "config": {}})
-        lora = Lora.model_validate(about["lora"]) if about["lora"] else None
-        base = load_base(model, device, frozen=lora is not None, outputs=len(self.labels))
-        self.trunk = Trunk(base, model, lora, outputs=len(self.labels)).eval()
+    def __init__(self, folder: Path, base: str | None = None, trust: bool = False) -> None:
+        """`base`: what the user names in place of the base that the result names; `trust`: the user allows its code."""
+        about, device = _about(folder), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.labels, self.threshold = about.labels, about.threshold
+        lora = None
+        if about.role == "adapter":
+            result = read_result(str(folder), "--predict", "a finished run of align.classify")
+            lora, section = result.config.section, trunk_of(result, "--predict", base, trust)
+        else:  # the folder is the whole model: made from its config, then filled
+            section = Model(base=str(folder), init="random", trust_remote_code=trust)
+        section = section.model_copy(update=about.model.model_dump())
+        loaded = load_base(section, device, frozen=lora is not None, outputs=len(self.labels))
+        self.trunk = Trunk(loaded, section, lora, outputs=len(self.labels)).eval()
         if lora:
-            if base.fingerprint != about["fingerprint"]:
-                raise UserError(
-                    f"{folder}: was trained on a trunk with fingerprint {about['fingerprint']}, but {model.base} has "
-                    f"{base.fingerprint}; put back the base that it was trained on"
-                )
-            set_peft_model_state_dict(self.trunk.causal, load_file(folder / "adapter_model.safetensors"))
+            if loaded.fingerprint != about.fingerprint:
+                raise UserError(f"--predict: {stranger(result, loaded, 'this trunk')}")
+            put(self.trunk.causal, result.weights, "default", f"--predict: {folder}")
         else:
-            self.trunk.plain.load_state_dict(load_file(folder / "model.safetensors"))
-        self.tokenizer, self.row_tokens = base.tokenizer, row_budget("auto", device)
+            _fill(self.trunk.plain, folder / "model.safetensors")
+        self.max_length = min(filter(None, (about.max_length, positions_of(self.trunk.plain.config))))
+        self.tokenizer, self.row_tokens = loaded.tokenizer, row_budget("auto", device)
         fix_products(self.trunk, self.row_tokens)
 
     @torch.inference_mode()
@@ -83,9 +89,8 @@ class Classifier:
         """(n, C) float64; texts beyond the length that the classifier was trained on are cut there."""
         if not texts:
             return np.zeros((0, len(self.labels)))
-        encoded = self.tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
         nothing = [self.tokenizer.eos_token_id]  # for a text of which the tokenizer makes no token
-        paths = [ids[: self.max_length] or nothing for ids in encoded]
+        paths = [ids[: self.max_length].tolist() or nothing for ids in encoded_text(list(texts), self.tokenizer)]
         scores = np.zeros((len(texts), len(self.labels)), np.float32)
         for row in self._rows(paths):
             trees = [_tree(paths[i]) for i in row]
@@ -110,6 +115,22 @@ class Classifier:
             room -= len(paths[i])
         return rows
 
+    def checked(self, row: Text) -> Text:
+        """The row; without its text where that cannot be read, or has a token that the model does not know."""
+        if row.text is None:
+            return row
+        try:
+            controls_of(self.tokenizer).disguised(row.text)
+        except Unwritable as error:
+            return Text(row.line, None, str(error))
+        if len(self.tokenizer) <= self.trunk.rows:
+            return row
+        (ids,) = encoded_text([row.text], self.tokenizer)
+        if unknown := next((i for i in ids if i >= self.trunk.rows), None):
+            token = self.tokenizer.convert_ids_to_tokens(unknown)
+            return Text(row.line, None, f"has the token {token!r}, which the model has no embedding row for")
+        return row
+
     def label(self, probabilities: np.ndarray) -> str:
         """The label of one text, (C,), by the saved threshold if there is one."""
         if self.threshold is not None:
@@ -124,6 +145,8 @@ def predict_command(argv: Sequence[str]) -> None:
     parser.add_argument("file", nargs="?", help="what to classify; standard input where it is left out")
     parser.add_argument("--text", metavar="COLUMN", default="text", help="column of the texts: a name, or column2")
     parser.add_argument("--format", choices=WRITERS, default="csv", help="of the output (default: csv)")
+    parser.add_argument("--base", metavar="BASE", help="the base, where the one that the result names is not here")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that stands beside the base")
     options = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()
@@ -134,7 +157,8 @@ def predict_command(argv: Sequence[str]) -> None:
         folder = Path(expanded(options.predict))
         texts = _texts(file, options.text)
         first = list(islice(texts, 1))  # a fault of the file is told before the model is loaded
-        _write(Classifier(folder), chain(first, texts), file or "<stdin>", options.format)
+        classifier = Classifier(folder, options.base and location(options.base), options.trust_remote_code)
+        _write(classifier, chain(first, texts), file or "<stdin>", options.format)
 
 
 def _write(classifier: Classifier, texts: Iterator[Text], name: str, format: str) -> None:
@@ -145,6 +169,7 @@ def _write(classifier: Classifier, texts: Iterator[Text], name: str, format: str
     while window := _window(texts):
         if isinstance(window[-1], UserError):  # nothing after it can be read; what came before has its labels
             fault = window.pop()
+        window = [classifier.checked(row) for row in window]
         known = iter(classifier.probabilities([row.text for row in window if row.text is not None]))
         for row in window:
             probabilities = None if row.text is None else next(known)
@@ -248,14 +273,27 @@ def _tree(ids: list[int]) -> Tree:
     return Tree((np.array(ids, np.int32),), (np.zeros(len(ids), bool),))
 
 
-def _about(folder: Path) -> dict[str, Any]:
+def _about(folder: Path) -> About:
     """align.json of a classifier. Raises UserError for a folder that is none."""
-    try:
-        about = json.loads((folder / META).read_text("utf-8"))
-    except OSError:
-        raise UserError(f"--predict: {folder} has no {META}; give the final/ folder of a finished run") from None
-    except ValueError as error:
-        raise UserError(f"--predict: {folder / META} is damaged ({error})") from None
-    if about.get("stage") != "classify":
-        raise UserError(f"--predict: {folder} is the result of align.{about.get('stage')}, not of align.classify")
+    about = read_about(folder, "--predict")
+    if about is None:
+        raise UserError(f"--predict: {folder} has no {META}; give the final/ folder of a finished run")
+    if about.stage != "classify":
+        raise UserError(f"--predict: {folder} is the result of align.{about.stage}, not of align.classify")
+    if about.labels is None or about.max_length is None:
+        raise UserError(f"--predict: {folder / META} has no labels and max_length, which a classifier needs")
+    if about.threshold is not None and len(about.labels) != 2:
+        raise UserError(
+            f"--predict: {folder / META}: threshold goes with two labels, and there are {len(about.labels)}"
+        )
     return about
+
+
+def _fill(model: nn.Module, file: Path) -> None:
+    """Give a whole model its weights, all of them and no others."""
+    with foreign(f"--predict: {file} cannot be read"):
+        weights = load_file(file)
+    with foreign(f"--predict: {file} does not fit its config.json"):
+        model.load_state_dict(weights)
+    if bad := next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None):
+        raise UserError(f"--predict: {file}: {bad} has values that are not finite numbers")

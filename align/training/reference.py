@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from align.data.examples import Examples
+from align.data.examples import Examples, cut
 from align.data.mixture import Prepared
 from align.data.trees import Forest, Tree
 from align.models.demo import cache_folder
@@ -130,12 +130,13 @@ def _key(trunk: Trunk, examples: Examples) -> str:
 
 
 class Mismatched:
-    """Each of the chosen examples' prompts with the answer of the next one: what KTO takes its baseline from."""
+    """Each of the chosen examples' prompts with the answer of the next one, cut to what an example may have: what KTO
+    takes its baseline from."""
 
     def __init__(self, examples: Examples, chosen: np.ndarray) -> None:
         trees = [examples.tree(int(i)) for i in chosen]
         self.trees = [
-            Tree((own.segments[0], *other.segments[1:]), (own.trained[0], *other.trained[1:]))
+            cut(Tree((own.segments[0], *other.segments[1:]), (own.trained[0], *other.trained[1:])), examples.max_length)
             for own, other in zip(trees, trees[1:] + trees[:1], strict=True)
         ]
         self.lengths = self.longest = np.array([sum(map(len, tree.segments)) for tree in self.trees])

@@ -19,7 +19,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from align.data.examples import Examples
 from align.data.texts import decoded, said
 from align.data.trees import Forest, Tree
 from align.models.decode import Response, sample
@@ -103,18 +102,11 @@ class Rollout(NamedTuple):
     said: Said | None = None  # of the only row there is, with its graph: nothing has to be said again to learn from it
 
 
-def check_samples(trunk: Trunk, sides: Sequence[Examples], generation: Generation) -> None:
-    """UserError where the trunk cannot sample, or has no positions for its longest prompt with a whole response."""
+def check_samples(trunk: Trunk) -> None:
+    """UserError where the trunk cannot sample."""
     if not trunk.packed:
         why = trunk.layout_reason or "model.layout is padded"
         raise UserError(f"model.base: responses are sampled in the tree layout, which is not to be had: {why}")
-    limit = getattr(trunk.plain.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(int(side.longest.max()) for side in sides if len(side))
-    if limit and longest + generation.max_new > limit:
-        raise UserError(
-            f"ppo.generation.max_new: {generation.max_new} tokens after a prompt of {longest} are more than the "
-            f"{limit} positions of {trunk.base_name}; lower it, or data.max_length"
-        )
 
 
 def sampled(

@@ -12,8 +12,12 @@ from align.data.marking import show
 from align.data.mixture import Prepared, counting, prepare
 from align.data.reading import Reading
 from align.models.base import load_tokenizer
+from align.models.decode import asked_ids
 from align.models.demo import cache_folder
-from align.recipe.errors import printable
+from align.models.limits import Wanted, check, check_prompt, limits_of
+from align.models.results import SCORING
+from align.models.sources import foreign
+from align.recipe.errors import UserError, printable
 from align.recipe.schema import BaseRecipe, Data
 from align.training.run import Run
 
@@ -35,13 +39,16 @@ class Session:
         """Whether this process is the one that writes and speaks."""
         return self.accelerator.is_main_process
 
-    def begin(self, reading: Reading) -> tuple[Run, Prepared] | None:
-        """The run's folder and its data; None where there is nothing to train: after `--show`, or in a finished run."""
+    def begin(self, reading: Reading, room: int = 0, key: str = "") -> tuple[Run, Prepared] | None:
+        """The run's folder and its data; None where there is nothing to train: after `--show`, or in a finished run.
+
+        `room`: tokens that are sampled after each example, as the recipe's `key` says.
+        """
         run = Run(self.recipe)
         run.check(self.fresh)
         with self.accelerator.main_process_first():  # the first fetches what is not there yet
             tokenizer = load_tokenizer(self.recipe.model)
-        data = self.prepare(tokenizer, reading)
+        data = self.prepare(tokenizer, reading, room=room, key=key)
         if self.show:
             self.show_examples(data, tokenizer)
             return None
@@ -54,14 +61,41 @@ class Session:
             return False
         return True
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase, reading: Reading, section: Data | None = None) -> Prepared:
-        """The run's data, or another section's; the first process tokenises, the others then find it in the cache."""
+    def prepare(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        reading: Reading,
+        section: Data | None = None,
+        room: int = 0,
+        key: str = "",
+    ) -> Prepared:
+        """The run's data, or another section's; the first process tokenises, the others then find it in the cache.
+
+        Raises UserError for what the model cannot take, before it is loaded.
+        """
         recipe = self.recipe
         with self.accelerator.main_process_first(), counting(self.console) as progress:
             data = prepare(section or recipe.data, tokenizer, reading, recipe.seed, cache_folder(), progress)
         for line in data.summary:
             self.say(line)
+        self.check_limits(tokenizer, [Wanted(side, room, key) for side in (data.train, data.eval)])
         return data
+
+    def check_limits(self, tokenizer: PreTrainedTokenizerBase, wanted: list[Wanted]) -> None:
+        """Say what goes beyond the model's training; UserError for what it cannot take. No weights are loaded."""
+        recipe = self.recipe
+        lora, log = getattr(recipe, "lora", None), getattr(recipe, "log", None)
+        limits = limits_of(recipe.model, tokenizer, lora, recipe.stage in SCORING)
+        problems = []
+        for number, prompt in enumerate(log.samples if log else ()):
+            where = f"log.samples.{number}"
+            with foreign(f"{where}: the chat template cannot write it"):
+                ids = asked_ids(tokenizer, prompt, log.samples_as)
+            problems += check_prompt(limits, tokenizer, ids, log.sample_tokens, where)
+        if problems:
+            raise UserError(*problems)
+        for remark in check(limits, tokenizer, wanted):
+            self.say(remark)
 
     def say(self, line: str) -> None:
         """Print a line, with control characters spelt out."""

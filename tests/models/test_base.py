@@ -13,7 +13,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.data.trees import plant
-from align.models.base import META, compute_dtype, load_base, load_tokenizer, weights_fingerprint
+from align.models.base import compute_dtype, load_base, load_tokenizer, weights_fingerprint
+from align.models.results import META
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
@@ -197,6 +198,7 @@ def test_final_loads_with_plain_peft_and_transformers(folder, tmp_path):
         "role": "adapter",
         "base": str(folder),
         "fingerprint": weights_fingerprint(folder),
+        "trunk": [{"name": str(folder), "path": str(folder), "fingerprint": weights_fingerprint(folder)}],
     }
 
 

@@ -151,7 +151,7 @@ def test_a_reward_whose_trunk_is_more_than_its_base_is_refused(start, tmp_path):
     with pytest.raises(UserError) as error:
         judge(folder)
     (problem,) = error.value.problems
-    assert problem.startswith(f"{KEY}.model: {folder} was not trained on {start.base} as it is, ")
+    assert problem.startswith(f"{KEY}.model: {folder} was trained on a trunk with fingerprint 0123456789abcdef ")
 
 
 @pytest.mark.parametrize(

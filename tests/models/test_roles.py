@@ -127,7 +127,7 @@ def test_only_actor_and_critic_train_and_nothing_is_in_memory_twice(start):
     size = {
         "trunk": sum(p.numel() for p in bare.parameters()),
         "actor": sum(LORA.r * (m.in_features + m.out_features) for m in linear),
-        "reward and critic": 2 * sum(scorer.config.r * (m.in_features + m.out_features) for m in linear),
+        "reward and critic": 2 * sum(scorer.lora.r * (m.in_features + m.out_features) for m in linear),
         "heads": 2 * (bare.config.hidden_size + 1),
     }
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in roles.parameters()}
@@ -203,6 +203,8 @@ def test_an_adapter_that_does_not_fit_is_refused(start):
     base = Base(tiny_model("gpt2"), tiny_tokenizer(), "f", "tiny", "tiny")
     trunk = Trunk(base, Model(base="tiny", dtype="float32"), LORA)
     scorer = read_scorer(str(start.reward), KEY, trunk_of(start))
-    scorer.config.target_modules = {"c_attn"}
-    with pytest.raises(UserError, match="the adapter of reward does not fit this trunk"):
+    scorer = scorer._replace(lora=scorer.lora.model_copy(update={"targets": ["c_attn"]}))
+    with pytest.raises(
+        UserError, match=r"does not fit this trunk: it lacks base_model.model.transformer.h.0.attn.c_attn"
+    ):
         Roles(trunk, LORA, {"reward": scorer}, "reward")

@@ -34,7 +34,7 @@ FORESTS = {
 
 def laid(trunk: Trunk, layout: str):
     trunk.layout = layout
-    trunk._set_attention("align_forest" if layout == "tree" else trunk.own_attention)
+    trunk.attend("align_forest" if layout == "tree" else trunk.own_attention)
     return trunk
 
 

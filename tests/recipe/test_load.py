@@ -143,7 +143,8 @@ def test_every_problem_at_once_in_the_order_of_the_file(problems):
         ("lora=16", "lora: expected a section or null, found the number 16"),
         ("lora.r=0", "lora.r: expected a whole number above 0, found the number 0"),
         ("sft.start={r: 0}", "sft.start.r: expected a whole number above 0, found the number 0"),
-        ("sft.start={q: 1}", "unknown key 'q' in sft.start; its keys are r, alpha, dropout, targets, rslora"),
+        ("sft.start={q: 1}", "unknown key 'q' in sft.start; its keys are r, alpha, dropout, targets, rslora, dora, "
+                             "init"),
         ("sft.start=atuo", "sft.start: expected a section, 'auto' or null, found the text 'atuo'; "
                            "did you mean 'auto'?"),
         ("batch.row_tokens=x", "batch.row_tokens: expected a whole number above 0 or 'auto', "

@@ -113,6 +113,8 @@ def test_divergence_with_two_heads_and_biases():
 class Rows:
     """Examples as `Examples` shows them."""
 
+    max_length = 1024
+
     def __init__(self, trees: list[Tree]) -> None:
         self.trees = trees
 

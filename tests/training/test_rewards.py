@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from models.tiny import tiny_trunk
-from peft import LoraConfig
 from pydantic import ValidationError
 
 from align.data.prompts import Asked
@@ -49,6 +48,7 @@ def parts(*given: dict) -> list[RewardPart]:
     return [RewardPart(**part) for part in given]
 
 
+LOW = {"A": (2, 32), "B": (32, 2)}  # shapes of a LoRA's weights on one layer
 LENGTH = "def length(prompts, responses, rows):\n    return [len(r) for r in responses]\n"
 
 
@@ -75,7 +75,9 @@ def test_scores_are_weighed_normalised_and_clipped(trunk, mine):
 
 
 def scorer(mean: float, std: float) -> Scorer:
-    return Scorer(None, mean, std, LoraConfig(r=2, target_modules=["q_proj"]), {}, torch.ones(1, 32))
+    layers = [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_" for i in range(2)]
+    weights = {f"{name}{part}.weight": torch.zeros(size) for name in layers for part, size in LOW.items()}
+    return Scorer(None, mean, std, Lora(r=2, targets=["q_proj"]), weights, torch.ones(1, 32))
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def roles_of(family: str, temperature: float) -> Roles:
     base = Base(tiny_model(family), tiny_tokenizer(), "fingerprint", family, family)
     head = torch.randn(1, 32, generator=torch.Generator().manual_seed(5))
     weights = get_peft_model_state_dict(adapted(family))
-    scorer = Scorer(None, 0.4, 2.0, plain_config(), weights, head)
+    scorer = Scorer(None, 0.4, 2.0, Lora(r=4, alpha=8, targets=TARGETS), weights, head)
     trunk = Trunk(base, Model(base=family, dtype="float32"), LORA)
     return Roles(stir(trunk), LORA, {"reward": scorer}, "reward", temperature)
 

@@ -1,0 +1,117 @@
+"""Where the files of a base are, and reading those that others wrote: one line for whatever is wrong with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import AutoConfig, PreTrainedConfig
+
+from align.models.demo import NAMES, cache_folder, demo_model
+from align.recipe.errors import UserError
+from align.recipe.schema import Model
+
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a hub repository
+PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@contextmanager
+def foreign(told: str) -> Iterator[None]:
+    """Whatever fails within, on a file that somebody else wrote, becomes one line: `told` and the reason."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a file may be wrong in any way
+        raise UserError(f"{told} ({first_line(error)})") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def is_file(path: Path | str) -> bool:
+    """Whether there is such a file; False for a text that can be no path."""
+    return os.path.isfile(path)
+
+
+def base_folder(section: Model) -> Path:
+    """The local folder of the base's files; a hub id is fetched (the only place where models use the network)."""
+    name = section.base
+    if name.startswith("demo/"):
+        return demo_model(name)
+    folder = Path(name).expanduser()
+    if os.path.isdir(folder):
+        if not is_file(folder / "config.json"):
+            hint = "give it to model.adapter, and its base here" if is_file(folder / "adapter_config.json") else ""
+            raise UserError(
+                f"model.base: {name} has no config.json, so it is no checkpoint; {hint or 'check the path'}"
+            )
+        return folder
+    if os.path.lexists(folder) or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        known = f"a local folder in Hugging Face format, a hub id (owner/name) or {NAMES[0]}"
+        raise UserError(f"model.base: there is no model {name!r}; expected {known}")
+    code = ["*.py"] if section.trust_remote_code else []
+    try:
+        return Path(snapshot_download(name, revision=section.revision, allow_patterns=[*FILES, *code]))
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"model.base: {name!r} is neither a local folder nor could it be fetched from the hub "
+            f"({first_line(error)}); check the name and the network, or use {NAMES[0]}"
+        ) from None
+
+
+def folder_on_disk(name: str) -> Path | None:
+    """The folder of a checkpoint that somebody else's file names, if it is on this machine already; nothing is
+    fetched for it."""
+    if name in NAMES:
+        made = cache_folder() / name
+        return made if is_file(made / "config.json") else None
+    if is_file(Path(name).expanduser() / "config.json"):
+        return Path(name).expanduser()
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return None
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*FILES], local_files_only=True))
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError):
+        return None
+
+
+def read_config(folder: Path, told: str, trust: bool = False) -> PreTrainedConfig:
+    """config.json of a checkpoint. `trust`: the user allows code that stands beside it.
+
+    Raises UserError for a file that is none, or that asks for code that the user has not allowed.
+    """
+    with foreign(f"{told} has no usable config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        parts = {id(part): part for part in (config, config.get_text_config())}.values()
+        kernels = [part._attn_implementation for part in parts if "/" in str(part._attn_implementation)]
+    if kernels and not trust:
+        raise UserError(
+            f"{told}: its config.json asks for an attention kernel from the hub ({kernels[0]}), which is code; take "
+            "`attn_implementation` out of it"
+        )
+    return config
+
+
+def check_weights(folder: Path, told: str) -> None:
+    """UserError for a checkpoint without safetensors, with the way to make some."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if not pickles:
+        raise UserError(
+            f"{told} has no weights in safetensors format (*.safetensors); if there are .bin files, convert them"
+        )
+    raise UserError(
+        f"{told} has its weights as {pickles[0]}, a pickle, which may run code and is not read; convert it where you "
+        'trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+        "M.from_pretrained('OLD').save_pretrained('NEW')\", and copy the tokenizer's files"
+    )
