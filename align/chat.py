@@ -29,7 +29,7 @@ from align.models.sampling import Sampling
 from align.recipe.errors import UserError
 from align.tools.talk import Answer, Talk
 from align.tools.talker import load_talker
-from align.training.launch import signals
+from align.training.stops import signals
 
 TEMPERATURE, TOP_P, MAX_NEW = 0.7, 0.95, 512
 HELP = """/system TEXT  what the model is told before all turns, from now on; without TEXT, nothing

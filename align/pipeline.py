@@ -36,7 +36,7 @@ from align.tools.records import Records
 from align.tools.stage import Stage
 from align.tools.stages import stages_of
 from align.training.checkpoint import write_atomic
-from align.training.launch import signals
+from align.training.stops import signals
 
 LAST_LINES = 12  # of a stage that failed
 OWN = "pipeline.yaml"  # marks a folder as a pipeline's

@@ -31,6 +31,15 @@ from align.recipe.schema import Model
 
 SCORING = ("reward", "classify")  # stages whose results have no output projection
 META = "align.json"  # beside a saved adapter: stage, role, fingerprint of the trunk it was trained on
+ELSEWHERE = (
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "transformers_version",
+    "base",
+    "trunk",
+    "_name_or_path",
+)
 WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -264,3 +273,23 @@ def weights_fingerprint(folder: Path, sample: int = 4096) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def result_fingerprint(folder: Path) -> str:
+    """16 hex digits of all that a saved result or checkpoint computes: its weights, its configuration, and what
+    align.json says of its outputs. Where its base lies, and which version wrote it, does not count.
+
+    Weights beside an adapter's are told as `weights_fingerprint` tells them. Raises UserError where a file is damaged.
+    """
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "config.json", "align.json"):
+        try:
+            about = dict(json.loads((folder / name).read_bytes())) if (folder / name).is_file() else {}
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{folder / name}: it is damaged ({_first_line(error)})") from None
+        parts = {key: sorted(v) if key == "target_modules" and isinstance(v, list) else v for key, v in about.items()}
+        told = {key: value for key, value in parts.items() if key not in ELSEWHERE}
+        digest.update(f"{name} {json.dumps(told, sort_keys=True)}".encode())
+    weights = folder / "adapter_model.safetensors"
+    digest.update(weights.read_bytes() if weights.is_file() else weights_fingerprint(folder).encode())
+    return digest.hexdigest()[:16]

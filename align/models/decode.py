@@ -64,15 +64,16 @@ def sample(
     return responses
 
 
-def answer(trunk: Trunk, prompt: str, most: int, written_as: Literal["chat", "text"]) -> str:
-    """The greedy answer to one user turn, or continuation of a text, of at most `most` tokens."""
+def answer(trunk: Trunk, prompt: str, most: int, written_as: Literal["chat", "text"], heed: Heed | None = None) -> str:
+    """The greedy answer to one user turn, or continuation of a text, of at most `most` tokens. `heed`: see `sample`."""
     tokenizer = trunk.tokenizer
     if written_as == "chat":
         turn = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=written_as == "text")["input_ids"]
     if trunk.packed:
-        ((response,),) = sample(trunk, [np.array(ids, np.int32)], Sampling(most, temperature=0), [(0,)])
+        greedy = Sampling(most, temperature=0)
+        ((response,),) = sample(trunk, [np.array(ids, np.int32)], greedy, [(0,)], heed=heed)
         return tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
     with trunk.generating() as model:  # layers that keep another state than keys and values
         inputs = torch.tensor([ids], device=trunk.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -22,6 +22,7 @@ class Screen:
 
     def __init__(self, console: Console, steps: int | None = None, done: int = 0) -> None:
         self.console, self.steps = console, steps
+        self.heed: Callable[[], None] = lambda: None  # called between items; what it raises ends the tracking
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         hidden = console.quiet or not console.is_terminal
         self.bars = Progress(*columns, console=console, disable=hidden, transient=True)
@@ -58,6 +59,7 @@ class Screen:
         task = self.bars.add_task(doing, total=len(items))
         told = time.monotonic()
         for number, item in enumerate(items):
+            self.heed()
             yield item
             self.bars.advance(task)
             if not self.console.is_terminal and time.monotonic() - told > 30:

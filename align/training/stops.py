@@ -1,0 +1,69 @@
+"""Signals that ask a command to stop: it does so where it is, or, where that would lose something, at the next point
+where nothing is lost."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ONE = 2.0  # seconds within which signals count as one: a terminal and a launcher both pass on a Ctrl-C
+
+
+class Stopped(BaseException):
+    """A signal asked this command to stop. No `Exception`: code that catches all of these lets it pass."""
+
+
+class Signals:
+    """SIGTERM and SIGINT while this is entered. The first raises Stopped where it arrives, or, within `deferred`, is
+    only noted; a later one ends the process at once.
+
+    Python runs handlers in the main thread, between two of its instructions: to be entered there.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []  # the signals that came
+        self._first, self._deferred = 0.0, False
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[list[int]]:
+        """Within this, what runs looks by itself whether anything was `asked`."""
+        before, self._deferred = self._deferred, True
+        try:
+            yield self.asked
+        finally:
+            self._deferred = before
+
+    def heed(self, *_news: object) -> None:
+        """Raise Stopped if a signal came."""
+        if self.asked:
+            raise Stopped
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.asked and now - self._first < ONE:
+            return
+        if self.asked:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+        self.asked.append(number)
+        self._first = now
+        if not self._deferred:
+            raise Stopped
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT are noted here instead of ending the process; a later one ends it."""
+    with Signals() as found, found.deferred() as asked:
+        yield asked
