@@ -30,7 +30,7 @@ from align.recipe.records import to_json
 from align.tools.talk import Answer, Talk
 from align.tools.talker import load_talker
 from align.training.border import border
-from align.training.launch import signals
+from align.training.stops import signals
 
 TEMPERATURE, TOP_P, MAX_NEW = 0.7, 0.95, 512
 HELP = """/system TEXT  what the model is told before all turns, from now on; without TEXT, nothing

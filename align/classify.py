@@ -26,11 +26,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from align.data.classes import class_numbers, counts, find_labels, prepare_classes
+from align.data.classes import Sides, class_numbers, counts, find_labels, prepare_classes
 from align.data.examples import Examples
 from align.data.mixture import counting
 from align.data.trees import Forest
-from align.models.base import load_base, load_tokenizer
+from align.models.base import load_base
 from align.models.demo import cache_folder
 from align.models.limits import Wanted
 from align.models.trunk import Trunk
@@ -51,7 +51,7 @@ from align.training.launch import run_stage
 from align.training.loop import Loop, Metrics
 from align.training.meters import Sums, interval
 from align.training.predict import predict_command
-from align.training.run import Run
+from align.training.processes import first_then_others
 from align.training.session import SHOWN, Session
 from align.training.supervised import fit
 
@@ -231,8 +231,8 @@ def mistaken(
 
 
 def tell(loop: Loop, record: dict[str, Any]) -> None:
-    """A last line of metrics.jsonl, once, though a run be killed after it and started again; None is not known."""
-    if loop.session.first and loop.run.last("test") != record:
+    """A last line of metrics.jsonl."""
+    if loop.session.first:
         loop.run.append("metrics.jsonl", record)
     shown = {name: "–" if value is None else value for name, value in record.items() if name not in ("step", "split")}
     numbers = " ".join(f"{name} {value}" if value == "–" else f"{name} {value:.4g}" for name, value in shown.items())
@@ -242,25 +242,26 @@ def tell(loop: Loop, record: dict[str, Any]) -> None:
 def train(session: Session) -> None:
     """The stage, from recipe to `final/`."""
     recipe, section = session.recipe, session.recipe.classify
-    run = Run(recipe)
-    run.check(session.fresh)
-    with session.accelerator.main_process_first():  # the first fetches and tokenises what is not there yet
-        tokenizer = load_tokenizer(recipe.model)
-        labels = section.labels or find_labels(recipe.data.train)
-        for name in ("precision", "threshold"):
-            if getattr(section, name) and len(labels) > 2:
-                raise UserError(f"classify.{name}: needs two classes, found {len(labels)}: {', '.join(labels[:10])}")
-        undersample, cache = section.balance == "undersample", cache_folder()
+    run, tokenizer = session.open_run(), session.tokenizer()
+    labels = section.labels or session.decided(lambda: find_labels(recipe.data.train))
+    for name in ("precision", "threshold"):
+        if getattr(section, name) and len(labels) > 2:
+            raise UserError(f"classify.{name}: needs two classes, found {len(labels)}: {', '.join(labels[:10])}")
+    undersample, cache = section.balance == "undersample", cache_folder()
+
+    def read() -> Sides:
         with counting(session.console) as progress:
-            data, test = prepare_classes(
+            return prepare_classes(
                 recipe.data, section.test, undersample, labels, tokenizer, recipe.seed, cache, progress
             )
+
+    data, test = first_then_others(session.accelerator, read)
     for line in data.summary:
         session.say(line)
     session.check_limits(tokenizer, [Wanted(side) for side in (data.train, data.eval, test)])
     if session.show:
         return show(session, data.train, tokenizer, labels)
-    if not session.unfinished(run):
+    if not session.unfinished(run, tokenizer, {"train": data.train, "eval": data.eval, "test": test}):
         return None
     frozen, outputs = recipe.lora is not None, len(labels)
     base = load_base(recipe.model, session.accelerator.device, frozen=frozen, seed=recipe.seed, outputs=outputs)
@@ -270,7 +271,7 @@ def train(session: Session) -> None:
     weights = class_weights(numbers) if section.balance == "weights" else torch.ones(outputs)
     objective = partial(loss, weights=weights, smoothing=section.label_smoothing)
     judge = partial(conclude, labels=labels, test=test)
-    return fit(session, run, trunk, data, objective, derive=derive, conclude=judge)
+    return fit(session, run, trunk, data, objective, derive=derive, conclude=judge, labels=labels)
 
 
 def show(session: Session, examples: Examples, tokenizer: Any, labels: list[str]) -> None:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from align.recipe.errors import UserError, printable
 from align.recipe.load import dump_recipe, load_recipe, parse_command
+from align.recipe.locks import claimed
 from align.recipe.paths import Location
 from align.recipe.schema import PositiveInt, Section
 from align.tools.comparison import compare
@@ -134,7 +135,12 @@ def check_folder(recipe: Recipe, fresh: bool) -> None:
 
 def work(recipe: Recipe, fresh: bool, console: Console) -> None:
     """The tool, from recipe to report."""
-    check_folder(recipe, fresh)
+    with claimed(Path(recipe.run)):
+        check_folder(recipe, fresh)
+        _write(recipe, console)
+
+
+def _write(recipe: Recipe, console: Console) -> None:
     section, folder, text = recipe.compare, Path(recipe.run), dump_recipe(recipe)
     runs, baseline = read(section)
     draws = Draws(section.resamples, recipe.seed)
@@ -158,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = parse_command(sys.argv[1:] if argv is None else argv, Recipe, "align.compare")
         if command.show:
             raise UserError("--show: a comparison has no examples to show; leave it out")
+        if command.extend:
+            raise UserError("--extend: a comparison has no later end; leave it out")
         work(command.recipe, command.fresh, Console())
 
 

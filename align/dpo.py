@@ -194,7 +194,7 @@ def train(session: Session) -> None:
     begun = session.begin(labelled(*weights) if unpaired else preferences())
     if begun is None:
         return
-    run, data = begun
+    run, data, _ = begun
     base = load_base(recipe.model, session.accelerator.device, frozen=recipe.lora is not None, seed=recipe.seed)
     trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
     if recipe.dpo.reference == "cached":

@@ -26,7 +26,6 @@ from align.data.preferences import preferences
 from align.data.prompts import Asked, asked, prompts
 from align.data.reading import Reading
 from align.data.render import conversations
-from align.models.base import load_tokenizer
 from align.models.roles import Roles
 from align.recipe.errors import UserError
 from align.recipe.paths import Location
@@ -166,8 +165,9 @@ class Given(NamedTuple):
 def evaluate(session: Session) -> None:
     """The tool, from recipe to evaluation.json."""
     recipe, section, folder = session.recipe, session.recipe.evaluate, Path(session.recipe.run)
-    check_folder(recipe, session.fresh)
-    if (folder / RESULT).is_file() and not (session.fresh or session.show):
+    if session.extend:
+        raise UserError("--extend: an evaluation has no later end; leave it out")
+    if not session.show and session.decided(lambda: finished(session, folder)):
         session.say(f"{folder / RESULT} is already there: nothing to do (--fresh starts over)")
         return
     saved = read_policy(recipe.policy) if recipe.policy else None
@@ -236,6 +236,13 @@ def evaluate(session: Session) -> None:
     session.accelerator.wait_for_everyone()
 
 
+def finished(session: Session, folder: Path) -> bool:
+    """Whether the folder, which is held from now on, has what would be written. UserError where it is another's."""
+    session.claim(folder)
+    check_folder(session.recipe, session.fresh)
+    return (folder / RESULT).is_file() and not session.fresh
+
+
 def read(session: Session) -> Given:
     """Raises UserError with all that cannot be had, before any model is loaded."""
     recipe, section, problems = session.recipe, session.recipe.evaluate, []
@@ -249,8 +256,7 @@ def read(session: Session) -> Given:
             judges.append((EndpointJudge(judge.openai, f"{key}.openai"), read_run(Path(judge.against), None, None)))
     if problems:
         raise UserError(*problems)
-    with session.accelerator.main_process_first():
-        tokenizer = load_tokenizer(recipe.model)
+    tokenizer = session.tokenizer()
     room, key = section.generation.max_new, "evaluate.generation.max_new"
     data = session.prepare(tokenizer, prompts(), room=room, key=key)
     examples = getattr(data, section.side)

@@ -14,8 +14,6 @@ them, and the version of align. Left out on purpose: several machines at once, a
 from __future__ import annotations
 
 import argparse
-import fcntl
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +26,7 @@ from align.recipe.document import Document
 from align.recipe.errors import UserError
 from align.recipe.help import recipe_help
 from align.recipe.load import dump_recipe, load_recipe
+from align.recipe.locks import claimed
 from align.recipe.paths import Location, expanded
 from align.recipe.schema import PositiveInt, Section
 from align.tools.board import Board
@@ -37,7 +36,7 @@ from align.tools.stage import Stage
 from align.tools.stages import stages_of
 from align.training.border import border
 from align.training.checkpoint import write_atomic
-from align.training.launch import signals
+from align.training.stops import signals
 
 LAST_LINES = 12  # of a stage that failed
 OWN = "pipeline.yaml"  # marks a folder as a pipeline's
@@ -117,6 +116,7 @@ class Pipeline:
 
     def preview(self) -> None:
         """Say what a run would do, and with which recipes."""
+        self.check()
         say, moving = self.board.say, set[str]()
         say(f"{len(self.stages)} stages, {self.launcher.room} at a time:")
         for stage in self.stages:
@@ -135,7 +135,12 @@ class Pipeline:
 
     def run(self) -> int:
         """Bring every stage to its end that can come to one; the exit status."""
-        handle = self._open()
+        with claimed(self.folder, "another pipeline is at work in"):
+            self.check()
+            self._open()
+            return self._run()
+
+    def _run(self) -> int:
         FORKS.set_forkserver_preload(sorted({f"align.{stage.kind}" for stage in self.stages}))
         try:
             with signals() as asked, self.board:
@@ -146,18 +151,9 @@ class Pipeline:
                 job.asked.clear()
                 job.stop()
             raise
-        finally:
-            os.close(handle)
         return self._conclude(bool(asked))
 
-    def _open(self) -> int:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise UserError(f"run: another pipeline is at work in {self.folder}; wait for it, or stop it") from None
+    def _open(self) -> None:
         write_atomic(self.folder / OWN, dump_recipe(self.recipe))
         for stage in self.stages:  # a pipeline that was killed leaves its stages running
             record, asked = self.records[stage], set[int]()
@@ -165,7 +161,6 @@ class Pipeline:
                 self.board.say(f"{stage.name}: still runs, without its pipeline; it is asked to save and to stop")
                 while ask_to_stop(self._log(stage), asked):
                     time.sleep(0.2)
-        return handle
 
     def _step(self, stop: bool) -> bool:
         """Look after what is running, start what can be; whether there is more to do."""
@@ -259,7 +254,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with border("let fewer stages run at once (jobs)"):
         recipe, document = _read(expanded(words.recipe), words.overrides)
         pipeline = Pipeline(recipe, stages_of(document, Path(recipe.run)), Console(), words.fresh)
-        pipeline.check()
         if status := pipeline.preview() if words.dry_run else pipeline.run():
             raise SystemExit(status)
 

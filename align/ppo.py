@@ -44,7 +44,7 @@ from align.training.launch import run_stage
 from align.training.loop import Learnt, Loop, Metrics
 from align.training.meters import Sums, mean_interval
 from align.training.pretraining import Pretraining, Ptx
-from align.training.rewards import RewardPart, Rewards
+from align.training.rewards import RewardPart, Rewards, stands_on
 from align.training.rollout import (
     Episodes,
     Generation,
@@ -176,6 +176,8 @@ def loss(
 class Algorithm:
     """PPO's step and evaluation."""
 
+    labels = None
+
     def __init__(self, recipe: Recipe, roles: Roles, rewards: Rewards, watch: Watch, ptx: Pretraining | None) -> None:
         self.recipe, self.ppo, self.roles, self.rewards = recipe, recipe.ppo, roles, rewards
         self.watch, self.ptx = watch, ptx
@@ -270,7 +272,8 @@ class Algorithm:
         loop.screen.phase("sampling")
         stems = [examples.tree(int(i)).segments[0] for i in chosen]
         keys = [(*key, place) for place in range(len(chosen))]
-        return sampled(loop.trunk, loop.batches, stems, keys, self.ppo.generation.sampling, samples)
+        heed = loop.session.signals.heed
+        return sampled(loop.trunk, loop.batches, stems, keys, self.ppo.generation.sampling, samples, heed)
 
     def _scored(
         self,
@@ -298,15 +301,17 @@ class Algorithm:
 def train(session: Session) -> None:
     """The stage, from recipe to `final/`."""
     recipe = session.recipe
-    if not (begun := session.begin(prompts(), recipe.ppo.generation.max_new, "ppo.generation.max_new")):
+    others = {"ptx": recipe.ppo.ptx.reading(recipe.data)} if recipe.ppo.ptx else {}
+    room = {"room": recipe.ppo.generation.max_new, "key": "ppo.generation.max_new"}
+    if not (begun := session.begin(prompts(), others, **room, **stands_on(recipe.ppo.rewards))):
         return
-    run, data = begun
+    run, data, more = begun
     base = load_base(recipe.model, session.accelerator.device, frozen=True, seed=recipe.seed)
     trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
     check_samples(trunk)
     rewards, temperature = Rewards(recipe.ppo.rewards, trunk), recipe.ppo.generation.temperature
     roles = Roles(trunk, recipe.lora, rewards.scorers, rewards.leading, temperature, recipe.seed)
-    ptx = Pretraining(session, trunk, recipe.ppo.ptx) if recipe.ppo.ptx else None
+    ptx = Pretraining(recipe.ppo.ptx, more["ptx"], recipe.seed) if recipe.ppo.ptx else None
     algorithm = Algorithm(recipe, roles, rewards, Watch(rewards, trunk), ptx)
     Loop(session, run, trunk, data, algorithm, roles, {CRITIC: recipe.ppo.critic_rate(recipe.optim)}).run_all()
 

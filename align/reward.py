@@ -23,12 +23,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from align.data.examples import Examples
 from align.data.preferences import demonstrations, preferences
 from align.data.trees import Forest
 from align.models.base import load_base
 from align.models.trunk import Trunk
 from align.objectives.losses import bradley_terry, centring, preference_pairs
-from align.recipe.schema import BaseRecipe, Section, Source
+from align.recipe.schema import BaseRecipe, Eval, Section, Source
 from align.training.launch import run_stage
 from align.training.loop import Loop, Metrics
 from align.training.meters import Sums, buckets, interval, wins
@@ -102,15 +103,9 @@ def derive(sums: Sums) -> dict[str, float | list[float]]:
     return {"accuracy_low": low, "accuracy_high": high, "margin_edges": MARGINS}
 
 
-def normalisation(loop: Loop, session: Session) -> dict[str, Any]:
+def normalisation(loop: Loop, examples: Examples) -> dict[str, Any]:
     """Mean and spread of the score on demonstrations."""
     recipe = loop.recipe
-    examples = loop.data.train
-    if recipe.reward.demonstrations:
-        section = recipe.data.model_copy(
-            update={"train": recipe.reward.demonstrations, "eval": type(recipe.data.eval)()}
-        )
-        examples = session.prepare(loop.trunk.tokenizer, demonstrations(), section).train
     chosen = examples.order(recipe.seed, 0)[: recipe.reward.demonstration_rows]
     lines = loop.each(examples, chosen, lambda trunk, forest: trunk(forest), "scoring demonstrations")
     best = torch.stack([scores[0, 0] for scores in lines]).double()  # a tree's first path is its best answer
@@ -120,23 +115,19 @@ def normalisation(loop: Loop, session: Session) -> dict[str, Any]:
 
 def train(session: Session) -> None:
     """The stage, from recipe to `final/`."""
-    recipe = session.recipe
-    begun = session.begin(preferences())
+    recipe, others = session.recipe, {}
+    if sources := recipe.reward.demonstrations:
+        section = recipe.data.model_copy(update={"train": sources, "eval": Eval()})
+        others = {"demonstrations": (demonstrations(), section)}
+    begun = session.begin(preferences(), others)
     if begun is None:
         return
-    run, data = begun
+    run, data, more = begun
     device, frozen = session.accelerator.device, recipe.lora is not None
     base = load_base(recipe.model, device, frozen=frozen, seed=recipe.seed, outputs=1)
     trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed, outputs=1)
-    fit(
-        session,
-        run,
-        trunk,
-        data,
-        partial(loss, reward=recipe.reward),
-        derive=derive,
-        conclude=partial(normalisation, session=session),
-    )
+    conclude = partial(normalisation, examples=more.get("demonstrations", data.train))
+    fit(session, run, trunk, data, partial(loss, reward=recipe.reward), derive=derive, conclude=conclude)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

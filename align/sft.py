@@ -60,7 +60,7 @@ def train(session: Session) -> None:
     begun = session.begin(conversations(recipe.sft.loss_on, recipe.sft.empty_thoughts))
     if begun is None:
         return
-    run, data = begun
+    run, data, _ = begun
     base = load_base(recipe.model, session.accelerator.device, frozen=recipe.lora is not None, seed=recipe.seed)
     trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
     fit(session, run, trunk, data, loss, derive=lambda sums: {"perplexity": perplexity(*sums.sums()["loss"])})

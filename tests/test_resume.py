@@ -226,13 +226,21 @@ def test_fresh_with_a_fault_leaves_the_old_run(whole, run, here):
 
 
 def test_a_folder_of_other_files_is_refused_even_fresh(whole, here):
+    """A recipe.yaml, checkpoints/ and final/ that somebody else made do not make it a run."""
     run = here / "thesis"
     run.mkdir()
     (run / "thesis.tex").write_text("years of work")
-    for more in ((), ("--fresh",)):
-        told = align(whole[1], f"run={run}", *more)
-        assert (told.status, told.err) == (
-            2,
-            f"run: {run} holds files but no run (no recipe.yaml); name another folder\n",
-        )
-    assert set(tree(run)) == {"thesis.tex"}
+    for name in ("checkpoints/step-000001/model.pt", "final/result.csv"):
+        (run / name).parent.mkdir(parents=True)
+        (run / name).write_text("theirs")
+    for mine in (None, "stage: sft\n", whole[1].read_text()):
+        if mine:
+            (run / "recipe.yaml").write_text(mine)
+        before = tree(run)
+        for more in ((), ("--fresh",)):
+            told = align(whole[1], f"run={run}", *more)
+            assert (told.status, told.err) == (
+                2,
+                f"run: {run} holds files but no run of align (no recipe.yaml that a run wrote); name another folder\n",
+            )
+        assert tree(run) == before

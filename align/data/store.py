@@ -28,6 +28,7 @@ from align.data.reading import Reading
 from align.data.render import prompt_key
 from align.data.rows import Fault, Row
 from align.data.trees import Tree
+from align.recipe.locks import alone
 from align.recipe.schema import Source
 
 VERSION = 5  # of the store's files and of what the code above makes of a row: raise it when either changes
@@ -120,14 +121,15 @@ def stored(
     if _whole(folder):
         return _open(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(mkdtemp(prefix=".", dir=folder.parent))
-    try:
-        _build(beside, source, tokenizer, reading, progress)
-        if not _whole(folder):  # else another process was faster
-            shutil.rmtree(folder, ignore_errors=True)
-            beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with alone(folder.with_name(f".{folder.name}.lock")):
+        if not _whole(folder):  # else another run was building it while this one waited
+            beside = Path(mkdtemp(prefix=".", dir=folder.parent))
+            try:
+                _build(beside, source, tokenizer, reading, progress)
+                shutil.rmtree(folder, ignore_errors=True)
+                beside.rename(folder)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
     return _open(folder)
 
 
@@ -214,19 +216,25 @@ def _whole(folder: Path) -> bool:
 
 
 def _key(source: Source, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> str:
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    chat = chat_of(tokenizer)
     about = {
         "version": VERSION,
         "content": _content(source, reading),
         "source": source.model_dump(include={"format", "columns", "turn_keys", "roles", "limit"}),
+        **writer_of(tokenizer),
+        "reading": reading.name,
+    }
+    return sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def writer_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """All that decides which tokens a conversation or a text becomes, as JSON can hold it."""
+    backend, chat = json.loads(tokenizer.backend_tokenizer.to_str()), chat_of(tokenizer)
+    return {
         # Truncation and padding are settings of a call, not of the tokenizer.
         "tokenizer": {name: part for name, part in backend.items() if name not in ("truncation", "padding")},
         "chat": [chat.template, chat.special],
         "eos": tokenizer.eos_token_id,
-        "reading": reading.name,
     }
-    return sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _content(source: Source, reading: Reading) -> Any:

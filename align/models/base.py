@@ -29,6 +29,16 @@ from align.models.sources import base_folder, check_weights, first_line, foreign
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
 
+ELSEWHERE = (
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "transformers_version",
+    "base",
+    "trunk",
+    "_name_or_path",
+)
+
 
 class Base(NamedTuple):
     """A loaded base."""
@@ -242,4 +252,24 @@ def weights_fingerprint(folder: Path, name: str | None = None, sample: int = 409
                         values = part[row : row + 1].flatten()
                         step = max(1, values.numel() // (sample // 16))
                         digest.update(values[::step].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def result_fingerprint(folder: Path) -> str:
+    """16 hex digits of all that a saved result or checkpoint computes: its weights, its configuration, and what
+    align.json says of its outputs. Where its base lies, and which version wrote it, does not count.
+
+    Weights beside an adapter's are told as `weights_fingerprint` tells them. Raises UserError where a file is damaged.
+    """
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "config.json", "align.json"):
+        try:
+            about = dict(json.loads((folder / name).read_bytes())) if (folder / name).is_file() else {}
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{folder / name}: it is damaged ({first_line(error)})") from None
+        parts = {key: sorted(v) if key == "target_modules" and isinstance(v, list) else v for key, v in about.items()}
+        told = {key: value for key, value in parts.items() if key not in ELSEWHERE}
+        digest.update(f"{name} {json.dumps(told, sort_keys=True)}".encode())
+    weights = folder / "adapter_model.safetensors"
+    digest.update(weights.read_bytes() if weights.is_file() else weights_fingerprint(folder).encode())
     return digest.hexdigest()[:16]

@@ -68,14 +68,14 @@ def sample(
     return responses
 
 
-def answer(trunk: Trunk, prompt: str, most: int, written_as: Literal["chat", "text"]) -> str:
-    """The greedy answer to one user turn, or continuation of a text, of at most `most` tokens.
+def answer(trunk: Trunk, prompt: str, most: int, written_as: Literal["chat", "text"], heed: Heed | None = None) -> str:
+    """The greedy answer to one user turn, or continuation of a text, of at most `most` tokens. `heed`: see `sample`.
 
     Raises UserError for a prompt that cannot be written.
     """
     ids = asked_ids(trunk.tokenizer, prompt, written_as)
     if trunk.packed:
-        ((response,),) = sample(trunk, [ids], Sampling(most, temperature=0), [(0,)])
+        ((response,),) = sample(trunk, [ids], Sampling(most, temperature=0), [(0,)], heed=heed)
         return trunk.tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
     with trunk.generating() as model:  # layers that keep another state than keys and values
         inputs = torch.tensor(ids[None], dtype=torch.long, device=trunk.device)

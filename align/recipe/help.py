@@ -18,6 +18,7 @@ OPTIONS = {
     "RECIPE": "a YAML file with the keys below; those that have a default may be left out",
     "key.path=value": "set a key over the file's value; list items go by index: data.train.0.path=my.jsonl",
     "--fresh": "start at step 0 even where the run folder holds a checkpoint to go on from",
+    "--extend": "go on with a run that was planned shorter: train.epochs or train.steps may be larger than it was",
     "--show": "print some examples as the model will see them, the trained tokens marked, and stop",
     "--schema": "print the recipe's JSON schema, for editors, and stop",
     "--help": "print this and stop",
@@ -26,7 +27,7 @@ OPTIONS = {
 
 def usage(program: str) -> str:
     """The command line in one line."""
-    return f"accelerate launch -m {program} RECIPE [key.path=value ...] [--fresh] [--show] [--schema]"
+    return f"accelerate launch -m {program} RECIPE [key.path=value ...] [--fresh] [--extend] [--show] [--schema]"
 
 
 def recipe_help(recipe_type: type[BaseModel], program: str) -> str:

@@ -30,6 +30,7 @@ from align.recipe.help import (
 from align.recipe.paths import expanded
 from align.recipe.schema import BaseRecipe
 
+FLAGS = ("--fresh", "--show", "--extend")  # in the order of Command's fields
 STAGES = ("sft", "reward", "dpo", "ppo", "classify")
 
 
@@ -40,10 +41,11 @@ class Command(NamedTuple):
     path: Path
     fresh: bool  # start at step 0, whatever checkpoints there are
     show: bool  # print rendered examples instead of training
+    extend: bool  # go on with the run that is there to a later end
 
 
 def parse_command(argv: Sequence[str], recipe_type: type[BaseRecipe], program: str) -> Command:
-    """Read `RECIPE [key.path=value ...] [--fresh] [--show]` in any order; `--help` and `--schema` exit.
+    """Read `RECIPE [key.path=value ...] [--fresh] [--extend] [--show]` in any order; `--help` and `--schema` exit.
 
     `argv` is without the program's name; `program` is such as "align.sft". Raises UserError.
     """
@@ -56,15 +58,17 @@ def parse_command(argv: Sequence[str], recipe_type: type[BaseRecipe], program: s
     flags = [word for word in argv if word.startswith("-")]
     overrides = [word for word in argv if not word.startswith("-") and _is_override(word)]
     paths = [word for word in argv if not word.startswith("-") and not _is_override(word)]
-    problems = [_unknown_flag(flag) for flag in flags if flag not in ("--fresh", "--show")]
+    problems = [_unknown_flag(flag) for flag in flags if flag not in FLAGS]
     problems += [f"{word!r} is one argument too many; an override is key.path=value" for word in paths[1:]]
     if not paths:
         problems.append("no recipe is named")
+    if {"--fresh", "--extend"} <= {*flags}:
+        problems.append("--fresh starts over and --extend goes on: give one of them")
     if problems:
         raise UserError(*problems, f"usage: {usage(program)}")
     path = expanded(paths[0])
     recipe = load_recipe(path, overrides, recipe_type)
-    return Command(recipe, Path(path), fresh="--fresh" in flags, show="--show" in flags)
+    return Command(recipe, Path(path), *(flag in flags for flag in FLAGS))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str], recipe_type: type[BaseRecipe]) -> BaseRecipe:
@@ -210,5 +214,5 @@ def _unknown_flag(flag: str) -> str:
     if "." in bare or "=" in bare:
         wanted = bare if "=" in bare else f"{bare}=value"
         return f"unknown option {flag!r}; an override is written without dashes: {wanted}"
-    close = get_close_matches(flag, ("--fresh", "--show", "--schema", "--help"), 1)
+    close = get_close_matches(flag, (*FLAGS, "--schema", "--help"), 1)
     return f"unknown option {flag!r}" + (f"; did you mean {close[0]!r}?" if close else "")

@@ -16,6 +16,7 @@ from numpy import ndarray as Array
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from align.recipe.errors import UserError
+from align.recipe.records import each_line
 
 TOLD = 3  # problems of one file; the rest are counted
 
@@ -124,21 +125,20 @@ def _about(path: Path) -> About:
 def _answers(path: Path) -> list[Answer]:
     answers, problems = [], []
     seen: dict[tuple[int, int], int] = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                answer = Answer.model_validate(json.loads(line))
-            except ValidationError as error:
-                problems += [f"{path}:{number}: {fault}" for fault in _faults(error)]
-                continue
-            except ValueError:
-                problems.append(f"{path}:{number}: this is not a line of JSON (cut off?); run align.evaluate again")
-                continue
-            first = seen.setdefault((answer.prompt, answer.sample), number)
-            if first != number:
-                twice = f"prompt {answer.prompt}, sample {answer.sample} already stands on line {first}"
-                problems.append(f"{path}:{number}: {twice}; run align.evaluate again")
-            answers.append(answer)
+    for number, record in each_line(path):
+        if record is None:
+            problems.append(f"{path}:{number}: this is not a line of JSON (cut off?); run align.evaluate again")
+            continue
+        try:
+            answer = Answer.model_validate(record)
+        except ValidationError as error:
+            problems += [f"{path}:{number}: {fault}" for fault in _faults(error)]
+            continue
+        first = seen.setdefault((answer.prompt, answer.sample), number)
+        if first != number:
+            twice = f"prompt {answer.prompt}, sample {answer.sample} already stands on line {first}"
+            problems.append(f"{path}:{number}: {twice}; run align.evaluate again")
+        answers.append(answer)
     if not problems:
         problems += _gaps(path, seen)
     if problems:

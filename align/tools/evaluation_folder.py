@@ -25,7 +25,7 @@ from align.tools.inputs import digest
 from align.tools.statistics import Estimate
 from align.training.checkpoint import write_atomic
 from align.training.rewards import RewardPart
-from align.training.run import _differences as differences
+from align.training.run import differences
 
 RESULT = "evaluation.json"  # written last: where it stands, the rest does too
 PREFERENCES = "preferences.jsonl"  # where they were asked for

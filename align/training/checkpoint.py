@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.recipe.errors import UserError
+from align.recipe.records import to_json
 
 FORMAT = 1
 Tensors = dict[str, dict[str, Tensor]]  # file name without suffix -> name -> tensor
@@ -37,13 +38,16 @@ def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, 
     `tensors`: one safetensors file per entry, of any dtype and layout; `state`: what JSON can hold. Returns
     the checkpoint's path. Raises UserError when the disk is full or refuses; earlier ones then stay whole.
     """
-    return _write(folder, step, snapshot(tensors), json.dumps(state), keep)
+    return _write(folder, step, snapshot(tensors), to_json(state), keep)
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose sizes and hashes hold; and a sentence on each newer one, passed over."""
+def newest_checkpoint(folder: Path, only: str | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint, or the one of that name, whose sizes and hashes hold; and a sentence on each newer one,
+    passed over."""
     passed_over = []
     for _, in_place, path in sorted(_checkpoints(folder), reverse=True):
+        if only not in (None, path.name):
+            continue
         if (fault := _fault(path)) is None:
             return path, passed_over
         if in_place:  # one that was being deleted needs no excuse
@@ -55,7 +59,25 @@ def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """The tensors, on the CPU, and the state of a checkpoint that `newest_checkpoint` found."""
     names = [Path(name) for name in json.loads((path / "manifest.json").read_text())["files"]]
     tensors = {name.stem: load_file(path / name) for name in names if name.suffix == ".safetensors"}
-    return tensors, json.loads((path / "state.json").read_text())
+    return tensors, load_state(path)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint that `newest_checkpoint` found."""
+    return json.loads((path / "state.json").read_text("utf-8"))
+
+
+def tidy_checkpoints(folder: Path) -> None:
+    """Put back what a kill left aside of a checkpoint that was being replaced, and delete all else it left."""
+    for stale in folder.glob(".writing-step-*"):
+        shutil.rmtree(stale)
+    for aside in folder.glob(".old-step-*"):
+        home = folder / aside.name.removeprefix(".old-")
+        if _fault(aside) is None and _fault(home) is not None:
+            shutil.rmtree(home, ignore_errors=True)
+            aside.rename(home)
+        else:
+            shutil.rmtree(aside)
 
 
 class CheckpointWriter:
@@ -74,7 +96,7 @@ class CheckpointWriter:
         start = time.perf_counter()
         self.wait()
         begun = time.perf_counter()
-        copy, text = snapshot(tensors), json.dumps(state)
+        copy, text = snapshot(tensors), to_json(state)
 
         def write() -> float:
             _write(self.folder, step, copy, text, self.keep)
@@ -119,12 +141,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.write_bytes(raw)
-            _sync(beside)
+            sync(beside)
             beside.replace(path)
         except OSError:
             beside.unlink(missing_ok=True)
             raise
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def _write(folder: Path, step: int, tensors: Tensors, state: str, keep: int) -> Path:
@@ -133,22 +155,17 @@ def _write(folder: Path, step: int, tensors: Tensors, state: str, keep: int) -> 
     path, writing, old = (folder / f"{prefix}step-{step:06d}" for prefix in ("", ".writing-", ".old-"))
     size = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
     with speaking(path, size):
-        for stale in folder.glob(".writing-step-*"):  # a run was killed while it saved
-            shutil.rmtree(stale)
-        for aside in folder.glob(".old-step-*"):  # or while it replaced one
-            home = folder / aside.name.removeprefix(".old-")
-            if not home.exists() and _fault(aside, hashes=False) is None:
-                aside.rename(home)
+        tidy_checkpoints(folder)  # a run may have been killed while it saved
         try:
             writing.mkdir(parents=True)
             for part, named in tensors.items():
                 save_file(named, writing / f"{part}.safetensors")
-            (writing / "state.json").write_text(state)
+            (writing / "state.json").write_text(state, "utf-8")
             files = {file.name: _measure(file) for file in sorted(writing.iterdir())}
             manifest = {"format": FORMAT, "step": step, "files": files}
             (writing / "manifest.json").write_text(json.dumps(manifest, indent=1))
             for file in (*writing.iterdir(), writing):
-                _sync(file)
+                sync(file)
         except (OSError, SafetensorError):
             shutil.rmtree(writing, ignore_errors=True)
             raise
@@ -156,7 +173,7 @@ def _write(folder: Path, step: int, tensors: Tensors, state: str, keep: int) -> 
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)  # until the next line it is `.old-…` that newest_checkpoint finds
         writing.rename(path)
-        _sync(folder)
+        sync(folder)
         _prune(folder, path, keep)
     return path
 
@@ -204,7 +221,7 @@ def _measure(file: Path) -> dict[str, int | str]:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the disk hold a file's content, or a folder's names, before going on."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -215,17 +232,23 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def published(folder: Path, size: int) -> Iterator[Path]:
-    """A folder to write into that takes the place of `folder` when it is whole and on the disk."""
-    beside = folder.with_name(f".writing-{folder.name}")
+    """A folder to write into that takes the place of `folder` when it is whole and on the disk; a link there goes, and
+    what it points to stays."""
+    beside, old = (folder.with_name(f".{word}-{folder.name}") for word in ("writing", "old"))
     with speaking(folder, size):
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         yield beside
         for file in (*beside.iterdir(), beside):
-            _sync(file)
-        shutil.rmtree(folder, ignore_errors=True)
+            sync(file)
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)  # until the next line there is none, and a run that is killed here writes it anew
         beside.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -6,25 +6,29 @@ import ctypes
 import errno
 import logging
 import os
-import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
+from typing import NoReturn
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from align.recipe.errors import UserError
 from align.recipe.load import parse_command
 from align.recipe.schema import BaseRecipe
+from align.recipe.streams import safe_streams
+from align.training.processes import PATIENCE, FirstFailed
 from align.training.session import Session
+from align.training.stops import Signals, Stopped
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
@@ -36,75 +40,81 @@ def run_stage(
     stage: Callable[[Session], None],
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Run a stage's `main`. What a user can mend is printed line by line, with exit status 2 and no traceback."""
+    """Run a stage's `main`. What a user can mend is printed line by line, with exit status 2 and no traceback; what is
+    left is a fault of ours, with exit status 1."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|peft|accelerate")
-    accelerator = None
-    try:
+    with safe_streams(), _spoken():
         command = parse_command(sys.argv[1:] if argv is None else argv, recipe_type, program)
         if argv is None:
             _join_processes(program)
-        # Precision and accumulation are the recipe's own; a launcher's settings would change the numbers behind it.
-        single = GradientAccumulationPlugin(num_steps=1)
-        accelerator = Accelerator(mixed_precision="no", gradient_accumulation_plugin=single)
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != accelerator.num_processes:  # else each would be a run of its own, all in one folder
-            raise UserError(
-                f"{launched} processes were launched, but they do not find each other; on a CPU, launch them with "
-                f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched} -m {program} RECIPE"
-            )
-        if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-            raise UserError("accelerate's DeepSpeed and FSDP plugins are not supported yet: use DDP (--multi_gpu)")
-        _quiet_libraries()
-        _use_all_cores()
-        keep_freed_memory()
-        console = Console(quiet=not accelerator.is_main_process)
-        stage(Session(command.recipe, accelerator, console, command.fresh, command.show))
-    except (KeyboardInterrupt, torch.OutOfMemoryError, MemoryError) as error:
-        stopped = isinstance(error, KeyboardInterrupt)
-        remedy = "lower batch.row_tokens, or set model.gradient_checkpointing=true"
-        print("interrupted" if stopped else f"out of memory on the device; {remedy}", file=sys.stderr, flush=True)
-        raise SystemExit(130 if stopped else 2) from None
-    except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # the first process says the same, and the launcher then ends the others
-        print("\n".join(error.problems), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno not in DISK_FAULTS:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"{where}{error.strerror}; make room there, or use another folder", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):
-            print("out of memory: lower batch.row_tokens, or choose a smaller model", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
-        if accelerator is None or accelerator.is_main_process or "by peer" not in str(error):
-            raise
-        raise SystemExit(2) from None  # the first process has ended, and has said why
-    finally:
-        if accelerator is not None and torch.distributed.is_initialized() and sys.exc_info()[0] is None:
-            accelerator.end_training()
+        with Signals() as signals, ExitStack() as held:
+            accelerator = _processes(program)
+            _quiet_libraries()
+            _use_all_cores()
+            keep_freed_memory()
+            console = Console(quiet=not accelerator.is_main_process)
+            flags = {"fresh": command.fresh, "show": command.show, "extend": command.extend}
+            session = Session(command.recipe, accelerator, console, **flags, signals=signals, held=held)
+            try:
+                stage(session)
+            except Stopped:
+                session.say("stopped by a signal; run the same command again to go on")
+            if torch.distributed.is_initialized():
+                accelerator.end_training()
 
 
 @contextmanager
-def signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT are noted here instead of ending the process; a second one ends it."""
-    asked: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        if asked:
-            signal.signal(number, before[number])
-            signal.raise_signal(number)
-        asked.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+def _spoken() -> Iterator[None]:
+    """Whatever ends a command, in words on stderr, and an exit status."""
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        yield
+    except UserError as error:
+        if not first:
+            time.sleep(3)  # the first process says the same, and the launcher then ends the others
+        _end(2, *error.problems)
+    except Stopped:
+        _end(0, "stopped by a signal")
+    except KeyboardInterrupt:
+        _end(130, "interrupted")
+    except (torch.OutOfMemoryError, MemoryError):
+        _end(2, "out of memory on the device; lower batch.row_tokens, or set model.gradient_checkpointing=true")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        room = "; make room there, or use another folder" if error.errno in DISK_FAULTS else ""
+        _end(2, f"{where}{error.strerror or error}{room}")
+    except FirstFailed:
+        _end(1)
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            _end(2, "out of memory: lower batch.row_tokens, or choose a smaller model")
+        if not first and "by peer" in str(error):
+            _end(2)  # the first process has ended, and has said why
+        lines = traceback.format_exc().rstrip()
+        _end(1, "this is a fault of align: please report it, with the recipe and the lines below", lines)
+
+
+def _end(status: int, *lines: str) -> NoReturn:
+    if lines:
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    raise SystemExit(status) from None
+
+
+def _processes(program: str) -> Accelerator:
+    """This process among those of the run. Raises UserError where they do not find each other."""
+    # Precision and accumulation are the recipe's own; a launcher's settings would change the numbers behind it.
+    single, patient = GradientAccumulationPlugin(num_steps=1), InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_plugin=single, kwargs_handlers=[patient])
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:  # else each would be a run of its own, all in one folder
+        raise UserError(
+            f"{launched} processes were launched, but they do not find each other; on a CPU, launch them with "
+            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched} -m {program} RECIPE"
+        )
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        raise UserError("accelerate's DeepSpeed and FSDP plugins are not supported yet: use DDP (--multi_gpu)")
+    return accelerator
 
 
 def _join_processes(program: str) -> None:

@@ -17,26 +17,28 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from accelerate.tracking import GeneralTracker
 from torch import Tensor, nn
 
 from align.data.examples import Examples
 from align.data.mixture import Prepared
 from align.data.trees import Forest
-from align.models.decode import answer
 from align.models.joined import prepare_products
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
+from align.training import telling
 from align.training.batches import Batches, Planted
 from align.training.checkpoint import CheckpointWriter, published
-from align.training.launch import signals
-from align.training.meters import Sums, Throughput, costs
+from align.training.meters import Sums, Throughput
 from align.training.plan import Plan, learning_rate
-from align.training.report import write_report
-from align.training.run import Run, open_trackers
+from align.training.run import Run
 from align.training.screen import Screen
 from align.training.session import Session
+from align.training.start import find_start, start_from, terms_of
 from align.training.state import adamw, capture, restore, trained_parameters, whole
+from align.training.stops import Stopped
 
+LONG = 60.0  # seconds of an evaluation before which a checkpoint is due
 MILDER = "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"
 Metrics = dict[str, tuple[Tensor | float, Tensor | float]]  # name -> (sum, count), or vectors of them
 Loss = Callable[[nn.Module, Forest], tuple[Tensor, Metrics]]  # (model, batch) -> (summed loss, metrics with "loss")
@@ -54,8 +56,11 @@ class Learnt(NamedTuple):
 class Algorithm(Protocol):
     """What a stage puts into the loop; each is called on every process."""
 
+    labels: list[str] | None  # what the outputs of a head are, in words
+
     def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
-        """One step on the chosen examples, (k,) int64, at a learning rate."""
+        """One step on the chosen examples, (k,) int64, at a learning rate. Once it has changed a weight it must not
+        raise Stopped."""
 
     def evaluate(self, loop: Loop) -> dict[str, Any]:
         """Figures of the held-out examples."""
@@ -83,7 +88,7 @@ class Loop:
         """
         self.session, self.run, self.trunk, self.data, self.algorithm = session, run, trunk, data, algorithm
         self.recipe, self.accelerator = session.recipe, session.accelerator
-        self.plan = Plan(self.recipe, data.train)
+        self.plan = Plan(self.recipe, data.train, run.standing.step, run.standing.place)
         self.module = module or trunk
         self.model, wrapped = self.accelerator.prepare(self.module, adamw(self.module, self.recipe.optim, rates or {}))
         self.optimizer, self.named = wrapped.optimizer, trained_parameters(self.model)
@@ -94,57 +99,74 @@ class Loop:
         self.batches = Batches(trunk, self.accelerator, self.recipe.batch.row_tokens)
         self.step, self.tokens_seen, self.elapsed = 0, 0, 0.0
         self.memory: dict[str, Any] = {}  # what the algorithm has to know of earlier steps; JSON can hold it
-        self.saved, self.blocking_seconds = -1, None
+        self.saved, self.blocking_seconds, self.eval_seconds = -1, None, 0.0
         self.throughput = Throughput(self.accelerator.num_processes)
+        self.trackers: list[GeneralTracker] = []
 
     # -- the run -----------------------------------------------------------------------------------------------
 
     def run_all(self) -> None:
         """Train to the end of the plan, or to a signal; leave `final/` and `report.html`."""
-        try:
-            self._run()
-        finally:
-            self.run.close()
-
-    def _run(self) -> None:
-        session, run = self.session, self.run
-        point, passed_over = run.resume_point(session.fresh)
-        for sentence in passed_over:
-            session.say(sentence)
-        if point:
-            self._restore(point)
-            session.say(f"going on from {point} (step {self.step} of {self.plan.steps})")
-        if session.first:
-            run.open(self.data, session.fresh, self.step)
-            self.trackers = open_trackers(run)
-        self.accelerator.wait_for_everyone()
-        self._introduce()
-        with signals() as asked, Screen(session.console, self.plan.steps, self.step) as screen:
+        self._begin()
+        with self.session.signals.deferred(), Screen(self.session.console, self.plan.steps, self.step) as screen:
             self.screen = screen
-            if self.step == 0:
-                self._evaluate(screen)
-                self._samples(screen)
-            while self.step < self.plan.steps:
-                stop = self._train_step(screen, bool(asked))
-                due = self.recipe.train.eval_every
-                if self.step == self.plan.steps or (due and self.step % due == 0):
-                    self._evaluate(screen)
-                due = self.recipe.train.save_every
-                if stop or self.step == self.plan.steps or (due and self.step % due == 0):
-                    self.save_state()
-                if stop and self.step < self.plan.steps:
-                    self._close()
-                    session.say(
-                        f"stopped by a signal after step {self.step} of {self.plan.steps}; "
-                        "run the same command again to go on from there"
-                    )
-                    return
-            self._samples(screen)
-            about = self.algorithm.conclude(self)
-        self._finish(about)
+            screen.heed = self.session.heed
+            try:
+                self._train()
+                about = self.algorithm.conclude(self)
+            except Stopped:
+                self._stop()
+            else:
+                self._finish(about)
 
-    def _train_step(self, screen: Screen, stop: bool) -> bool:
-        """One step; whether any process was asked to stop."""
+    def _begin(self) -> None:
+        """The state to go on from, and the folder made ready."""
+        session, run, standing = self.session, self.run, self.run.standing
+        for sentence in standing.said:
+            session.say(sentence)
+        if standing.point:
+            self._restore(standing.point)
+            session.say(f"going on from {standing.point} (step {self.step} of {self.plan.steps})")
+        elif name := self.recipe.train.start_from:
+            start = session.decided(lambda: find_start(name))
+            session.say(start_from(start, self.trunk, self.named, self.optimizer, self.algorithm.labels))
+        session.decided(lambda: run.open(self.data, session.fresh, self.plan.steps, session.say))
+        telling.introduce(self)
+
+    def _train(self) -> None:
+        """Step by step; an evaluation at a step comes after its checkpoint, and is done anew where a run goes on."""
+        evaluate = self._evaluation_due() or self.run.standing.evaluated
+        while True:
+            if evaluate:
+                self._evaluate()
+            if self.step in (0, self.plan.steps):
+                telling.samples(self)
+            if self.step == self.plan.steps:
+                return
+            self._train_step()
+            self.session.heed()
+            evaluate, every = self._evaluation_due(), self.recipe.train.save_every
+            if (
+                self.step == self.plan.steps
+                or (every and self.step % every == 0)
+                or (evaluate and self.eval_seconds > LONG)
+            ):
+                self.save_state()
+
+    def _evaluation_due(self) -> bool:
+        every = self.recipe.train.eval_every
+        return self.step in (0, self.plan.steps) or bool(every and self.step % every == 0)
+
+    def _stop(self) -> None:
+        """Leave what is needed to go on: the state after the last step."""
+        if self.step:
+            self.save_state()
+        telling.close(self)
+        where = f"after step {self.step} of {self.plan.steps}" if self.step else "before the first step"
+        self.session.say(f"stopped by a signal {where}; run the same command again to go on from there")
+
+    def _train_step(self) -> None:
+        """One step."""
         step, started = self.step + 1, time.perf_counter()
         torch.manual_seed((self.recipe.seed << 20) + (step << 8) + self.accelerator.process_index)
         chosen = self.plan.batch(step)
@@ -160,9 +182,7 @@ class Loop:
             "step_seconds": seconds, "elapsed_seconds": self.elapsed,
             "tokens_per_second": distinct / seconds / self.accelerator.num_processes,
         }  # fmt: skip
-        self._log(record, screen, quiet=bool(step % self.recipe.log.every and step < self.plan.steps))
-        asked = torch.tensor(float(stop), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, "sum") > 0)
+        telling.log(self, record, quiet=bool(step % self.recipe.log.every and step < self.plan.steps))
 
     def gradients(self, work: Sequence[Work]) -> Sums:
         """Accumulate the gradient of this process's rows; metrics over all processes, `distinct` tokens among them."""
@@ -203,7 +223,7 @@ class Loop:
             return
         self.optimizer.zero_grad()
         self.save_state()
-        self._close()
+        telling.close(self)
         what = "gradient" if math.isfinite(loss) else "loss"
         where = ", ".join(self.data.train.where(int(i)) for i in chosen[:8])
         raise UserError(
@@ -212,7 +232,7 @@ class Loop:
             f"({where}{', …' if len(chosen) > 8 else ''}), or {MILDER}"
         )
 
-    def _evaluate(self, screen: Screen) -> None:
+    def _evaluate(self) -> None:
         if not len(self.data.eval):
             return
         self.model.eval()
@@ -222,20 +242,12 @@ class Loop:
         if not math.isfinite(record.get("loss", 0.0)):
             if self.step:
                 self.save_state()
-                self._close()
+                telling.close(self)
             raise UserError(
                 f"step {self.step}: the eval rows' loss is not finite ({record['loss']}); check model.base, or {MILDER}"
             )
-        record["eval_seconds"] = time.perf_counter() - started
-        self._log(record, screen)
-
-    def _samples(self, screen: Screen) -> None:
-        """Answers to the recipe's prompts, before and after training; every process takes part (shards)."""
-        log = self.recipe.log
-        for prompt in screen.track(log.samples, "answering"):
-            response = answer(self.trunk, prompt, log.sample_tokens, log.samples_as)
-            if self.session.first:
-                self.run.append("samples.jsonl", {"step": self.step, "prompt": prompt, "response": response})
+        record["eval_seconds"] = self.eval_seconds = time.perf_counter() - started
+        telling.log(self, record)
 
     def each(
         self, examples: Examples, chosen: np.ndarray, function: Callable[[Trunk, Forest], Tensor], what: str
@@ -246,12 +258,14 @@ class Loop:
     # -- state -------------------------------------------------------------------------------------------------
 
     def save_state(self) -> None:
+        """A checkpoint of now, unless there is one; with shards, every process must call it."""
         if self.saved == self.step:
             return
         tensors = capture(self.named, self.optimizer)
         state = {
-            "step": self.step, "tokens_seen": self.tokens_seen, "elapsed_seconds": self.elapsed,
-            "fingerprint": self.trunk.fingerprint, "memory": self.memory,
+            "step": self.step, "place": self.plan.place(self.step), "tokens_seen": self.tokens_seen,
+            "elapsed_seconds": self.elapsed, "memory": self.memory, "identity": self.run.identity,
+            **terms_of(self.trunk, self.algorithm.labels),
         }  # fmt: skip
         if self.session.first:
             self.blocking_seconds = self.writer.save(self.step, tensors, state)
@@ -265,7 +279,7 @@ class Loop:
 
     def _finish(self, about: dict[str, Any]) -> None:
         self.save_state()
-        self._close()
+        telling.close(self)
         self.publish(self.run.final, about)  # last of all, for it says that the run is finished
         self.session.say(f"done: {self.run.final}; report: {self.run.folder / 'report.html'}")
 
@@ -273,48 +287,6 @@ class Loop:
         """Write the result as it is now; with shards, every process must call it."""
         result = {name: whole(p).detach().to("cpu") for name, p in self.named.items()}
         if self.session.first:
+            told = {"stage": self.recipe.stage, "step": self.step, **about}
             with published(folder, sum(tensor.nbytes for tensor in result.values())) as beside:
-                self.module.save(beside, result, {"stage": self.recipe.stage, **about})
-
-    def _close(self) -> None:
-        """Wait for the disk, then write summary and report."""
-        if self.session.first:
-            durable = self.writer.wait()
-            for tracker in self.trackers:
-                tracker.finish()
-            cost = {"steps": self.step, "tokens_seen": self.tokens_seen, "train_seconds": self.elapsed}
-            saving = {"save_blocking_seconds": self.blocking_seconds, "save_durable_seconds": durable}
-            self.run.summarise(cost | costs(self.trunk, self.throughput, self.data.train.lengths) | saving)
-            write_report(self.run.folder)
-        self.accelerator.wait_for_everyone()
-
-    # -- telling -----------------------------------------------------------------------------------------------
-
-    def _introduce(self) -> None:
-        plan, trunk, say = self.plan, self.trunk, self.session.say
-        trained = sum(p.numel() for p in self.named.values())
-        total = sum(p.numel() for p in self.model.parameters())
-        say(
-            f"{trunk.base_name} on {self.accelerator.num_processes} x {trunk.device.type} ({torch.get_num_threads()} "
-            f"threads), {str(trunk.dtype).removeprefix('torch.')}, {trunk.layout} layout; "
-            f"{trained:,} of {total:,} parameters train"
-        )
-        for remark in trunk.remarks:
-            say(remark)
-        mean = float(self.data.train.lengths.mean()) * plan.per_step
-        say(
-            f"{plan.steps:,} steps of {plan.per_step} examples (about {mean:,.0f} tokens), "
-            f"{plan.epoch_size / plan.per_step:,.1f} steps an epoch, rows of up to {self.batches.row_tokens:,} tokens"
-        )
-
-    def _log(self, record: dict, screen: Screen, quiet: bool = False) -> None:
-        if not self.session.first:
-            return
-        screen.tell(record, quiet)
-        if quiet:
-            return
-        self.run.append("metrics.jsonl", record)
-        named = {k: v for k, v in record.items() if isinstance(v, int | float)}
-        numbers = {f"{record['split']}/{k}": v for k, v in named.items() if k != "step"}
-        for tracker in self.trackers:
-            tracker.log(numbers, step=record["step"])
+                self.module.save(beside, result, told)

@@ -13,13 +13,13 @@ A list without its partner is left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from align.recipe.records import each_line
 from align.training.plots import Curve, Panel, calibration_panel, curves_panel, histogram_panel, shares_panel
 
 TITLES = {  # in the order of the page
@@ -164,15 +164,10 @@ def _is_vector(value: Any) -> bool:
 
 def records(path: Path) -> Iterator[dict[str, Any] | None]:
     """The objects of a JSON lines file; None for any other line, save a last one that a kill has torn."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if isinstance(row, dict):
-                yield row
-            elif line.endswith(b"\n"):
-                yield None
+    torn = False
+    for _, row in each_line(path):
+        if torn:
+            yield None
+        if torn := row is None:
+            continue
+        yield row

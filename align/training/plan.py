@@ -13,29 +13,50 @@ from align.recipe.schema import BaseRecipe, Optim
 
 
 class Plan:
-    """The order of examples over all steps: epoch after epoch in one stream, cut into steps."""
+    """The order of examples over all steps: epoch after epoch in one stream, cut into steps.
 
-    def __init__(self, recipe: BaseRecipe, examples: Examples) -> None:
+    It begins after `step` steps that took the stream's first `place` examples: only after a run that was extended is
+    `place` anything but their product, for its last step may have taken fewer.
+    """
+
+    def __init__(self, recipe: BaseRecipe, examples: Examples, step: int = 0, place: int = 0) -> None:
         self.examples, self.seed, self.per_step = examples, recipe.seed, recipe.batch.examples
         self.epoch_size = len(examples.order(recipe.seed, 0))
-        wanted = recipe.train.epochs * self.epoch_size
-        self.total = recipe.train.steps * self.per_step if recipe.train.steps else max(1, round(wanted))
-        self.steps = math.ceil(self.total / self.per_step)
+        self.begun, self.at = step, place
+        if recipe.train.steps:
+            self.total = place + (recipe.train.steps - step) * self.per_step
+        else:
+            self.total = max(1, round(recipe.train.epochs * self.epoch_size))
+        self.steps = step + math.ceil((self.total - place) / self.per_step)
         self._order = lru_cache(maxsize=2)(lambda epoch: examples.order(self.seed, epoch))
 
     def batch(self, step: int) -> np.ndarray:
-        """The examples of step 1, 2, …, (at most `batch.examples`,) int64; only the last may have fewer."""
-        assert 1 <= step <= self.steps, step
-        first, last = (step - 1) * self.per_step, min(step * self.per_step, self.total)
-        places = np.arange(first, last)
+        """The examples of the next steps, (at most `batch.examples`,) int64; only the last may have fewer."""
+        assert self.begun < step <= self.steps, step
+        places = np.arange(self.place(step - 1), self.place(step))
         epochs = places // self.epoch_size
         return np.concatenate(
             [self._order(int(e))[places[epochs == e] - e * self.epoch_size] for e in np.unique(epochs)]
         )
 
+    def place(self, step: int) -> int:
+        """Examples of the stream that were taken when `step` is done."""
+        return min(self.at + (step - self.begun) * self.per_step, self.total)
+
     def epoch(self, step: int) -> float:
         """Passes over the mixture when `step` is done."""
-        return min(step * self.per_step, self.total) / self.epoch_size
+        return self.place(step) / self.epoch_size
+
+    @property
+    def shape(self) -> str:
+        """How many steps there are, of how many examples, in words."""
+        last = self.place(self.steps) - self.place(self.steps - 1) if self.steps > self.begun else self.per_step
+        short = f" (the last of {last:,})" if last < self.per_step else ""
+        size, steps = self.epoch_size, f"{self.steps:,} step{'s' * (self.steps != 1)}"
+        if self.per_step > size:
+            each = f"{self.per_step / size:,.1f}".removesuffix(".0")
+            return f"{steps} of {self.per_step:,} examples{short}: each of the {size:,} examples {each} times a step"
+        return f"{steps} of {self.per_step:,} examples{short}"
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:

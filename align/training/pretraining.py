@@ -9,12 +9,12 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor, nn
 
+from align.data.examples import Examples
+from align.data.reading import Reading
 from align.data.render import conversations
 from align.data.trees import Forest
-from align.models.trunk import Trunk
-from align.recipe.schema import Eval, PositiveInt, Section, Source
+from align.recipe.schema import Data, Eval, PositiveInt, Section, Source
 from align.training.loop import Loop, Metrics, Work
-from align.training.session import Session
 
 
 class Ptx(Section):
@@ -29,18 +29,20 @@ class Ptx(Section):
     max_length: PositiveInt = 1024
     """Most tokens in one of them; longer ones are cut."""
 
+    def reading(self, run: Data) -> tuple[Reading, Data]:
+        """How they are read, where the rest of the `data` section is the run's."""
+        changes = {
+            "train": self.sources, "eval": Eval(), "max_length": self.max_length, "overlong": "truncate"
+        }  # fmt: skip
+        return conversations("assistant"), run.model_copy(update=changes)
+
 
 class Pretraining:
     """The examples and their loss."""
 
-    def __init__(self, session: Session, trunk: Trunk, section: Ptx) -> None:
-        changes = {
-            "train": section.sources, "eval": Eval(), "max_length": section.max_length, "overlong": "truncate"
-        }  # fmt: skip
-        data = session.recipe.data.model_copy(update=changes)
-        self.examples = session.prepare(trunk.tokenizer, conversations("assistant"), data).train
-        self.section = section
-        self.order = lru_cache(maxsize=2)(lambda epoch: self.examples.order(session.recipe.seed, epoch))
+    def __init__(self, section: Ptx, examples: Examples, seed: int) -> None:
+        self.section, self.examples = section, examples
+        self.order = lru_cache(maxsize=2)(lambda epoch: examples.order(seed, epoch))
 
     def work(self, loop: Loop, place: int) -> list[Work]:
         """This process's rows for the optimizer step at a place in the run, 0 …"""

@@ -91,10 +91,8 @@ def with_known_reference(session: Session, trunk: Trunk, data: Prepared) -> Prep
 def _known(session: Session, trunk: Trunk, batches: Batches, examples: Examples, side: str) -> Examples:
     if not len(examples):
         return examples
-    path = cache_folder() / "reference" / f"{_key(trunk, examples)}.safetensors"
-    flat = _read(path, int(examples.paths.sum()))
+    path, flat = session.decided(lambda: _found(trunk, examples))
     session.say(f"reference log-probabilities of the {side} rows: {'found' if flat is not None else 'computed once'}")
-    session.accelerator.wait_for_everyone()
     if flat is None:
         with Screen(session.console) as screen:
             lines = batches.each(examples, np.arange(len(examples)), _paths, screen, "reference")
@@ -107,6 +105,12 @@ def _known(session: Session, trunk: Trunk, batches: Batches, examples: Examples,
 
 def _paths(trunk: Trunk, forest: Forest) -> Tensor:
     return path_sums(trunk(forest), forest.path, forest.paths)
+
+
+def _found(trunk: Trunk, examples: Examples) -> tuple[Path, Tensor | None]:
+    """Where the cache keeps the numbers, and what is there."""
+    path = cache_folder() / "reference" / f"{_key(trunk, examples)}.safetensors"
+    return path, _read(path, int(examples.paths.sum()))
 
 
 def _read(path: Path, paths: int) -> Tensor | None:

@@ -81,6 +81,13 @@ class Answered(NamedTuple):
     response: str
 
 
+def stands_on(parts: Sequence[RewardPart]) -> dict[str, Any]:
+    """What a run's identity has of them: the folder of each model, by recipe key, and whether the rows are read."""
+    named = [(f"ppo.rewards.{i}", part) for i, part in enumerate(parts)]
+    models = {key: part.adapter or part.model for key, part in named if part.adapter or part.model}
+    return {"results": models, "records": any(part.function for part in parts)}
+
+
 class Rewards:
     """The parts of a recipe, loaded."""
 

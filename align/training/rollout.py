@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from align.data.texts import decoded, said
 from align.data.trees import Forest, Tree
-from align.models.decode import Response, sample
+from align.models.decode import Heed, Response, sample
 from align.models.roles import Entropy, Roles, Said
 from align.models.rows import end_tokens
 from align.models.sampling import Sampling
@@ -31,6 +31,7 @@ from align.recipe.errors import UserError
 from align.recipe.schema import PositiveInt, Section
 from align.training.batches import Batches
 from align.training.screen import Screen
+from align.training.stops import Stopped
 
 
 class Generation(Section):
@@ -116,12 +117,22 @@ def sampled(
     keys: Sequence[tuple[int, ...]],
     how: Sampling,
     n: int,
+    heed: Heed | None = None,
 ) -> Episodes:
-    """n responses to each prompt by the trunk's acting adapter; a response depends on its prompt and key alone."""
+    """n responses to each prompt by the trunk's acting adapter; a response depends on its prompt and key alone.
+
+    Where `heed` raises Stopped in one process, all raise it.
+    """
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     mine = order[batches.rank :: batches.world]
-    own = sample(trunk, [prompts[i] for i in mine], how, [keys[i] for i in mine], n) if mine else []
-    found = dict(pair for part in gather_object([list(zip(mine, own, strict=True))]) for pair in part)
+    try:
+        own = sample(trunk, [prompts[i] for i in mine], how, [keys[i] for i in mine], n, heed) if mine else []
+        parts = gather_object([list(zip(mine, own, strict=True))])
+    except Stopped:
+        parts = gather_object([None])
+    if None in parts:
+        raise Stopped
+    found = dict(pair for part in parts for pair in part)
     return Episodes(prompts, [found[i] for i in range(len(prompts))])
 
 

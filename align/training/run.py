@@ -1,14 +1,13 @@
-"""A run's folder: whose it is, what is in it, and never writing over another run's."""
+"""A run's folder: whose it is, how far the run is, and never writing over another's."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
@@ -17,18 +16,30 @@ from accelerate.utils import LoggerType
 from align.data.examples import Examples
 from align.data.mixture import Prepared
 from align.recipe.errors import UserError
-from align.recipe.load import dump_recipe, load_recipe
+from align.recipe.load import load_recipe
+from align.recipe.records import parsed, read_lines, to_json
 from align.recipe.schema import BaseRecipe
-from align.training.checkpoint import newest_checkpoint, write_atomic
+from align.training.checkpoint import load_state, newest_checkpoint, speaking, tidy_checkpoints, write_atomic
+from align.training.identity import Identity, changes
 from align.training.meters import environment
+from align.training.plan import Plan, learning_rate
+from align.training.removal import finish_removal, is_empty, is_run, remove_run, run_recipe, tidy
 
-OWN = (
-    "recipe.yaml", "environment.json", "metrics.jsonl", "ledger.jsonl", "data.json", "samples.jsonl",
-    "episodes.jsonl", "summary.json", "report.html", "classification.json", "tensorboard", "checkpoints", "best",
-    "final",
-)  # fmt: skip
 # What may change between one start and the next: none of it touches the numbers.
 FREE = {"run": ..., "log": ..., "train": {"save_every", "keep"}}
+LENGTH = ("train.epochs", "train.steps")  # what --extend may change
+LINES = {"metrics.jsonl": {"step": int, "split": str}}  # what every line of a file has to have
+
+
+class Standing(NamedTuple):
+    """How far a run is when it is started, as the first process found it."""
+
+    point: Path | None = None  # the checkpoint to go on from
+    step: int = 0
+    place: int = 0  # examples of the plan's stream that are done
+    evaluated: bool = False  # whether metrics.jsonl has an evaluation of this step
+    finished: bool = False
+    said: tuple[str, ...] = ()
 
 
 class Run:
@@ -36,7 +47,8 @@ class Run:
 
     def __init__(self, recipe: BaseRecipe) -> None:
         self.recipe, self.folder = recipe, recipe.folder
-        self._handle: int | None = None  # of the folder, locked
+        self.standing, self.identity = Standing(), dict[str, Any]()
+        self._before: BaseRecipe | None = None  # of the run that is gone on with
 
     @property
     def checkpoints(self) -> Path:
@@ -48,106 +60,157 @@ class Run:
         """Where the result is put, whole or not at all."""
         return self.folder / "final"
 
-    @property
-    def finished(self) -> bool:
-        """Whether the run has come to its end."""
-        return self.final.is_dir()
+    def check(self, fresh: bool, extend: bool = False) -> None:
+        """Raise UserError if the folder, which this process holds, has something that this run must not touch.
 
-    def check(self, fresh: bool) -> None:
-        """Raise UserError if the folder holds something that this run must not touch. Writes nothing."""
+        Writes nothing, but finishes the removal of a run that was started over when it was killed.
+        """
         for name in self.recipe.log.trackers:
             if find_spec(name) is None:
                 raise UserError(f"log.trackers: {name} is not installed; run: pip install {name}")
         folder = self.folder
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"run: {folder} is a file; name another folder")
-        if not folder.is_dir() or all(path.name.startswith(".writing-") for path in folder.iterdir()):
+        finish_removal(folder)
+        if is_empty(folder):
+            if extend:
+                raise UserError(f"--extend: {folder} holds no run yet; start it without --extend")
             return
-        saved = folder / "recipe.yaml"
-        if not saved.is_file():
-            raise UserError(f"run: {folder} holds files but no run (no recipe.yaml); name another folder")
+        if not is_run(folder):
+            raise UserError(
+                f"run: {folder} holds files but no run of align (no recipe.yaml that a run wrote); name another folder"
+            )
         if fresh:
             return
         try:
-            other = load_recipe(saved, [], type(self.recipe))
+            other = load_recipe(folder / "recipe.yaml", [], type(self.recipe))
         except UserError as error:
             raise UserError(
                 f"run: {folder} holds another run ({error.problems[0]}); name another folder, "
                 "or start over with --fresh"
             ) from None
-        changed = _differences(other.model_dump(exclude=FREE), self.recipe.model_dump(exclude=FREE))
-        if changed:
+        changed = differences(other.model_dump(exclude=FREE), self.recipe.model_dump(exclude=FREE))
+        length = [change for change in changed if change.startswith(LENGTH)]
+        if changed and not (extend and changed == length):
+            longer = "; --extend goes on with it to the new end" if changed == length else ""
             raise UserError(
                 f"run: {folder} holds another run, which differs in {'; '.join(changed)}; "
-                "name another folder (run=…), or start over with --fresh, which deletes it"
+                f"name another folder (run=…), or start over with --fresh, which deletes it{longer}"
+            )
+        self._before = other
+
+    def look(self, identity: Identity, examples: Examples, fresh: bool, extend: bool) -> Standing:
+        """How far the run is. Raises UserError where it is of other data, and where it cannot be extended so."""
+        if fresh or self._before is None:
+            return Standing()
+        point, passed_over = newest_checkpoint(self.checkpoints)
+        state = load_state(point) if point else {}
+        self._check_same(identity, state)
+        step, place = state.get("step", 0), state.get("place", 0)
+        end = self._end()
+        plan = Plan(self.recipe, examples, step, place)
+        if place > plan.total or step > plan.steps:
+            raise UserError(f"--extend: {step:,} steps are done; train.steps or train.epochs asks for fewer")
+        finished = end is not None and end in (plan.steps, -1)
+        if end is not None and not finished and point is None:
+            raise UserError(
+                f"--extend: {self.checkpoints} has no whole checkpoint to go on from; to go on from the result's "
+                f"weights, name another folder (run=…) with train.start_from={self.final}"
+            )
+        tidy_checkpoints(self.checkpoints)
+        tidy(self.folder)
+        if point:
+            point = point.with_name(point.name.removeprefix(".old-"))
+        records = self.records("metrics.jsonl")
+        evaluated = any(record["step"] == step and record["split"] == "eval" for record in records)
+        said = (*passed_over, *self._extended(examples, plan))
+        return Standing(point, step, place, evaluated, finished, said)
+
+    def _check_same(self, identity: Identity, state: dict[str, Any]) -> None:
+        """UserError, with what changed and the ways on, where the run was trained on something else."""
+        there = self._identity_there() or state.get("identity")
+        if there is None:  # nothing was trained yet, or nobody knows on what
+            return
+        changed = changes(there, identity)
+        if not changed and state.get("identity", there) != there:
+            changed = ["its newest checkpoint is of other data"]
+        if changed:
+            raise UserError(
+                f"run: {self.folder} was trained on something else: {'; '.join(changed)}. Restore what changed to go "
+                f"on with this run; or train its weights on in another folder (run=… train.start_from={self.folder}); "
+                "or start over with --fresh, which deletes it"
             )
 
-    def resume_point(self, fresh: bool) -> tuple[Path | None, list[str]]:
-        """The checkpoint to go on from, and what to say of those passed over."""
-        return (None, []) if fresh else newest_checkpoint(self.checkpoints)
+    def _identity_there(self) -> Identity | None:
+        file = self.folder / "data.json"
+        found = parsed(file.read_bytes()) if file.is_file() else None
+        return (found or {}).get("identity")
 
-    def open(self, data: Prepared, fresh: bool, step: int) -> None:
-        """Make the folder ready to go on after `step`: what is later is cut off; with `fresh`, all is."""
-        self._lock()
-        if fresh:
-            for name in reversed(OWN):  # what tells whose the folder is goes last
-                path = self.folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        write_atomic(self.folder / "recipe.yaml", dump_recipe(self.recipe))
-        write_atomic(self.folder / "environment.json", json.dumps(environment(), indent=1))
+    def _end(self) -> int | None:
+        """The step that the result is of; None without one, -1 where it does not say."""
+        file = self.final / "align.json"
+        if not self.final.is_dir():
+            return None
+        about = parsed(file.read_bytes()) if file.is_file() else None
+        return (about or {}).get("step", -1)
+
+    def _extended(self, examples: Examples, plan: Plan) -> list[str]:
+        """What there is to say of a run that now ends later than it was planned to."""
+        assert self._before is not None
+        before = Plan(self._before, examples, plan.begun, plan.at).steps
+        if before == plan.steps:
+            return []
+        optim, step = self.recipe.optim, plan.begun
+        said = [f"extended: {plan.steps:,} steps in place of {before:,}"]
+        ahead = range(step + 1, plan.steps + 1)
+        if any(learning_rate(optim, k, plan.steps) != optim.learning_rate for k in ahead):
+            said.append(f"the learning rate follows the new plan from step {step + 1} on")
+        if plan.at != step * plan.per_step:
+            said.append("a step that had fewer examples was the last one before, so later steps begin elsewhere")
+        return ["; ".join(said)]
+
+    def open(self, data: Prepared, fresh: bool, steps: int, say: Callable[[str], object] = lambda line: None) -> None:
+        """Make the folder ready to go on to step `steps`: what is later than the checkpoint is cut off; with `fresh`,
+        the run that is there goes."""
+        if fresh and is_run(self.folder):
+            remove_run(self.folder)
+        write_atomic(self.folder / "recipe.yaml", run_recipe(self.recipe))
+        write_atomic(self.folder / "environment.json", to_json(environment(), indent=1))
         data.ledger.write(self.folder / "ledger.jsonl")
-        about = {"train": _described(data.train), "eval": _described(data.eval), "summary": data.summary}
-        write_atomic(self.folder / "data.json", json.dumps(about, indent=1, ensure_ascii=False))
-        # A checkpoint comes after its step's metrics, but before the answers at the end.
-        for name, kept_to in (("metrics.jsonl", step), ("episodes.jsonl", step), ("samples.jsonl", step - 1)):
+        sides = {"train": _described(data.train), "eval": _described(data.eval)}
+        about = {**sides, "summary": data.summary, "identity": self.identity}
+        write_atomic(self.folder / "data.json", to_json(about, indent=1))
+        for name in ("metrics.jsonl", "episodes.jsonl", "samples.jsonl"):
             if name == "episodes.jsonl" and not (self.folder / name).is_file():
                 continue  # PPO's alone
-            kept = [line for line in self.records(name) if line["step"] <= kept_to and step > 0]
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-            write_atomic(self.folder / name, text)
+            kept = [record for record in self.records(name, say) if self._stays(name, record, steps)]
+            write_atomic(self.folder / name, "".join(to_json(record) + "\n" for record in kept))
 
-    def _lock(self) -> None:
-        """Two runs never write into one folder; the lock lives and dies with this process."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise UserError(f"run: another process is writing to {self.folder}; wait for it, or stop it") from None
-
-    def close(self) -> None:
-        """Let go of the folder."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+    def _stays(self, name: str, record: dict[str, Any], steps: int) -> bool:
+        """A checkpoint comes after its step's training, and before all else at that step, which is done again: an
+        evaluation now, the rest at the end."""
+        step, split = record["step"], record.get("split")
+        if step != self.standing.step or not step:
+            return step < self.standing.step
+        if split == "train":
+            return True
+        return step < steps and split != "eval" and name != "episodes.jsonl"
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a line to a JSONL file."""
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        line = (to_json(record) + "\n").encode()
+        path = self.folder / name
+        with speaking(path, len(line)), path.open("ab") as file:
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())  # before the checkpoint that relies on it
 
     def summarise(self, numbers: dict[str, Any]) -> None:
         """Write the run's cost."""
-        write_atomic(self.folder / "summary.json", json.dumps(numbers, indent=1))
+        write_atomic(self.folder / "summary.json", to_json(numbers, indent=1))
 
-    def last(self, split: str) -> dict[str, Any] | None:
-        """The newest line of metrics.jsonl of a split."""
-        lines = [record for record in self.records("metrics.jsonl") if record["split"] == split]
-        return lines[-1] if lines else None
-
-    def records(self, name: str) -> list[dict[str, Any]]:
-        """The lines of a JSONL file; none where there is no file."""
-        path = self.folder / name
-        records = []
-        for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break  # the last line, torn by a kill
-        return records
+    def records(self, name: str, say: Callable[[str], object] = lambda line: None) -> list[dict[str, Any]]:
+        """The lines of a JSONL file, each with its `step`; none where there is no file. `say` is told of a torn one."""
+        remedy = "restore the file, or start over with --fresh"
+        return read_lines(self.folder / name, LINES.get(name, {"step": int}), say=say, remedy=remedy)
 
 
 def open_trackers(run: Run) -> list[GeneralTracker]:
@@ -176,8 +239,9 @@ def _described(examples: Examples) -> dict[str, Any]:
     }
 
 
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+def differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """Values of nested sections that are not the same, each as `key: this there, that here`."""
     if isinstance(there, dict) and isinstance(here, dict):
         keys = dict.fromkeys([*there, *here])
-        return [d for k in keys for d in _differences(there.get(k), here.get(k), f"{name}.{k}".lstrip("."))]
+        return [d for k in keys for d in differences(there.get(k), here.get(k), f"{name}.{k}".lstrip("."))]
     return [] if there == here else [f"{name}: {json.dumps(there)} there, {json.dumps(here)} here"]

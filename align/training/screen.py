@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -24,6 +24,7 @@ class Screen:
 
     def __init__(self, console: Console, steps: int | None = None, done: int = 0) -> None:
         self.console, self.steps = console, steps
+        self.heed: Callable[[], None] = lambda: None  # called between items; what it raises ends the tracking
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -65,6 +66,7 @@ class Screen:
         task = self.bars.add_task(doing, total=len(items))
         told = time.monotonic()
         for number, item in enumerate(items):
+            self.heed()
             yield item
             self.bars.advance(task)
             if not self.console.is_terminal and time.monotonic() - told > 30:

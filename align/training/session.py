@@ -1,13 +1,18 @@
-"""What a running stage stands on: its recipe, its processes and its screen."""
+"""What a running stage stands on: its recipe, its processes, its screen, its folder and the signals that stop it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from accelerate import Accelerator
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from align.data.examples import Examples
 from align.data.marking import show
 from align.data.mixture import Prepared, counting, prepare
 from align.data.reading import Reading
@@ -18,10 +23,24 @@ from align.models.limits import Wanted, check, check_prompt, limits_of
 from align.models.results import SCORING
 from align.models.sources import foreign
 from align.recipe.errors import UserError, printable
+from align.recipe.locks import claimed
 from align.recipe.schema import BaseRecipe, Data
+from align.training.identity import identity_of
+from align.training.processes import any_asked, decided, first_then_others
 from align.training.run import Run
+from align.training.start import find_start
+from align.training.stops import Signals, Stopped
 
 SHOWN = 3  # examples that --show prints
+T = TypeVar("T")
+
+
+class Begun(NamedTuple):
+    """A run that has something left to do."""
+
+    run: Run
+    data: Prepared
+    others: dict[str, Examples]  # what it reads besides, by name
 
 
 @dataclass(frozen=True)
@@ -33,33 +52,93 @@ class Session:
     console: Console  # silent on all processes but the first
     fresh: bool
     show: bool
+    extend: bool = False
+    signals: Signals = field(default_factory=Signals)
+    held: ExitStack = field(default_factory=ExitStack)  # what is let go of when the stage ends
 
     @property
     def first(self) -> bool:
         """Whether this process is the one that writes and speaks."""
         return self.accelerator.is_main_process
 
-    def begin(self, reading: Reading, room: int = 0, key: str = "") -> tuple[Run, Prepared] | None:
+    def begin(
+        self,
+        reading: Reading,
+        others: Mapping[str, tuple[Reading, Data]] | None = None,
+        results: Mapping[str, str] | None = None,
+        records: bool = False,
+        room: int = 0,
+        key: str = "",
+    ) -> Begun | None:
         """The run's folder and its data; None where there is nothing to train: after `--show`, or in a finished run.
 
-        `room`: tokens that are sampled after each example, as the recipe's `key` says.
+        `others`: what else the stage reads, by name; `results` and `records` as in `identity_of`; `room`: tokens that
+        are sampled after each example, as the recipe's `key` says.
         """
-        run = Run(self.recipe)
-        run.check(self.fresh)
-        with self.accelerator.main_process_first():  # the first fetches what is not there yet
-            tokenizer = load_tokenizer(self.recipe.model)
+        run = self.open_run()
+        tokenizer = self.tokenizer()
         data = self.prepare(tokenizer, reading, room=room, key=key)
+        more = {name: self.prepare(tokenizer, *other).train for name, other in (others or {}).items()}
         if self.show:
             self.show_examples(data, tokenizer)
             return None
-        return (run, data) if self.unfinished(run) else None
+        sides = {"train": data.train, "eval": data.eval, **more}
+        return Begun(run, data, more) if self.unfinished(run, tokenizer, sides, results, records) else None
 
-    def unfinished(self, run: Run) -> bool:
-        """Whether there is something left to do; says so where there is not."""
-        if run.finished and not self.fresh:
-            self.say(f"{run.final} is already there: nothing to do (--fresh starts over)")
-            return False
-        return True
+    def open_run(self) -> Run:
+        """The run, its folder held and checked before anything in it is read; `--show` looks at no folder."""
+        run = Run(self.recipe)
+        if not self.show:
+            self.decided(lambda: self._claim(run))
+        return run
+
+    def _claim(self, run: Run) -> None:
+        self.claim(run.folder)
+        run.check(self.fresh, self.extend)
+        if self.recipe.train.start_from:
+            find_start(self.recipe.train.start_from)
+
+    def claim(self, folder: Path) -> None:
+        """Hold a folder until the stage ends; for the first process alone. UserError where another process has it."""
+        self.held.enter_context(claimed(folder))
+
+    def unfinished(
+        self,
+        run: Run,
+        tokenizer: PreTrainedTokenizerBase,
+        sides: Mapping[str, Examples],
+        results: Mapping[str, str] | None = None,
+        records: bool = False,
+    ) -> bool:
+        """Whether there is something left to do; says so where there is not.
+
+        Raises UserError where the run in the folder was trained on something else than these `sides`.
+        """
+
+        def look() -> tuple:
+            identity = identity_of(self.recipe, tokenizer, sides, results, records)
+            return identity, run.look(identity, sides["train"], self.fresh, self.extend)
+
+        run.identity, run.standing = self.decided(look)
+        if run.standing.finished:
+            self.say(
+                f"{run.final} is already there: nothing to do (--fresh starts over, --extend goes on to larger "
+                "train.steps or train.epochs)"
+            )
+        return not run.standing.finished
+
+    def decided(self, function: Callable[[], T]) -> T:
+        """What `function` gives in the first process, in all."""
+        return decided(self.accelerator, function)
+
+    def heed(self) -> None:
+        """Raise Stopped where any process was asked to stop; every process has to come by here."""
+        if any_asked(self.accelerator, bool(self.signals.asked)):
+            raise Stopped
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The recipe's; the first process fetches what is not there yet."""
+        return first_then_others(self.accelerator, lambda: load_tokenizer(self.recipe.model))
 
     def prepare(
         self,
@@ -74,8 +153,12 @@ class Session:
         Raises UserError for what the model cannot take, before it is loaded.
         """
         recipe = self.recipe
-        with self.accelerator.main_process_first(), counting(self.console) as progress:
-            data = prepare(section or recipe.data, tokenizer, reading, recipe.seed, cache_folder(), progress)
+
+        def read() -> Prepared:
+            with counting(self.console) as progress:
+                return prepare(section or recipe.data, tokenizer, reading, recipe.seed, cache_folder(), progress)
+
+        data = first_then_others(self.accelerator, read)
         for line in data.summary:
             self.say(line)
         self.check_limits(tokenizer, [Wanted(side, room, key) for side in (data.train, data.eval)])

@@ -64,14 +64,22 @@ def restore(path: Path, named: Named, optimizer: torch.optim.Optimizer, fingerpr
         )
     if tensors["model"].keys() != named.keys():
         raise UserError(f"{path} holds other weights than this recipe trains; start over with --fresh")
+    put_back(tensors["model"], tensors["optimizer"], named, optimizer)
+    return state
+
+
+def put_back(
+    weights: dict[str, Tensor], moments: dict[str, Tensor], named: Named, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Whole tensors into the parameters of these names, and `name/key` ones into the optimizer's state."""
     with torch.no_grad():
         for name, p in named.items():
-            p.copy_(_like(tensors["model"][name], p))
-    for key, value in tensors["optimizer"].items():
+            p.copy_(_like(weights[name], p))
+    for key, value in moments.items():
         name, _, moment = key.rpartition("/")
         p = named[name]
-        optimizer.state[p][moment] = value.to(p.device) if value.ndim == 0 else _like(value, p)  # the former its step
-    return state
+        own = value.clone()  # else it would go on to be a part of the file
+        optimizer.state[p][moment] = own.to(p.device) if own.ndim == 0 else _like(own, p)  # the former its step
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -26,9 +26,11 @@ class Hooks(NamedTuple):
     """What follows from the sums of a whole evaluation."""
     conclude: Callable[[Loop], dict[str, Any]] = lambda loop: {}
     """After the last step; what it returns stands in the result's align.json."""
+    labels: list[str] | None = None
+    """What the outputs of a head are."""
 
 
-def fit(session: Session, run: Run, trunk: Trunk, data: Prepared, loss: Loss, **hooks: Callable) -> None:
+def fit(session: Session, run: Run, trunk: Trunk, data: Prepared, loss: Loss, **hooks: Any) -> None:
     """Train on the data to the end of the plan, or to a signal; leave `final/` and `report.html`.
 
     `loss(trunk, batch)` gives a sum and metrics; `hooks`: those of `Hooks`.
@@ -41,7 +43,7 @@ class Supervised:
 
     def __init__(self, loss: Loss, hooks: Hooks) -> None:
         self.loss, self.hooks = loss, hooks
-        self.conclude = hooks.conclude
+        self.conclude, self.labels = hooks.conclude, hooks.labels
 
     def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
         """One optimizer step."""

@@ -1,0 +1,74 @@
+"""What a run tells, on its screen, in its files and to trackers: before its first step, at each step, at its end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from align.models.decode import answer
+from align.training.meters import costs
+from align.training.report import write_report
+from align.training.run import open_trackers
+
+if TYPE_CHECKING:
+    from align.training.loop import Loop
+
+
+def introduce(loop: Loop) -> None:
+    """What is going to be trained, on what, and for how long."""
+    plan, trunk, say = loop.plan, loop.trunk, loop.session.say
+    if loop.session.first:
+        loop.trackers = open_trackers(loop.run)
+    trained = sum(p.numel() for p in loop.named.values())
+    total = sum(p.numel() for p in loop.model.parameters())
+    say(
+        f"{trunk.base_name} on {loop.accelerator.num_processes} x {trunk.device.type} ({torch.get_num_threads()} "
+        f"threads), {str(trunk.dtype).removeprefix('torch.')}, {trunk.layout} layout; "
+        f"{trained:,} of {total:,} parameters train"
+    )
+    for remark in trunk.remarks:
+        say(remark)
+    mean = float(loop.data.train.lengths.mean()) * plan.per_step
+    say(
+        f"{plan.shape} (about {mean:,.0f} tokens a step), {plan.epoch_size / plan.per_step:,.1f} steps an epoch, "
+        f"rows of up to {loop.batches.row_tokens:,} tokens"
+    )
+
+
+def log(loop: Loop, record: dict[str, Any], quiet: bool = False) -> None:
+    """A record of metrics.jsonl; with `quiet`, only the bar on the screen moves."""
+    if not loop.session.first:
+        return
+    loop.screen.tell(record, quiet)
+    if quiet:
+        return
+    loop.run.append("metrics.jsonl", record)
+    named = {k: v for k, v in record.items() if isinstance(v, int | float)}
+    numbers = {f"{record['split']}/{k}": v for k, v in named.items() if k != "step"}
+    for tracker in loop.trackers:
+        tracker.log(numbers, step=record["step"])
+
+
+def samples(loop: Loop) -> None:
+    """Answers to the recipe's prompts, before and after training; every process takes part (shards)."""
+    log = loop.recipe.log
+    alone = loop.accelerator.num_processes == 1
+    heed = loop.session.signals.heed if alone else None  # several stop together, between two prompts
+    for prompt in loop.screen.track(log.samples, "answering"):
+        response = answer(loop.trunk, prompt, log.sample_tokens, log.samples_as, heed)
+        if loop.session.first:
+            loop.run.append("samples.jsonl", {"step": loop.step, "prompt": prompt, "response": response})
+
+
+def close(loop: Loop) -> None:
+    """Wait for the disk, then write summary and report."""
+    if loop.session.first:
+        durable = loop.writer.wait()
+        for tracker in loop.trackers:
+            tracker.finish()
+        cost = {"steps": loop.step, "tokens_seen": loop.tokens_seen, "train_seconds": loop.elapsed}
+        saving = {"save_blocking_seconds": loop.blocking_seconds, "save_durable_seconds": durable}
+        loop.run.summarise(cost | costs(loop.trunk, loop.throughput, loop.data.train.lengths) | saving)
+        write_report(loop.run.folder)
+    loop.accelerator.wait_for_everyone()
