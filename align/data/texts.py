@@ -13,16 +13,23 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def said(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], response: Sequence[int], ends: Collection[int] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    response: Sequence[int],
+    ends: Collection[int] = (),
+    stops: Collection[str] = (),
 ) -> str:
     """What a response, token ids (k,), adds to the text of its prompt, token ids (l,).
 
     prompt + response is the text of all tokens decoded together: many decoders drop the blank before the first token,
-    so a response decoded alone would lose one. A last token that is one of `ends` is no part of the text, nor are
-    special tokens. Where the prompt ends within a character, the response begins with that character.
+    so a response decoded alone would lose one. A last token that is one of `ends` is no part of the text, nor is a text
+    of `stops` that ends it, nor are special tokens. Where the prompt ends within a character, the response begins with
+    that character.
     """
     before = decoded(tokenizer, prompt).rstrip("\ufffd")
     kept = response[:-1] if len(response) and int(response[-1]) in ends else response
     whole = decoded(tokenizer, [*prompt, *kept])
     # A decoder that rewrites what it wrote before has no such beginning; then the response's own text is all there is.
-    return whole[len(before) :] if whole.startswith(before) else decoded(tokenizer, kept)
+    text = whole[len(before) :] if whole.startswith(before) else decoded(tokenizer, kept)
+    stop = next((stop for stop in stops if text.rstrip().endswith(stop)), "")
+    return text.rstrip().removesuffix(stop) if stop else text

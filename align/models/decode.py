@@ -76,7 +76,7 @@ def answer(trunk: Trunk, prompt: str, most: int, written_as: Literal["chat", "te
     ids = asked_ids(trunk.tokenizer, prompt, written_as)
     if trunk.packed:
         ((response,),) = sample(trunk, [ids], Sampling(most, temperature=0), [(0,)], heed=heed)
-        return trunk.tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
+        return trunk.said(ids, response.tokens).strip()
     with trunk.generating() as model:  # layers that keep another state than keys and values
         inputs = torch.tensor(ids[None], dtype=torch.long, device=trunk.device)
         out = model.generate(
@@ -87,7 +87,7 @@ def answer(trunk: Trunk, prompt: str, most: int, written_as: Literal["chat", "te
             pad_token_id=trunk.tokenizer.pad_token_id,
             tokenizer=trunk.tokenizer,
         )
-    return trunk.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+    return trunk.said(ids, out[0, len(ids) :].tolist()).strip()
 
 
 def asked_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, written_as: Literal["chat", "text"]) -> np.ndarray:

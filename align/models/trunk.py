@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from align.data.ends import turn_ends
+from align.data.texts import said
 from align.data.trees import FLEX_BLOCK, Forest
 from align.models import compiled
 from align.models.attention import NAME as FOREST
@@ -129,6 +131,10 @@ class Trunk(nn.Module):
         named = getattr(self.plain.generation_config, "eos_token_id", None)
         ends = {self.tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or [])}
         return {int(end) for end in ends if end is not None}.union(turn_ends(self.tokenizer).ids)
+
+    def said(self, prompt: Sequence[int], response: Sequence[int]) -> str:
+        """What a response, token ids (k,), adds to the text of its prompt, (l,), without what ends its turn."""
+        return said(self.tokenizer, prompt, response, self.end_tokens, turn_ends(self.tokenizer).texts)
 
     def generation_config(self) -> GenerationConfig:
         """The base's, with the ends of turns: for `generate` and for what is saved."""

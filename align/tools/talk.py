@@ -13,9 +13,7 @@ import numpy as np
 
 from align.data.formats import Fault, Row
 from align.data.prompts import prompts
-from align.data.texts import said
 from align.models.decode import sample
-from align.models.rows import end_tokens
 from align.models.sampling import Sampling
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
@@ -70,8 +68,8 @@ class Talk:
             )
         how = self.sampling._replace(max_new=min(self.sampling.max_new, room))
         tokens: list[int] = []
-        before, ends = prompt[-NEAR:], end_tokens(self.trunk)
-        stream = Stream(lambda tokens: said(self.trunk.tokenizer, before, tokens, ends), say)
+        before = prompt[-NEAR:]
+        stream = Stream(lambda tokens: self.trunk.said(before, tokens), say)
 
         def heed(more: list[int]) -> None:
             if stopping():

@@ -19,11 +19,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from align.data.texts import decoded, said
+from align.data.texts import decoded
 from align.data.trees import Forest, Tree
 from align.models.decode import Heed, Response, sample
 from align.models.roles import Entropy, Roles, Said
-from align.models.rows import end_tokens
 from align.models.sampling import Sampling
 from align.models.trunk import Trunk
 from align.objectives.losses import path_counts
@@ -138,9 +137,8 @@ def sampled(
 
 def texts(trunk: Trunk, episodes: Episodes) -> list[tuple[str, str]]:
     """Prompt and response of every episode, (E,), as text; an end of turn and special tokens are no part of it."""
-    tokenizer, ends = trunk.tokenizer, end_tokens(trunk)
     return [
-        (decoded(tokenizer, prompt), said(tokenizer, prompt, response.tokens, ends))
+        (decoded(trunk.tokenizer, prompt), trunk.said(prompt, response.tokens))
         for prompt, responses in zip(episodes.prompts, episodes.responses, strict=True)
         for response in responses
     ]

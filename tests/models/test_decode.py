@@ -92,6 +92,7 @@ def test_a_response_ends_where_the_chat_template_ends_turns(tmp_path):
     assert response.ended
     assert text.strip() in trunk.tokenizer.decode(response.tokens)
     assert len(response.tokens) <= 6
+    assert not trunk.said(PROMPTS[0], response.tokens).rstrip().endswith(text.strip())
     assert any(repr(text.strip()) in remark for remark in trunk.remarks)
     trunk.save(tmp_path / "text", {}, {})
     assert GenerationConfig.from_pretrained(tmp_path / "text").stop_strings == [text.strip()]
