@@ -36,4 +36,6 @@ def _empty(value: Any) -> bool:
         return all(map(_empty, value))
     if isinstance(value, dict):
         return all(map(_empty, value.values()))
-    return not value or value != value  # nothing, 0, False, or the NaN of a table
+    if isinstance(value, int | float):
+        return not value or value != value  # 0, False, or the NaN of a table
+    return value is None or value == b""
