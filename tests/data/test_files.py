@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 from itertools import islice
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from data.voices import SMOLLM, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +20,8 @@ from align.data.files import read_file
 from align.data.formats import Fault, Row, read_rows
 from align.data.lines import CHUNK, Broken, json_array
 from align.data.paths import data_files, is_hub_id, survey
+from align.data.render import conversations
+from align.data.store import stored
 from align.data.tables import delimiter_note
 from align.recipe.errors import UserError
 from align.recipe.schema import Source
@@ -481,3 +485,16 @@ def test_paths_that_are_none(path):
     assert caught.value.problems[0].isprintable()
     assert len(caught.value.problems[0]) < 500
     is_hub_id(path)
+
+
+def test_files_that_are_none(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match=r"pipe.jsonl: neither a file nor a folder"):
+        data_files(str(tmp_path / "pipe.jsonl"))
+    with pytest.raises(UserError, match="the folder has no data file"):
+        data_files(str(tmp_path))
+    (tmp_path / "mem.jsonl").symlink_to("/proc/self/mem")  # it is there, and reading it fails
+    with pytest.raises(UserError, match=r"mem.jsonl: cannot be read: "):
+        list(read_rows(Source(path=str(tmp_path / "mem.jsonl"))))
+    with pytest.raises(UserError, match=r"mem.jsonl: cannot be read: "):
+        stored(Source(path=str(tmp_path / "mem.jsonl")), tiny_tokenizer(SMOLLM), conversations("last"), tmp_path / "c")
