@@ -16,6 +16,7 @@ from data.voices import SMOLLM, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from align.data.arrow import unpadded
 from align.data.files import read_file
 from align.data.formats import Fault, Row, read_rows
 from align.data.lines import CHUNK, Broken, json_array
@@ -361,6 +362,20 @@ def test_arrow_padding_is_left_out_and_a_written_null_stays(tmp_path):
     assert '"default": null' in json.dumps(read[1][0])
     assert "null" not in json.dumps(read[1][1][0])
     assert read[1][2][0][1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_arrow_json_is_read_as_what_it_says(tmp_path):
+    """The `datasets` library stores objects of differing keys so, such as the arguments of calls."""
+    said = pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(['{"a": null}', None]))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"s": pyarrow.StructArray.from_arrays([said], ["j"])}), tmp_path / "d.parquet"
+    )
+    assert list(read_file(tmp_path / "d.parquet")) == [(1, {"s": {"j": {"a": None}}}), (2, {"s": {}})]
+
+
+def test_padding_of_rows_whose_types_are_not_known():
+    row = {"a": None, "b": {"c": None, "d": [None, {"e": None, "f": 1}]}}
+    assert unpadded()(row) == {"a": None, "b": {"d": [None, {"f": 1}]}}
 
 
 def test_arrow_maps_keep_their_nulls_and_columns_stay(tmp_path):
