@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
-from world import align, lines, metrics, tree, weights, write_rows
+from world import align, lines, metrics, talk, tree, weights, write_rows
 
 from align import pipeline
 from align.recipe.document import Document
@@ -218,6 +218,16 @@ def test_a_function_is_known_by_its_file(folder):
     Path("mine").mkdir()
     Path("mine/rules.py").write_text("good = len")
     assert digests(recipe).keys() - before.keys() == {"mine/rules.py"}
+
+
+def test_the_files_of_a_pattern_and_of_linked_folders_are_inputs(folder):
+    for name in ("rows/a.jsonl", "more/b.jsonl"):
+        Path(name).parent.mkdir()
+        write_rows(Path(name), [talk("Hi", "Hello")])
+    Path("rows/in").symlink_to("../more")
+    for path, names in (("rows", {"rows/a.jsonl", "rows/in/b.jsonl"}), ("rows/*.jsonl", {"rows/a.jsonl"})):
+        recipe = stages(written({"sft": SFT | {"data": {"train": [{"path": path}]}}}))["sft"].recipe
+        assert digests(recipe).keys() >= names, path
 
 
 def test_the_table_shows_a_sweep_in_one_line_and_what_runs_of_it(folder):

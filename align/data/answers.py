@@ -13,22 +13,11 @@ from functools import partial
 from typing import Any
 
 from align.data.formats import system_of
+from align.data.message import Turn, said, turn_of
 from align.data.rows import Formats, Refused, Row, Shape
 from align.data.shown import a
-from align.data.turns import (
-    Turn,
-    alpaca_prompt,
-    check,
-    conversation,
-    encodable,
-    from_json,
-    keys_of,
-    remarks_of,
-    said,
-    settled,
-    tools_of,
-    turn_of,
-)
+from align.data.turns import alpaca_prompt, check, conversation, keys_of, remarks_of, settled, tools_of
+from align.data.values import encodable, from_json
 from align.data.verdicts import EXPECTED, verdict
 
 Talk = list[Turn]

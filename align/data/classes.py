@@ -25,7 +25,7 @@ from align.data.rows import Fault, Formats, Refused, Row, Shape
 from align.data.shown import meant, shown
 from align.data.store import Progress
 from align.data.trees import Tree
-from align.data.turns import encodable, filled
+from align.data.values import encodable, filled
 from align.recipe.errors import UserError
 from align.recipe.schema import Data, Eval, Source
 
@@ -110,7 +110,7 @@ def prepare_classes(
     if undersample:
         summary.append(f"undersampled: {ledger.dropped[UNDERSAMPLED]:,} rows of the frequent classes are left out")
     summary += [f"{name}: {_counted(side, labels)}" for name, side in sides.items() if len(side)]
-    return Sides(Prepared(sides["train"], sides["eval"], ledger, summary), sides["test"])
+    return Sides(Prepared(sides["train"], sides["eval"], ledger, list(map(shown, summary))), sides["test"])
 
 
 def class_numbers(examples: Examples) -> np.ndarray:

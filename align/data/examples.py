@@ -66,7 +66,8 @@ class Ledger:
     def write(self, path: Path) -> None:
         """As JSONL, in the order of files and lines."""
         entries = sorted(self.entries, key=lambda entry: (entry["file"], entry["line"]))
-        path.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries), encoding="utf-8")
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        path.write_bytes(lines.encode("utf-8", "backslashreplace"))  # a file's name may be no UTF-8
 
 
 class Examples:

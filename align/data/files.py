@@ -34,8 +34,8 @@ def read_hub(source: Source) -> Iterator[Record]:
 
     try:
         rows = datasets.load_dataset(source.path, source.name, split=source.split, streaming=True)
-        kind = rows.features.arrow_schema if rows.features else None
-        yield from enumerate((unpadded(row, kind) for row in rows), 1)
+        clean = unpadded(rows.features.arrow_schema if rows.features else None)
+        yield from enumerate(map(clean, rows), 1)
     except Exception as error:  # the hub client raises dozens of kinds
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -18,27 +18,24 @@ from typing import Any, NamedTuple
 from align.data.files import has_blank_lines, read_file, read_hub
 from align.data.lines import Broken, Record
 from align.data.media import text_alone
+from align.data.message import Turn
 from align.data.naming import check_mapping, renamed, turns_hint
 from align.data.paths import data_files, is_hub_id
 from align.data.rows import Fault, Formats, Refused, Row, Shape
 from align.data.shown import a, listed, meant
 from align.data.tables import by_place, delimiter_note
 from align.data.turns import (
-    Turn,
     alpaca,
     check,
-    encodable,
-    filled,
-    from_json,
     keys_of,
     messages,
     prompt_completion,
     remarks_of,
     settled,
     sharegpt,
-    text,
     tools_of,
 )
+from align.data.values import encodable, filled, from_json, text
 from align.data.verdicts import LABELS, learnable
 from align.recipe.errors import UserError
 from align.recipe.schema import Source

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from align.data.rows import Refused
-from align.data.shown import a
+from align.data.shown import a, shown
 
 KINDS = ("image", "video", "audio")
 NAMES = {f"{kind}{end}" for kind in KINDS for end in ("", "s", "_path", "_paths", "_url", "_urls", "_file", "_files")}
@@ -25,7 +25,7 @@ def part_of_text(at: str, kind: str) -> None:
     """Refuse a part of a turn's content whose type is an image, a video or a sound: `image_url`, `input_audio`, …"""
     found = next((word for word in KINDS if word in kind.lower()), None)
     if found:
-        raise Refused(f"{at}: {REASON} {found}s (a part of type '{kind[:40]}'); drop the row")
+        raise Refused(f"{at}: {REASON} {found}s (a part of type '{shown(kind, 40)}'); drop the row")
 
 
 def _empty(value: Any) -> bool:
@@ -36,4 +36,6 @@ def _empty(value: Any) -> bool:
         return all(map(_empty, value))
     if isinstance(value, dict):
         return all(map(_empty, value.values()))
-    return not value or value != value  # nothing, 0, False, or the NaN of a table
+    if isinstance(value, int | float):
+        return not value or value != value  # 0, False, or the NaN of a table
+    return value is None or value == b""

@@ -232,8 +232,12 @@ def _summary(train: Examples, held: Examples, ledger: Ledger, read: int, duplica
 
 
 def _counted(examples: Examples) -> str:
-    """Pairs, where every row is one, or rows with the answers to compare in them."""
+    """Pairs, where every row is one, or rows with the answers to compare in them, or the examples that rows are cut
+    into."""
     count, paths = len(examples), examples.paths
+    rows = sum(len(np.unique(part.rows)) for part in examples.parts)
+    if rows < count:
+        return f"{count:,} examples of {counted(rows)}"
     if count and (paths == 2).all():
         return f"{count:,} pair{'s' * (count != 1)}"
     return counted(count) + (f" with {paths.sum():,} answers" if (paths > 1).any() else "")

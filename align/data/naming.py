@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from statistics import mean
 from typing import Any
 
+from align.data.message import READ, ROLES
 from align.data.shown import in_yaml, listed, meant, shown
-from align.data.turns import READ, ROLES
 from align.data.verdicts import MARKS
 from align.recipe.errors import UserError
 from align.recipe.schema import Source

@@ -106,6 +106,8 @@ def _survey(path: str) -> Files:
     if kind_of(root) not in KINDS and not _tabbed(root):
         found = f"unknown extension '{kind_of(root)}'" if kind_of(root) else "no extension"
         raise UserError(f"{path}: {found}; expected one of {', '.join(KINDS)} (also .gz, except Parquet)")
+    if not root.is_file():
+        raise UserError(f"{path}: neither a file nor a folder, but a device or a pipe; write its rows into a file")
     return Files([root], [])
 
 

@@ -19,11 +19,13 @@ from align.data.chats import chat_of
 from align.data.control import controls_of
 from align.data.examples import Examples
 from align.data.formats import FORMATS, read_records
+from align.data.message import said
 from align.data.reading import Reading
 from align.data.render import Written, tokenised
 from align.data.rows import Fault, Formats, Refused, Row, Shape
 from align.data.trees import Tree
-from align.data.turns import check, encodable, remarks_of, said, settled, tools_of
+from align.data.turns import check, remarks_of, settled, tools_of
+from align.data.values import encodable
 
 ANSWER = {"role": "assistant", "content": "a"}  # stands in for the one to come
 

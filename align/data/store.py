@@ -28,6 +28,7 @@ from align.data.reading import Reading
 from align.data.render import prompt_key
 from align.data.rows import Fault, Row
 from align.data.trees import Tree
+from align.recipe.errors import UserError
 from align.recipe.locks import alone
 from align.recipe.schema import Source
 
@@ -240,11 +241,19 @@ def writer_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def _content(source: Source, reading: Reading) -> Any:
     """Names and hashes of the source's files; of a hub data set, which has none here, a hash of its rows."""
     if not is_hub_id(source.path):
-        return [[str(path), _digest(path)] for path in data_files(source.path)]
+        return [[str(path), _hashed(path)] for path in data_files(source.path)]
     rows = sha256()
     for row in read_rows(source, reading.formats):
         rows.update(json.dumps(row).encode())
     return [[source.path, source.name, source.split, rows.hexdigest()]]
+
+
+def _hashed(path: Path) -> str:
+    """The digest of a user's file. Raises UserError where it cannot be read."""
+    try:
+        return _digest(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _digest(path: Path) -> str:

@@ -6,36 +6,13 @@ raises `Refused` with the field, what was expected and what was found; `formats.
 
 from __future__ import annotations
 
-import json
-from typing import Any, NamedTuple
+from typing import Any
 
-from align.data.media import part_of_text, text_alone
+from align.data.message import ROLES, Turn, mapping, said, turn_of
 from align.data.rows import Refused
-from align.data.shown import a, in_yaml, listed, meant, shown
-from align.data.verdicts import DETAILS, MARKS, learnt, truth
-
-
-class Turn(NamedTuple):
-    """A canonical message and where in the row its role and its content stand."""
-
-    role_at: str
-    content_at: str
-    message: dict[str, Any]
-    remarks: tuple[str, ...] = ()  # as `Row.remarks`
-
-
-ROLES = {  # as data sets write them; "call" is an assistant turn whose content is a tool call in JSON
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
-    **dict.fromkeys(("function_call", "tool_call"), "call"),
-    **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response"), "tool"),
-}
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys that hold what the assistant thinks before it speaks
-READ = {  # the keys of a turn that are read besides role and content
-    "assistant": ("tool_calls", "function_call", *THOUGHTS, *DETAILS),
-    "tool": ("name", "tool_call_id"),
-}
+from align.data.shown import a, shown
+from align.data.values import filled, from_json, text
+from align.data.verdicts import truth
 
 
 def alpaca(row: dict[str, Any]) -> list[Turn]:
@@ -163,61 +140,6 @@ def keys_of(turns: Any) -> tuple[str, str]:
     return ("from", "value") if other and not named else ("role", "content")
 
 
-def turn_of(raw: Any, at: str, role_key: str, content_key: str) -> Turn:
-    """One turn in any of the ways that data sets write one."""
-    if not isinstance(raw, dict):
-        raise Refused(f"{at}: expected `{role_key}` and `{content_key}`, found {a(raw)}")
-    role_at, content_at = f"{at}.{role_key}", f"{at}.{content_key}"
-    for ours, key in (("role", role_key), ("content", content_key)):
-        excused = key == content_key and (raw.get("tool_calls") or raw.get("function_call"))
-        if key not in raw and not excused:
-            said_by = f"its keys are {listed(raw)}; name its own in the recipe: `turn_keys: {{{ours}: <key>}}`"
-            raise Refused(f"{at}.{key}: expected text, found nothing" + (f"; {said_by}" if raw else ""))
-    role = _role(role_at, raw[role_key])
-    content = raw.get(content_key)
-    message: dict[str, Any] = {"role": "assistant" if role == "call" else role, "content": content}
-    if role == "call":
-        message |= {"content": "", "tool_calls": _calls(content_at, from_json(content_at, content))}
-        if not message["tool_calls"]:
-            raise Refused(f"{content_at}: expected tool calls with `name` and `arguments`, found an empty list")
-    elif isinstance(content, list):
-        message |= _parts(content_at, content)
-    speaks = message["role"] == "assistant"
-    called = raw.get("tool_calls") or raw.get("function_call")  # the second is OpenAI's older name
-    calls = _calls(f"{at}.tool_calls", from_json(f"{at}.tool_calls", called)) if called else []
-    if not speaks and (calls or "tool_calls" in message):
-        raise Refused(f"{at}.tool_calls: only an assistant can call tools, found role {role}")
-    if role == "assistant":
-        if calls:
-            message["tool_calls"] = calls
-        message |= _thoughts(at, raw)
-        if message["content"] is None and message.get("tool_calls"):
-            message["content"] = ""
-    elif role == "tool":
-        message |= {key: text(f"{at}.{key}", raw[key]) for key in ("name", "tool_call_id") if raw.get(key)}
-    elif role == "system" and message["content"] is None:
-        message["content"] = ""
-    text(content_at, message["content"])
-    if not learnt(at, message["role"], raw) and speaks:
-        message["train"] = False
-    text_alone(f"{at}.", raw)
-    known = {role_key, content_key, *MARKS, *READ.get(message["role"], ())}
-    unread = [key for key, value in raw.items() if key not in known and value not in (None, "", [], {})]
-    return Turn(
-        role_at, content_at, message, tuple(f"nothing reads the key {listed([key])} of a turn" for key in unread)
-    )
-
-
-def _role(at: str, value: Any) -> str:
-    named = text(at, value)
-    role = ROLES.get(named.strip().lower())
-    if role is None:
-        raise Refused(
-            f"{at}: unknown role '{shown(named, 40)}'{meant(named.lower(), ROLES, 0.75) or _mapping([named])}"
-        )
-    return role
-
-
 def _known(turns: list[Any], at: str, key: str) -> None:
     """Refuse turns of which several have roles that are not known, and show how the recipe names them."""
     roles = [turn.get(key) if isinstance(turn, dict) else None for turn in turns]
@@ -225,92 +147,4 @@ def _known(turns: list[Any], at: str, key: str) -> None:
     named = list(dict.fromkeys(unknown))
     if len(named) > 1:
         names = ", ".join(f"'{shown(name, 40)}'" for name in named[:4])
-        raise Refused(f"{at}[{roles.index(named[0])}].{key}: unknown roles {names}{_mapping(named[:4])}")
-
-
-def _mapping(names: list[str]) -> str:
-    """How the recipe says who speaks, as far as one can guess."""
-    guesses = zip(names, ("user", "assistant", "system", "tool"), strict=False)
-    guessed = (f"{in_yaml(name[:40])}: {role}" for name, role in guesses)
-    return f"; say in the recipe who speaks so: `roles: {{{', '.join(guessed)}}}`"
-
-
-def _thoughts(at: str, raw: dict[str, Any]) -> dict[str, str]:
-    """`reasoning_content`, by whichever of its names the turn has it."""
-    thoughts = {key: text(f"{at}.{key}", raw[key]) for key in THOUGHTS if raw.get(key)}
-    if len(set(thoughts.values())) > 1:
-        raise Refused(f"{at}: {' and '.join(thoughts)} differ: which is what the assistant thinks?")
-    return {"reasoning_content": next(iter(thoughts.values()))} if thoughts else {}
-
-
-def _parts(at: str, parts: list[Any]) -> dict[str, Any]:
-    """Content in parts: OpenAI's {"type": "text", "text"}; LLaMA-Factory's {"type", "value"}."""
-    read: dict[str, list] = {"text": [], "reasoning": [], "tool_call": []}
-    for i, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str) or kind not in read:
-            part_of_text(f"{at}[{i}].type", str(kind))
-            raise Refused(f"{at}[{i}].type: expected one of {', '.join(read)}, found {a(kind if kind else part)}")
-        key = "text" if kind == "text" and part.get("text") is not None else "value"
-        where, value = f"{at}[{i}].{key}", part.get(key)
-        read[kind] += _calls(where, from_json(where, value)) if kind == "tool_call" else [text(where, value)]
-    message: dict[str, Any] = {"content": "".join(read["text"])}
-    if read["reasoning"]:
-        message["reasoning_content"] = "\n".join(read["reasoning"])
-    if read["tool_call"]:
-        message["tool_calls"] = read["tool_call"]
-    return message
-
-
-def _calls(at: str, calls: Any) -> list[dict[str, Any]]:
-    """Tool calls, one or a list, with or without a {"function"} wrapper; arguments an object or its JSON."""
-    read = []
-    for i, call in enumerate(calls if isinstance(calls, list) else [calls]):
-        function = call.get("function") or call if isinstance(call, dict) else call
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise Refused(f"{at}: expected tool calls with `name` and `arguments`, found {a(call)}")
-        given = function.get("arguments")
-        arguments = {} if given is None else from_json(f"{at}[{i}].arguments", given)
-        if not isinstance(arguments, dict):
-            raise Refused(f"{at}[{i}].arguments: expected an object, found {a(arguments)}")
-        named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        read.append(named | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
-    return read
-
-
-def said(role: str, at: str, content: Any) -> Turn:
-    """A turn whose content, a text, stands at `at`."""
-    return Turn(at, at, {"role": role, "content": text(at, content)})
-
-
-def text(at: str, value: Any) -> str:
-    """The value, which must be a text."""
-    if not isinstance(value, str):
-        raise Refused(f"{at}: expected text, found {a(value)}")
-    return value
-
-
-def filled(at: str, value: Any) -> str:
-    """The value, which must be a text with more than white space."""
-    if not text(at, value).strip():
-        raise Refused(f"{at}: expected text, found {'only white space' if value else 'an empty text'}")
-    return value
-
-
-def from_json(at: str, value: Any) -> Any:
-    """A nested value, which CSV cells and many columns hold as JSON text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"{at}: expected JSON, found {a(value)} ({error})") from error
-
-
-def encodable(at: str, value: Any) -> Any:
-    """The value, which must survive being written as UTF-8 JSON: half surrogate pairs, dates, NaN do not."""
-    try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise Refused(f"{at}: cannot be written as JSON in UTF-8: {error}") from error
-    return value
+        raise Refused(f"{at}[{roles.index(named[0])}].{key}: unknown roles {names}{mapping(named[:4])}")

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,9 @@ def digests(recipe: BaseModel) -> dict[str, str]:
     """Path -> digest of every file and folder that the recipe names; of a Python function, its file's."""
     found = {}
     for _, text in walk(recipe):
+        if isinstance(text, Source) and not is_hub_id(text.path):  # a pattern, or a folder with links in it
+            with suppress(UserError):  # what is missing is told by `missing`
+                found |= {str(file): digest(file) for file in data_files(text.path)}
         if isinstance(text, str):
             if FUNCTION.fullmatch(text):
                 text = text.partition(":")[0].replace(".", "/") + ".py"

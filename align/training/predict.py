@@ -29,8 +29,10 @@ from align.data.graft import graft
 from align.data.lines import Broken
 from align.data.packing import pack_padded
 from align.data.paths import data_files
+from align.data.rows import Refused
+from align.data.shown import a, meant
 from align.data.trees import Tree, plant
-from align.data.turns import Refused, a, encodable, filled, meant
+from align.data.values import encodable, filled
 from align.models.adapters import put, stranger, trunk_of
 from align.models.base import load_base
 from align.models.joined import fix_products

@@ -5,19 +5,24 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 from itertools import islice
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from data.voices import SMOLLM, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from align.data.arrow import unpadded
 from align.data.files import read_file
 from align.data.formats import Fault, Row, read_rows
 from align.data.lines import CHUNK, Broken, json_array
 from align.data.paths import data_files, is_hub_id, survey
+from align.data.render import conversations
+from align.data.store import stored
 from align.data.tables import delimiter_note
 from align.recipe.errors import UserError
 from align.recipe.schema import Source
@@ -359,6 +364,20 @@ def test_arrow_padding_is_left_out_and_a_written_null_stays(tmp_path):
     assert read[1][2][0][1]["tool_calls"][0]["function"]["arguments"] == {}
 
 
+def test_arrow_json_is_read_as_what_it_says(tmp_path):
+    """The `datasets` library stores objects of differing keys so, such as the arguments of calls."""
+    said = pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(['{"a": null}', None]))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"s": pyarrow.StructArray.from_arrays([said], ["j"])}), tmp_path / "d.parquet"
+    )
+    assert list(read_file(tmp_path / "d.parquet")) == [(1, {"s": {"j": {"a": None}}}), (2, {"s": {}})]
+
+
+def test_padding_of_rows_whose_types_are_not_known():
+    row = {"a": None, "b": {"c": None, "d": [None, {"e": None, "f": 1}]}}
+    assert unpadded()(row) == {"a": None, "b": {"d": [None, {"f": 1}]}}
+
+
 def test_arrow_maps_keep_their_nulls_and_columns_stay(tmp_path):
     kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
     table = pyarrow.table({"m": pyarrow.array([[("a", None)]], kind), "text": ["t"], "none": pyarrow.nulls(1)})
@@ -481,3 +500,16 @@ def test_paths_that_are_none(path):
     assert caught.value.problems[0].isprintable()
     assert len(caught.value.problems[0]) < 500
     is_hub_id(path)
+
+
+def test_files_that_are_none(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match=r"pipe.jsonl: neither a file nor a folder"):
+        data_files(str(tmp_path / "pipe.jsonl"))
+    with pytest.raises(UserError, match="the folder has no data file"):
+        data_files(str(tmp_path))
+    (tmp_path / "mem.jsonl").symlink_to("/proc/self/mem")  # it is there, and reading it fails
+    with pytest.raises(UserError, match=r"mem.jsonl: cannot be read: "):
+        list(read_rows(Source(path=str(tmp_path / "mem.jsonl"))))
+    with pytest.raises(UserError, match=r"mem.jsonl: cannot be read: "):
+        stored(Source(path=str(tmp_path / "mem.jsonl")), tiny_tokenizer(SMOLLM), conversations("last"), tmp_path / "c")

@@ -255,6 +255,11 @@ REFUSED = [
         {"messages": [HI[0], assistant("b", train_detail=[{"begin_offset": 0, "end_offset": 1, "train": False}])]},
         "messages[1].train_detail: parts of a turn cannot be marked",
     ),
+    (
+        "messages",
+        {"messages": [{"role": "system", "text": "a"}, *HI]},
+        "messages[0].content: expected text, found nothing; its",
+    ),
     ("messages", {"messages": HI, "loss_mask": [0]}, "loss_mask: expected a list of 2 marks, one a turn"),
     ("messages", {"messages": HI, "loss_mask": [0, 2]}, "loss_mask[1]: expected 0 or 1"),
     (
@@ -561,9 +566,9 @@ def test_turns_stand_in_the_order_that_the_row_has_them_in(name):
     assert convert({"messages": ORDERS[name]}, "messages", "f", 1) == Row("f", 1, ORDERS[name], None, None)
 
 
-@pytest.mark.parametrize("nothing", ["", "  ", None])
+@pytest.mark.parametrize("nothing", ["", "  ", None, "absent"])
 def test_a_system_turn_that_says_nothing_is_left_out_and_told(nothing):
-    row = {"messages": [system(nothing), *HI]}
+    row = {"messages": [{"role": "system"} if nothing == "absent" else system(nothing), *HI]}
     repairs = ("left out messages[0].content: an empty system turn",)
     assert convert(row, "messages", "f", 1) == Row("f", 1, HI, None, None, repairs)
 

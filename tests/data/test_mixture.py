@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from voices import VOICES
 
+from align.data.examples import Ledger
 from align.data.formats import read_rows
 from align.data.mixture import counting, prepare
 from align.data.render import conversations, render
@@ -364,6 +365,7 @@ def test_long_texts_are_cut_into_chunks_that_train_each_token_once(folder, token
         ("texts.jsonl", 5, "dropped"),
     ]  # fmt: skip
     assert "0 truncated, 2 cut into chunks, 0 repaired" in "\n".join(made.summary)
+    assert "examples of" in made.summary[-2]
     with pytest.raises(UserError, match="give it 2 or more"):
         _prepare(_data("texts.jsonl", max_length=1, overlong="chunk"), tokenizer, folder)
 
@@ -390,3 +392,11 @@ def test_a_mapping_of_names_is_part_of_the_key(folder, tokenizer):
         texts.append(tokenizer.decode(_prepare(data, tokenizer, folder).train.tree(0).segments[0]))
     assert ["user\none" in text for text in texts] == [True, False]
     assert ["system\none" in text for text in texts] == [False, True]
+
+
+def test_a_ledger_of_files_whose_names_are_no_utf8(tmp_path):
+    ledger = Ledger()
+    ledger.lose("half\udcff\u2028.jsonl", 3, "invalid", "broken")
+    ledger.write(tmp_path / "ledger.jsonl")
+    (line,) = (tmp_path / "ledger.jsonl").read_bytes().splitlines()
+    assert json.loads(line)["file"] == "half\udcff\u2028.jsonl"
