@@ -83,6 +83,21 @@ def test_the_coefficient_follows_its_target(whole):
     assert metrics(whole[0], "eval")[-1]["kl_coef"] == pytest.approx(expected, rel=1e-9)
 
 
+def test_another_run_starts_from_its_actor_and_critic(whole, here):
+    """From its folder both, with their moments; from its result the actor alone. It then says what it said before."""
+    reference, recipe = whole
+    last, critics = metrics(reference, "eval")[-1], {}
+    for start, what in ((reference, "weights and AdamW's moments of step 4"), (reference / "final", "its weights;")):
+        run = here / start.name
+        told = align(recipe, f"run={run}", "train.steps=1", f"train.start_from={start}", stage=ppo)
+        assert told.status == 0, told.err
+        assert f": {what}" in told.out
+        first = metrics(run, "eval")[0]
+        assert first | {name: last[name] for name in ("step", "kl_coef", "reward")} == last  # less a penalty of its own
+        critics[start.name] = metrics(run, "train")[0]["loss/value"]
+    assert critics["run"] != critics["final"]
+
+
 def test_two_processes_are_as_one(whole, here):
     """With three prompts a step; the same responses, and figures to 1e-4."""
     reference, recipe = whole

@@ -8,10 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import deciding
 import pytest
 import torch
-from world import WAIT, Child, align, metrics, weights
+from world import WAIT, Child, align, metrics, weights, write_rows
 
 STEPS = 20
 
@@ -104,3 +107,36 @@ def test_a_fault_on_two_processes(world, here):
         assert first.err
         assert "Traceback" not in first.err + second.err
         assert not (here / "run").exists()
+
+
+def test_what_the_first_process_finds_holds_for_all(here):
+    """What it gives, what it refuses, that it was asked to stop, that it failed; they wait for days, not minutes."""
+    told = {}
+    for how in ("gives", "refuses", "stops", "fails"):
+        (here / how).mkdir()
+        told[how] = [child.wait() for child in Child.pair(here / how, free_port(), how, stage=deciding)]
+    assert [one.out.splitlines() for one in told["gives"]] == [
+        ["seen by 0 [0]", "seen by 0 [0, 0]", "True False", "30 days"],
+        ["seen by 0 []", "seen by 1 [1]", "True False", "30 days"],
+    ]
+    assert [(one.status, one.out, one.err) for one in told["refuses"]] == [(2, "", "it is not there\n")] * 2
+    assert [(one.status, one.out) for one in told["stops"]] == [(0, "")] * 2
+    first, second = told["fails"]
+    assert (first.status, second.status, second.err) == (1, 1, "")
+    assert first.err.startswith("this is a fault of align: please report it, with the recipe and the lines below\n")
+    assert first.err.endswith("KeyError: 'a fault'\n")
+
+
+def test_a_killed_first_process_ends_those_that_wait_for_it(world, here):
+    """While it tokenises a large set, for which the other waits as long as it takes."""
+    write_rows(here / "many.jsonl", [{"text": f"{'word ' * 40}{i}"} for i in range(60_000)])
+    recipe = world.recipe(here / "recipe.yaml", data={"train": [{"path": "many.jsonl"}], "eval": {"sources": []}})
+    first, second = Child.pair(here, free_port(), recipe)
+    tokens = Path(os.environ["ALIGN_CACHE"]) / "tokens"
+    assert first.send_when(signal.SIGKILL, lambda: [*tokens.glob(".*.new/tokens.bin")])
+    began = time.monotonic()
+    told = second.wait()
+    assert told.status == 2, told.err
+    assert "Traceback" not in told.err
+    assert time.monotonic() - began < 20
+    assert not (here / "run").exists() or not any((here / "run").iterdir())

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b, file_digest, sha256
 from itertools import islice, pairwise
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,7 +123,9 @@ def stored(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with alone(folder.with_name(f".{folder.name}.lock")):
         if not _whole(folder):  # else another run was building it while this one waited
-            beside = Path(mkdtemp(prefix=".", dir=folder.parent))
+            beside = folder.with_name(f".{folder.name}.new")
+            shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
+            beside.mkdir()
             try:
                 _build(beside, source, tokenizer, reading, progress)
                 shutil.rmtree(folder, ignore_errors=True)

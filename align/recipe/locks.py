@@ -29,7 +29,9 @@ def claimed(folder: Path, what: str = "another process is writing to") -> Iterat
     except BlockingIOError:
         raise UserError(f"run: {what} {folder}; wait for it, or stop it") from None
     except (NotADirectoryError, FileExistsError):
-        raise UserError(f"run: {folder} is a file, or lies in one; name another folder") from None
+        file = next((path for path in (folder, *folder.parents) if path.exists() or path.is_symlink()), folder)
+        what = "is a file" if file == folder else f"lies in {file}, which is a file"
+        raise UserError(f"run: {folder} {what}; name another folder") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"run: {str(folder)!r} cannot be a folder to write to ({reason}); name another one") from None

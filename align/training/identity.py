@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from align.data.examples import Examples
 from align.data.prompts import asked
 from align.data.store import writer_of
 from align.models.base import base_folder, result_fingerprint, weights_fingerprint
+from align.recipe.errors import UserError
 from align.recipe.schema import BaseRecipe
 
 Identity = dict[str, Any]  # as JSON holds it
@@ -36,7 +38,6 @@ def identity_of(
     """
     writer = writer_of(tokenizer)
     folder = base_folder(recipe.model)
-    fresh = recipe.model.init == "random"
     adapters = recipe.model.adapter or []
     adapters = [adapters] if isinstance(adapters, str) else adapters
     folders = {f"model.adapter {name}": name for name in adapters} | dict(results or {})
@@ -44,7 +45,7 @@ def identity_of(
         "sides": {name: _side(examples, records) for name, examples in sides.items() if len(examples)},
         "template": _hash(writer.pop("chat")),
         "tokenizer": _hash(writer),
-        "base": _hash((folder / "config.json").read_text("utf-8")) if fresh else weights_fingerprint(folder),
+        "base": _base(folder, recipe.model.init == "random"),
         "results": {key: _result(Path(name).expanduser()) for key, name in folders.items()},
     }
 
@@ -109,6 +110,14 @@ def _side_changes(side: str, there: dict[str, Any], here: dict[str, Any], explai
         counts = f"other examples there, {here['examples']:,} of them as here"
     more = [f"and {len(told) - NAMED:,} more files"] if len(told) > NAMED else []
     yield f"{side}: " + ", ".join([counts, *told[:NAMED], *more])
+
+
+def _base(folder: Path, of_config: bool) -> str:
+    """The fingerprint of the base's weights, or where they are new, the hash of what they are made from."""
+    try:
+        return _hash((folder / "config.json").read_text("utf-8")) if of_config else weights_fingerprint(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"model.base: {folder} cannot be loaded ({str(error).splitlines()[0][:200]})") from None
 
 
 def _result(folder: Path) -> str | None:

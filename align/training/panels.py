@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,7 +68,9 @@ class Metrics(NamedTuple):
             if row is None or not isinstance(row.get("step"), int) or not isinstance(row.get("split"), str):
                 unreadable += 1
                 continue
-            numbers = {k: float(v) for k, v in row.items() if type(v) in (int, float)}
+            numbers = {
+                k: np.nan if v is None else float(v) for k, v in row.items() if type(v) in (int, float, NoneType)
+            }
             vectors = {k: np.array(v, np.float64) for k, v in row.items() if _is_vector(v)}
             splits.setdefault(row["split"], {}).setdefault(row["step"], {}).update(numbers)
             lists.setdefault(row["split"], {}).setdefault(row["step"], {}).update(vectors)

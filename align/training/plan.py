@@ -50,13 +50,16 @@ class Plan:
     @property
     def shape(self) -> str:
         """How many steps there are, of how many examples, in words."""
-        last = self.place(self.steps) - self.place(self.steps - 1) if self.steps > self.begun else self.per_step
-        short = f" (the last of {last:,})" if last < self.per_step else ""
-        size, steps = self.epoch_size, f"{self.steps:,} step{'s' * (self.steps != 1)}"
-        if self.per_step > size:
-            each = f"{self.per_step / size:,.1f}".removesuffix(".0")
-            return f"{steps} of {self.per_step:,} examples{short}: each of the {size:,} examples {each} times a step"
-        return f"{steps} of {self.per_step:,} examples{short}"
+        ahead = self.steps > self.begun
+        first = self.place(self.begun + 1) - self.at if ahead else self.per_step
+        last = self.place(self.steps) - self.place(self.steps - 1) if ahead else first
+        said = f"{self.steps:,} step{'s' * (self.steps != 1)} of {first:,} example{'s' * (first != 1)}"
+        if last < first:
+            said += f" (the last of {last:,})"
+        if first > self.epoch_size:
+            times = f"{first / self.epoch_size:,.1f}".removesuffix(".0")
+            said += f": each of the {self.epoch_size:,} of an epoch {times} times a step"
+        return said
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:

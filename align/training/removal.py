@@ -1,7 +1,8 @@
 """Whose a folder is, and how a run goes from it: whole, or not at all.
 
 A run is there as long as its `recipe.yaml` is. To remove it, that file is first renamed into `.old-run/`; from then on
-the run is gone, and whatever a kill leaves of its files is removed by the next start.
+the run is gone, and whatever a kill leaves of its files is removed by the next start. There it stays until the next
+run's `recipe.yaml` is written, so that the folder is known to be align's meanwhile.
 """
 
 from __future__ import annotations
@@ -40,13 +41,18 @@ def is_run(folder: Path) -> bool:
     return isinstance(told, dict) and told.get("stage") in STAGES and BaseRecipe.model_fields.keys() <= told.keys()
 
 
-def is_empty(folder: Path) -> bool:
-    """Whether nothing is here but what a kill left of the very first file."""
+def is_free(folder: Path) -> bool:
+    """Whether a run may begin here: nothing is here but what a kill left of a first file, or a run was removed."""
+    if (folder / ASIDE / RECIPE).exists():
+        return True
     return all(path.name.startswith(".writing-") or path.name == ASIDE for path in folder.iterdir())
 
 
 def remove_run(folder: Path) -> None:
-    """Delete what align wrote in the folder of a run, and nothing else; links are unlinked, never followed."""
+    """Delete what align wrote in the folder of a run, and nothing else; links are unlinked, never followed.
+
+    `forget_removal` is to follow, as soon as the next run's recipe is written.
+    """
     aside = folder / ASIDE
     aside.mkdir(exist_ok=True)
     (folder / RECIPE).replace(aside / RECIPE)
@@ -56,14 +62,17 @@ def remove_run(folder: Path) -> None:
 
 def finish_removal(folder: Path) -> None:
     """Go on with what a kill interrupted; nothing where there is nothing to do."""
-    aside = folder / ASIDE
-    if not aside.is_dir() or aside.is_symlink():
-        return
-    if (aside / RECIPE).exists():
+    if (folder / ASIDE / RECIPE).exists():
         for name in OWN:
             for path in (folder / name, folder / f".writing-{name}", folder / f".old-{name}"):
                 _delete(path)
-    shutil.rmtree(aside)
+
+
+def forget_removal(folder: Path) -> None:
+    """The next run is there."""
+    if (folder / ASIDE).is_dir():
+        (folder / ASIDE / RECIPE).unlink(missing_ok=True)
+        (folder / ASIDE).rmdir()
 
 
 def tidy(folder: Path) -> None:

@@ -23,7 +23,7 @@ from align.training.checkpoint import load_state, newest_checkpoint, speaking, t
 from align.training.identity import Identity, changes
 from align.training.meters import environment
 from align.training.plan import Plan, learning_rate
-from align.training.removal import finish_removal, is_empty, is_run, remove_run, run_recipe, tidy
+from align.training.removal import finish_removal, forget_removal, is_free, is_run, remove_run, run_recipe, tidy
 
 # What may change between one start and the next: none of it touches the numbers.
 FREE = {"run": ..., "log": ..., "train": {"save_every", "keep"}}
@@ -70,7 +70,7 @@ class Run:
                 raise UserError(f"log.trackers: {name} is not installed; run: pip install {name}")
         folder = self.folder
         finish_removal(folder)
-        if is_empty(folder):
+        if is_free(folder):
             if extend:
                 raise UserError(f"--extend: {folder} holds no run yet; start it without --extend")
             return
@@ -173,6 +173,7 @@ class Run:
         if fresh and is_run(self.folder):
             remove_run(self.folder)
         write_atomic(self.folder / "recipe.yaml", run_recipe(self.recipe))
+        forget_removal(self.folder)
         write_atomic(self.folder / "environment.json", to_json(environment(), indent=1))
         data.ledger.write(self.folder / "ledger.jsonl")
         sides = {"train": _described(data.train), "eval": _described(data.eval)}

@@ -31,7 +31,7 @@ def introduce(loop: Loop) -> None:
         say(remark)
     mean = float(loop.data.train.lengths.mean()) * plan.per_step
     say(
-        f"{plan.shape} (about {mean:,.0f} tokens a step), {plan.epoch_size / plan.per_step:,.1f} steps an epoch, "
+        f"{plan.shape} (about {mean:,.0f} tokens), {plan.epoch_size / plan.per_step:,.1f} steps an epoch, "
         f"rows of up to {loop.batches.row_tokens:,} tokens"
     )
 

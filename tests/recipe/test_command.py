@@ -12,7 +12,7 @@ from align.recipe.errors import UserError
 from align.recipe.load import json_schema, parse_command, recipe_help
 from align.recipe.schema import BaseRecipe
 
-USAGE = "usage: accelerate launch -m align.sft RECIPE [key.path=value ...] [--fresh] [--show] [--schema]"
+USAGE = "usage: accelerate launch -m align.sft RECIPE [key.path=value ...] [--fresh] [--extend] [--show]"
 
 
 class Recipe(BaseRecipe):
@@ -49,6 +49,7 @@ def test_flags_and_overrides_in_any_order(file):
                                           "dashes: optim.eps=1e-4"]),
         (["a.yaml", "--optim.eps"], ["unknown option '--optim.eps'; an override is written without dashes: "
                                      "optim.eps=value"]),
+        (["a.yaml", "--fresh", "--extend"], ["--fresh starts over and --extend goes on: give one of them"]),
         (["a.yaml", "-x"], ["unknown option '-x'"]),
     ],
 )  # fmt: skip

@@ -298,8 +298,8 @@ def test_numbers_that_are_not_finite_are_told_and_not_drawn(tmp_path):
     rows += [evaluation(0, perplexity=9.0), evaluation(3, perplexity=float("inf")), train(3, kl=float("nan"))]
     lines(tmp_path / "metrics.jsonl", rows)
     page = report(tmp_path)
-    assert "Eval perplexity 9 → infinite step 0 → 3" in page.text
-    assert "Train loss infinite at step 3; 2 at step 0" in page.text
+    assert "Eval perplexity 9 → not a number step 0 → 3" in page.text
+    assert "Train loss not a number at step 3; 2 at step 0" in page.text
     assert "Train losses that are not finite: 2, the first at step 1." in page.text
     assert "train: 2 at step 0 → 1 at step 2; lowest 1 at 2, highest 2 at 0; 2 not finite, not drawn" in page.text
     assert "train: 1 not finite, not drawn" in page.text

@@ -1,0 +1,51 @@
+"""A source is tokenised once, however many runs ask for it at the same time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+from models.tiny import tiny_tokenizer
+from world import write_rows
+
+from align.data.reading import Reading
+from align.data.render import conversations
+from align.data.store import stored
+from align.data.templates import chat_tokenizer
+from align.recipe.schema import Source
+
+FORK = multiprocessing.get_context("fork")
+
+
+def ask(folder: Path, distance: float) -> None:
+    """Read the source, and note every row that is rendered for it."""
+    own = conversations("assistant")
+
+    def render(rows, tokenizer):
+        with (folder / "rendered").open("a") as file:
+            file.write("row\n" * len(rows))
+        time.sleep(0.02)
+        return own.render(rows, tokenizer)
+
+    time.sleep(distance)
+    source = Source(path=str(folder / "d.jsonl"))
+    store = stored(source, chat_tokenizer(tiny_tokenizer(), "chatml"), Reading("x", own.formats, render), folder)
+    os._exit(0 if len(store.line) == 5 else 1)
+
+
+def test_runs_that_ask_at_once_wait_for_the_first(tmp_path):
+    for number, distance in enumerate((0, 0.005, 0.03)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_rows(folder / "d.jsonl", [{"prompt": f"Say {i}", "completion": "yes"} for i in range(5)])
+        asking = [FORK.Process(target=ask, args=(folder, i * distance)) for i in range(4)]
+        for process in asking:
+            process.start()
+        for process in asking:
+            process.join()
+        assert [process.exitcode for process in asking] == [0] * 4
+        assert (folder / "rendered").read_text() == "row\n" * 5
+        (store,) = (folder / "tokens").iterdir()  # no lock, and nothing half built
+        assert not store.name.startswith(".")

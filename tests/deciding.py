@@ -1,0 +1,36 @@
+"""A command that the tests start in two processes: what they decide together."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from align.recipe.errors import UserError
+from align.training.launch import _processes, _spoken
+from align.training.processes import any_asked, decided, first_then_others
+from align.training.stops import Stopped
+
+
+def main(argv: list[str]) -> None:
+    rank, how = int(os.environ["RANK"]), argv[0]
+    with _spoken():
+        accelerator = _processes("deciding")
+        group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        calls = []
+
+        def look():
+            calls.append(rank)
+            if how == "refuses":
+                raise UserError("it is not there")
+            if how == "stops":
+                raise Stopped
+            if how == "fails":
+                raise KeyError("a fault")
+            return f"seen by {rank}"
+
+        print(decided(accelerator, look), calls, flush=True)
+        print(first_then_others(accelerator, look), calls, flush=True)
+        print(any_asked(accelerator, rank == 1), any_asked(accelerator, False), flush=True)
+        print(group.options._timeout.days, "days", flush=True)
+        accelerator.end_training()
