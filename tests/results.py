@@ -70,9 +70,8 @@ def hostile(final: Path, folder: Path, base: str, marker: Path) -> Path:
             base_model_name_or_path=base,
             auto_mapping={"base_model_class": "EvilModel", "parent_library": "evil"},
         )
-    (run / "recipe.yaml").write_text(
-        f"stage: {about['stage']}\nrun: {run}\nmodel: {{base: {base}, trust_remote_code: true}}\n"
-    )
+    recipe = {"stage": about["stage"], "run": str(run), "model": {"base": base, "trust_remote_code": True}}
+    (run / "recipe.yaml").write_text(json.dumps(recipe | {"data": {"train": [{"path": "rows.jsonl"}]}}))
     return run / "final"
 
 

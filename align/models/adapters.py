@@ -147,12 +147,13 @@ def _sum(links: Sequence[Link]) -> str:
 
 
 def trunk_of(
-    result: Result, key: str, base: str | None = None, trust: bool = False, merged: Sequence[str] = ()
+    result: Result, key: str, remedy: str, base: str | None = None, trust: bool = False, merged: Sequence[str] = ()
 ) -> Model:
     """The trunk that an adapter was trained on, as a recipe's section, from what is on this machine.
 
-    `base`, `merged`: what the user names instead; `trust`: the user allows code beside the base. A result names folders
-    and ids, which are read where they are here already; it allows no code, and nothing is fetched for it.
+    `base`, `merged`: what the user names instead; `trust`: the user allows code beside the base; `remedy`: what to do
+    where something is not there. A result names folders and ids, which are read where they are here already; it allows
+    no code, and nothing is fetched for it.
     """
     about, folder = result.about, result.folder
     first, *before = about.trunk or [Link(name=about.base, path=about.base, fingerprint=about.fingerprint)]
@@ -161,7 +162,7 @@ def trunk_of(
         named = [first.name, first.path, result.config.base_model_name_or_path or first.path]
         found = next(filter(None, map(folder_on_disk, named)), None)
         if found is None:
-            raise UserError(f"{key}: {folder} was trained on {first.name}, which is not on this machine; name the base")
+            raise UserError(f"{key}: {folder} was trained on {first.name}, which is not on this machine; {remedy}")
         settings["base"] = str(found)
     adapters = list(merged)
     for link in [] if merged else before:
@@ -169,7 +170,7 @@ def trunk_of(
         if here is None:
             raise UserError(
                 f"{key}: {folder} was trained on a trunk with fingerprint {about.fingerprint}{_sum(about.trunk)}, and "
-                f"{link.name} is not there"
+                f"{link.name} is not there; {remedy}"
             )
         adapters.append(here)
     if result.config.tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from align.recipe.errors import UserError
 from align.recipe.schema import Model
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a hub repository
+CODE = "it asks for Python code beside it, which does not run unless you allow it: model.trust_remote_code of the base"
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -28,7 +30,18 @@ def foreign(told: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a file may be wrong in any way
-        raise UserError(f"{told} ({first_line(error)})") from None
+        reason = CODE if "trust_remote_code" in str(error) else first_line(error)
+        raise UserError(f"{told} ({reason})") from None
+
+
+@contextmanager
+def speaking_of(key: str) -> Iterator[None]:
+    """Problems with keys of a recipe's section of the model are told as problems with this key."""
+    try:
+        yield
+    except UserError as error:
+        plain = (re.sub(r"^model\.(base|adapter): ", "", problem) for problem in error.problems)
+        raise UserError(*(p if p.startswith(key) else f"{key}: {p}" for p in plain)) from None
 
 
 def first_line(error: BaseException) -> str:

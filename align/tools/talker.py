@@ -39,7 +39,7 @@ def load_talker(name: str, adapters: Sequence[str], accelerator: Accelerator, tr
         if not adapters:
             return load_policy(Model(base=base, trust_remote_code=trust), None, accelerator, 0)
         saved = read_policy(adapters[-1])
-        model = trunk_of(saved, "policy", base, trust, list(adapters[:-1]))
+        model = trunk_of(saved, "policy", IN_ORDER, base, trust, list(adapters[:-1]))
         trunk = load_policy(model, saved, accelerator, 0)
         trunk.tokenizer = load_tokenizer(model.model_copy(update={"adapter": str(saved.folder)}))  # with its template
     return trunk
@@ -62,8 +62,5 @@ def _without_recipe() -> Iterator[None]:
         yield
     except UserError as error:
         problems = [re.sub(r"^(policy|model\.(base|adapter)): ", "", problem) for problem in error.problems]
-        told = [
-            f"{p.partition('; ')[0]}; {IN_ORDER}" if "on a trunk with" in p or "name the base" in p else p
-            for p in problems
-        ]
+        told = [f"{p.partition('; ')[0]}; {IN_ORDER}" if "on a trunk with" in p else p for p in problems]
         raise UserError(*told) from None

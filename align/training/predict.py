@@ -35,7 +35,7 @@ from align.models.base import load_base
 from align.models.joined import fix_products
 from align.models.limits import positions_of
 from align.models.results import META, About, read_about, read_result
-from align.models.sources import foreign
+from align.models.sources import foreign, speaking_of
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
@@ -64,18 +64,19 @@ class Classifier:
         lora = None
         if about.role == "adapter":
             result = read_result(str(folder), "--predict", "a finished run of align.classify")
-            lora, section = result.config.section, trunk_of(result, "--predict", base, trust)
+            lora, section = result.config.section, trunk_of(result, "--predict", "give --base", base, trust)
         else:  # the folder is the whole model: made from its config, then filled
             section = Model(base=str(folder), init="random", trust_remote_code=trust)
         section = section.model_copy(update=about.model.model_dump())
-        loaded = load_base(section, device, frozen=lora is not None, outputs=len(self.labels))
-        self.trunk = Trunk(loaded, section, lora, outputs=len(self.labels)).eval()
-        if lora:
-            if loaded.fingerprint != about.fingerprint:
-                raise UserError(f"--predict: {stranger(result, loaded, 'this trunk')}")
-            put(self.trunk.causal, result.weights, "default", f"--predict: {folder}")
-        else:
-            _fill(self.trunk.plain, folder / "model.safetensors")
+        with speaking_of("--predict"):
+            loaded = load_base(section, device, frozen=lora is not None, outputs=len(self.labels))
+            self.trunk = Trunk(loaded, section, lora, outputs=len(self.labels)).eval()
+            if lora:
+                if loaded.fingerprint != about.fingerprint:
+                    raise UserError(f"--predict: {stranger(result, loaded, 'this trunk')}")
+                put(self.trunk.causal, result.weights, "default", f"--predict: {folder}")
+            else:
+                _fill(self.trunk.plain, folder / "model.safetensors")
         self.max_length = min(filter(None, (about.max_length, positions_of(self.trunk.plain.config))))
         self.tokenizer, self.row_tokens = loaded.tokenizer, row_budget("auto", device)
         fix_products(self.trunk, self.row_tokens)
