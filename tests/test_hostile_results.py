@@ -119,10 +119,6 @@ def test_recipes_that_name_a_hostile_result(results, elsewhere, guarded, here):
     refused(told)  # its tokenizer asks for code
     refused(align(recipe(here / "second.yaml", "dpo", base, model={"adapter": [str(speaker)]}), stage=dpo))
     generation = {"generation": {"max_new": 2}}
-    told = align(
-        recipe(here / "third.yaml", "evaluate", base, policy=str(speaker), evaluate=generation), stage=evaluate
-    )
-    refused(told)  # its base is another one
     part = {"model": str(scores)}
     refused(align(recipe(here / "fourth.yaml", "ppo", base, ppo=generation | {"rewards": [part]}), stage=ppo))
     part["name"] = "judge"
@@ -130,15 +126,21 @@ def test_recipes_that_name_a_hostile_result(results, elsewhere, guarded, here):
     refused(align(made, stage=evaluate))
 
 
-def test_a_reward_on_the_own_trunk_is_only_read(results, guarded, here):
+def test_adapters_on_the_users_own_trunk_are_only_read(results, guarded, here):
+    """Their weights are of that trunk, whatever else stands in their files."""
+    speaker = hostile(results["sft"], here / "a", "somebody/evil-model", guarded)
     scores = hostile(results["reward"], here / "b", "somebody/evil-model", guarded)
-    parts = {"rewards": [{"adapter": str(scores)}], "generation": {"max_new": 2}}
-    told = align(recipe(here / "ppo.yaml", "ppo", results["base"], ppo=parts), stage=ppo)
+    parts, generation = [{"adapter": str(scores)}], {"generation": {"max_new": 2}}
+    told = align(recipe(here / "p.yaml", "ppo", results["base"], ppo=generation | {"rewards": parts}), stage=ppo)
+    assert (told.status, told.err) == (0, "")
+    measured = generation | {"scores": parts}
+    made = recipe(here / "e.yaml", "evaluate", results["base"], policy=str(speaker), evaluate=measured)
+    told = align(made, stage=evaluate)
     assert (told.status, told.err) == (0, "")
 
 
-def test_a_pipeline_and_a_comparison(results, elsewhere, guarded, here):
-    speaker = hostile(results["sft"], here / "a", elsewhere, guarded)
+def test_a_pipeline_and_a_comparison(results, guarded, here):
+    speaker = hostile(results["sft"], here / "a", "somebody/evil-model", guarded)
     first = recipe(here / "first.yaml", "sft", results["base"], model={"adapter": [str(speaker)]})
     stage = {key: value for key, value in yaml.safe_load(first.read_text()).items() if key != "run"}
     made = {"stage": "pipeline", "run": str(here / "p"), "accelerate": None, "stages": {"one": stage}}
