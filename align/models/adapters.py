@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from align.models.results import META, SCORING, Link, Result
+from align.models.results import META, SCORING, Link, Result, check_fit
 from align.models.sources import folder_on_disk, foreign, is_file
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
@@ -62,19 +62,8 @@ def put(model: PeftModel, weights: dict[str, Tensor], role: str, told: str) -> N
     """Give an adapter on the model its weights; UserError, which begins with `told`, unless they are exactly those that
     it has."""
     wanted = get_peft_model_state_dict(model, adapter_name=role, save_embedding_layers=False)
-    if lacking := sorted(wanted.keys() - weights.keys()):
-        raise UserError(f"{told} does not fit this trunk: it lacks {lacking[0]}{_more(lacking)}")
-    if strange := sorted(weights.keys() - wanted.keys()):
-        raise UserError(f"{told} does not fit this trunk, which has no place for its {strange[0]}{_more(strange)}")
-    for name, tensor in weights.items():
-        if tensor.shape != wanted[name].shape:
-            shapes = f"{tuple(tensor.shape)} where the trunk has {tuple(wanted[name].shape)}"
-            raise UserError(f"{told} does not fit this trunk: {name} has the shape {shapes}")
+    check_fit(weights, wanted, f"{told} does not fit this trunk")
     set_peft_model_state_dict(model, weights, adapter_name=role)
-
-
-def _more(names: Sequence[str]) -> str:
-    return f" and {len(names) - 1:,} more" if len(names) > 1 else ""
 
 
 def untie(model: PreTrainedModel) -> None:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from align.models.adapters import trunk_of
 from align.models.base import load_tokenizer
 from align.models.results import CONFIG
-from align.models.sources import is_file
+from align.models.sources import is_file, is_folder, path_of
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
@@ -34,7 +34,7 @@ def load_talker(name: str, adapters: Sequence[str], accelerator: Accelerator, tr
             raise UserError(f"{name} is an adapter itself; {IN_ORDER}")
         base, adapters = None, [str(result)]
     else:
-        base = str(result) if result.is_dir() else name
+        base = str(result) if is_folder(result) else name
     with _without_recipe():
         if not adapters:
             return load_policy(Model(base=base, trust_remote_code=trust), None, accelerator, 0)
@@ -47,10 +47,10 @@ def load_talker(name: str, adapters: Sequence[str], accelerator: Accelerator, tr
 
 def _result(name: str) -> Path:
     """The folder that is meant; of a run its `final/`."""
-    folder = Path(name).expanduser()
+    folder = path_of(name)
     if is_file(folder / "config.json") or not is_file(folder / "recipe.yaml"):
         return folder
-    if not (folder / "final").is_dir():
+    if not is_folder(folder / "final"):
         raise UserError(f"{name} is a run without a final/: it has not finished; run its recipe to the end")
     return folder / "final"
 

@@ -34,7 +34,7 @@ from align.models.adapters import put, stranger, trunk_of
 from align.models.base import load_base
 from align.models.joined import fix_products
 from align.models.limits import positions_of
-from align.models.results import META, About, read_about, read_result
+from align.models.results import META, About, check_finite, check_fit, read_about, read_result
 from align.models.sources import foreign, speaking_of
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
@@ -258,7 +258,6 @@ def _fill(model: nn.Module, file: Path) -> None:
     """Give a whole model its weights, all of them and no others."""
     with foreign(f"--predict: {file} cannot be read"):
         weights = load_file(file)
-    with foreign(f"--predict: {file} does not fit its config.json"):
-        model.load_state_dict(weights)
-    if bad := next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None):
-        raise UserError(f"--predict: {file}: {bad} has values that are not finite numbers")
+    check_finite(weights, f"--predict: {file}")
+    check_fit(weights, model.state_dict(), f"--predict: {file} does not fit its config.json")
+    model.load_state_dict(weights)
