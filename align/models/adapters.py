@@ -164,8 +164,14 @@ def trunk_of(
         adapters.append(here)
     if result.config.tokens:
         tokenizer = plain_tokenizer(folder, key)
-        settings["add_tokens"] = tokenizer.convert_ids_to_tokens(result.config.tokens)
+        settings["add_tokens"] = token_names(tokenizer, result.config.tokens)
     return Model(adapter=adapters or None, **settings)
+
+
+def token_names(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Tokens as the vocabulary names them; `convert_ids_to_tokens` may put a blank's sign before an added one."""
+    named = {number: token for token, number in tokenizer.get_vocab().items()}
+    return [named.get(i, str(i)) for i in ids]
 
 
 def plain_tokenizer(folder: Path, key: str, trust: bool = False) -> Tokenizer:
