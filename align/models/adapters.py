@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from align.models.results import META, SCORING, Link, Result
+from align.models.results import META, SCORING, Link, Result, check_fit
 from align.models.sources import folder_on_disk, foreign, is_file
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
@@ -62,19 +62,8 @@ def put(model: PeftModel, weights: dict[str, Tensor], role: str, told: str) -> N
     """Give an adapter on the model its weights; UserError, which begins with `told`, unless they are exactly those that
     it has."""
     wanted = get_peft_model_state_dict(model, adapter_name=role, save_embedding_layers=False)
-    if lacking := sorted(wanted.keys() - weights.keys()):
-        raise UserError(f"{told} does not fit this trunk: it lacks {lacking[0]}{_more(lacking)}")
-    if strange := sorted(weights.keys() - wanted.keys()):
-        raise UserError(f"{told} does not fit this trunk, which has no place for its {strange[0]}{_more(strange)}")
-    for name, tensor in weights.items():
-        if tensor.shape != wanted[name].shape:
-            shapes = f"{tuple(tensor.shape)} where the trunk has {tuple(wanted[name].shape)}"
-            raise UserError(f"{told} does not fit this trunk: {name} has the shape {shapes}")
+    check_fit(weights, wanted, f"{told} does not fit this trunk")
     set_peft_model_state_dict(model, weights, adapter_name=role)
-
-
-def _more(names: Sequence[str]) -> str:
-    return f" and {len(names) - 1:,} more" if len(names) > 1 else ""
 
 
 def untie(model: PreTrainedModel) -> None:
@@ -147,12 +136,13 @@ def _sum(links: Sequence[Link]) -> str:
 
 
 def trunk_of(
-    result: Result, key: str, base: str | None = None, trust: bool = False, merged: Sequence[str] = ()
+    result: Result, key: str, remedy: str, base: str | None = None, trust: bool = False, merged: Sequence[str] = ()
 ) -> Model:
     """The trunk that an adapter was trained on, as a recipe's section, from what is on this machine.
 
-    `base`, `merged`: what the user names instead; `trust`: the user allows code beside the base. A result names folders
-    and ids, which are read where they are here already; it allows no code, and nothing is fetched for it.
+    `base`, `merged`: what the user names instead; `trust`: the user allows code beside the base; `remedy`: what to do
+    where something is not there. A result names folders and ids, which are read where they are here already; it allows
+    no code, and nothing is fetched for it.
     """
     about, folder = result.about, result.folder
     first, *before = about.trunk or [Link(name=about.base, path=about.base, fingerprint=about.fingerprint)]
@@ -161,7 +151,7 @@ def trunk_of(
         named = [first.name, first.path, result.config.base_model_name_or_path or first.path]
         found = next(filter(None, map(folder_on_disk, named)), None)
         if found is None:
-            raise UserError(f"{key}: {folder} was trained on {first.name}, which is not on this machine; name the base")
+            raise UserError(f"{key}: {folder} was trained on {first.name}, which is not on this machine; {remedy}")
         settings["base"] = str(found)
     adapters = list(merged)
     for link in [] if merged else before:
@@ -169,13 +159,19 @@ def trunk_of(
         if here is None:
             raise UserError(
                 f"{key}: {folder} was trained on a trunk with fingerprint {about.fingerprint}{_sum(about.trunk)}, and "
-                f"{link.name} is not there"
+                f"{link.name} is not there; {remedy}"
             )
         adapters.append(here)
     if result.config.tokens:
         tokenizer = plain_tokenizer(folder, key)
-        settings["add_tokens"] = tokenizer.convert_ids_to_tokens(result.config.tokens)
+        settings["add_tokens"] = token_names(tokenizer, result.config.tokens)
     return Model(adapter=adapters or None, **settings)
+
+
+def token_names(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Tokens as the vocabulary names them; `convert_ids_to_tokens` may put a blank's sign before an added one."""
+    named = {number: token for token, number in tokenizer.get_vocab().items()}
+    return [named.get(i, str(i)) for i in ids]
 
 
 def plain_tokenizer(folder: Path, key: str, trust: bool = False) -> Tokenizer:

@@ -25,7 +25,16 @@ from align.data.templates import chat_tokenizer
 from align.models.adapters import Merged, merge, plain_tokenizer, with_rows
 from align.models.results import CONFIG, SCORING, Link, read_about, read_result
 from align.models.scoring import is_encoder, with_head
-from align.models.sources import base_folder, check_weights, first_line, foreign, is_file, read_config
+from align.models.sources import (
+    base_folder,
+    check_weights,
+    first_line,
+    foreign,
+    is_file,
+    is_folder,
+    path_of,
+    read_config,
+)
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
 
@@ -55,7 +64,7 @@ class Base(NamedTuple):
 def load_tokenizer(section: Model) -> Tokenizer:
     """The base's tokenizer (an adapter brings its own, with its chat template), ready to render chats."""
     if section.adapters:
-        folder = Path(section.adapters[-1]).expanduser()
+        folder = path_of(section.adapters[-1])
         if not is_file(folder / CONFIG):
             read_result(section.adapters[-1], "model.adapter")  # which says what is missing
         tokenizer = plain_tokenizer(folder, "model.adapter")
@@ -128,7 +137,7 @@ def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int =
         model = with_head(model, outputs, seed).to(device)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.max_length = None
-    local = section.base.startswith("demo/") or Path(section.base).expanduser().is_dir()
+    local = section.base.startswith("demo/") or is_folder(path_of(section.base))
     source = str(folder.resolve()) if local else section.base
     return Base(model, tokenizer, trunk.fingerprint, section.base, source, trunk.links, added)
 

@@ -3,9 +3,7 @@ or a result of align.reward or align.classify on another trunk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +18,20 @@ from align.models.adapters import plain_tokenizer, put, stranger, trunk_of
 from align.models.base import load_base
 from align.models.limits import positions_of
 from align.models.results import CONFIG, SCORING, read_about, read_result
-from align.models.sources import base_folder, check_weights, folder_on_disk, foreign, is_file, read_config
+from align.models.sources import (
+    base_folder,
+    check_weights,
+    folder_on_disk,
+    foreign,
+    is_file,
+    path_of,
+    read_config,
+    speaking_of,
+)
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
 
+FETCH = "fetch it first, for nothing is fetched at the word of a result"
 BATCH_TOKENS = 4096  # padding included
 
 
@@ -105,9 +113,9 @@ def read_judge(name: str, label: str | int | None, key: str, device: torch.devic
     `dtype`: what it computes in. No code beside it runs.
     """
     told = f"{key}.model: {name} cannot be loaded as a sequence classifier"
-    folder = Path(name).expanduser()
+    folder = path_of(name)
     about = read_about(folder, f"{key}.model")
-    with _under(f"{key}.model"):
+    with speaking_of(f"{key}.model"):
         if is_file(folder / CONFIG):
             model = _with_adapter(name, about is not None, f"{key}.model")
         else:
@@ -131,15 +139,6 @@ def read_judge(name: str, label: str | int | None, key: str, device: torch.devic
     return Judge(model, tokenizer, chosen, longest)
 
 
-@contextmanager
-def _under(key: str) -> Iterator[None]:
-    """Problems that speak of the sections of a base speak of this key."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(*(p if p.startswith(key) else f"{key}: {p}" for p in error.problems)) from None
-
-
 def _check_whole(model: PreTrainedModel, loaded: dict[str, Any], told: str) -> None:
     """UserError where weights of the file are missing, which would be random in silence."""
     if lacking := sorted(loaded["missing_keys"]):
@@ -157,7 +156,7 @@ def _with_adapter(name: str, ours: bool, key: str) -> PreTrainedModel:
     if ours:
         if result.about.stage not in SCORING:
             raise UserError(f"{key}: {result.folder} is a result of stage {result.about.stage}, which scores nothing")
-        section = trunk_of(result, key).model_copy(update={"dtype": "float32"})
+        section = trunk_of(result, key, FETCH).model_copy(update={"dtype": "float32"})
         base = load_base(section, torch.device("cpu"), frozen=True, outputs=outputs)
         if base.fingerprint != result.about.fingerprint:
             raise UserError(f"{key}: {stranger(result, base, 'this trunk')}")
@@ -166,7 +165,7 @@ def _with_adapter(name: str, ours: bool, key: str) -> PreTrainedModel:
         source = result.config.base_model_name_or_path or ""
         folder = folder_on_disk(source)
         if folder is None:
-            raise UserError(f"{key}: {name} is an adapter on {source!r}, which is not on this machine; fetch it first")
+            raise UserError(f"{key}: {name} is an adapter on {source!r}, which is not on this machine; {FETCH}")
         config = read_config(folder, f"{key}: {source}")
         config.num_labels = outputs
         check_weights(folder, f"{key}: {source}")

@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from align.data.examples import Examples
+from align.models.adapters import token_names
 from align.models.base import base_config, empty_model
 from align.models.lora import check_targets
 from align.models.results import read_result
@@ -114,7 +115,7 @@ def _unknown(limits: Limits, tokenizer: Tokenizer, examples: Examples) -> list[s
 
 
 def _no_row(limits: Limits, tokenizer: Tokenizer, token: int, where: str) -> str:
-    text = tokenizer.convert_ids_to_tokens(token)
+    (text,) = token_names(tokenizer, [token])
     return (
         f"{where}: the token {text!r} has the number {token}, but {limits.name} has {limits.rows:,} embedding rows; "
         f"train one for it with model.add_tokens: [{json.dumps(text, ensure_ascii=False)}], or resize the base's "

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from align.models.sources import foreign, is_file
+from align.models.sources import foreign, is_file, path_of
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora
 
@@ -136,7 +136,7 @@ def read_result(name: str, key: str, of: str = "a finished SFT run", ours: bool 
     Raises UserError for a file that is missing or damaged, for weights that are not finite, and for settings that
     cannot be taken exactly; without `ours` also other tools' adapters are taken, which have no align.json.
     """
-    folder = Path(name).expanduser()
+    folder = path_of(name)
     if is_file(folder / "adapter_model.bin") and not is_file(folder / WEIGHTS):
         raise UserError(
             f"{key}: {folder} has its weights as adapter_model.bin, a pickle, which may run code and is not read; load "
@@ -152,12 +152,30 @@ def read_result(name: str, key: str, of: str = "a finished SFT run", ours: bool 
     _check_settings(config, folder / CONFIG, key, ours)
     with foreign(f"{key}: {folder / WEIGHTS} is damaged"):
         weights = load((folder / WEIGHTS).read_bytes())
-    if bad := next((n for n, t in weights.items() if not (t.is_floating_point() and torch.isfinite(t).all())), None):
-        raise UserError(f"{key}: {folder / WEIGHTS}: {bad} has values that are not finite numbers")
+    check_finite(weights, f"{key}: {folder / WEIGHTS}")
     ranks = [len(tensor) for tensor in weights.values() if tensor.ndim == 2]
     if max([config.r, *config.rank_pattern.values()]) > max(ranks, default=0) and not config.rank_pattern:
         raise UserError(f"{key}: {folder / CONFIG}: r: {config.r} is more than the rank of any weight in {WEIGHTS}")
     return Result(folder, about, config, weights)
+
+
+def check_finite(weights: dict[str, Tensor], told: str) -> None:
+    """UserError, which begins with `told`, where a value is no finite floating-point number."""
+    for name, tensor in weights.items():
+        if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
+            raise UserError(f"{told}: {name} has values that are not finite floating-point numbers")
+
+
+def check_fit(weights: dict[str, Tensor], wanted: dict[str, Tensor], told: str) -> None:
+    """UserError, which begins with `told`, unless names and shapes are exactly those that are wanted."""
+    for what, names in (("lacks", wanted.keys() - weights.keys()), ("has besides", weights.keys() - wanted.keys())):
+        if names:
+            more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            raise UserError(f"{told}: it {what} {min(names)}{more}")
+    for name, tensor in weights.items():
+        if tensor.shape != wanted[name].shape:
+            shapes = f"{tuple(tensor.shape)} in place of {tuple(wanted[name].shape)}"
+            raise UserError(f"{told}: {name} has the shape {shapes}")
 
 
 def read_about(folder: Path, key: str) -> About | None:

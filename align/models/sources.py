@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from align.recipe.errors import UserError
 from align.recipe.schema import Model
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a hub repository
+CODE = "it asks for Python code beside it, which does not run unless you allow it: model.trust_remote_code of the base"
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -28,7 +30,18 @@ def foreign(told: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a file may be wrong in any way
-        raise UserError(f"{told} ({first_line(error)})") from None
+        reason = CODE if "trust_remote_code" in str(error) else first_line(error)
+        raise UserError(f"{told} ({reason})") from None
+
+
+@contextmanager
+def speaking_of(key: str) -> Iterator[None]:
+    """Problems with keys of a recipe's section of the model are told as problems with this key."""
+    try:
+        yield
+    except UserError as error:
+        plain = (re.sub(r"^model\.(base|adapter): ", "", problem) for problem in error.problems)
+        raise UserError(*(p if p.startswith(key) else f"{key}: {p}" for p in plain)) from None
 
 
 def first_line(error: BaseException) -> str:
@@ -37,9 +50,19 @@ def first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
+def path_of(name: str) -> Path:
+    """A path as somebody wrote it, `~` expanded."""
+    return Path(os.path.expanduser(name))
+
+
 def is_file(path: Path | str) -> bool:
     """Whether there is such a file; False for a text that can be no path."""
     return os.path.isfile(path)
+
+
+def is_folder(path: Path | str) -> bool:
+    """The same for a folder."""
+    return os.path.isdir(path)
 
 
 def base_folder(section: Model) -> Path:
@@ -47,8 +70,8 @@ def base_folder(section: Model) -> Path:
     name = section.base
     if name.startswith("demo/"):
         return demo_model(name)
-    folder = Path(name).expanduser()
-    if os.path.isdir(folder):
+    folder = path_of(name)
+    if is_folder(folder):
         if not is_file(folder / "config.json"):
             hint = "give it to model.adapter, and its base here" if is_file(folder / "adapter_config.json") else ""
             raise UserError(
@@ -74,8 +97,8 @@ def folder_on_disk(name: str) -> Path | None:
     if name in NAMES:
         made = cache_folder() / name
         return made if is_file(made / "config.json") else None
-    if is_file(Path(name).expanduser() / "config.json"):
-        return Path(name).expanduser()
+    if is_file(path_of(name) / "config.json"):
+        return path_of(name)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         return None
     try:
@@ -91,6 +114,8 @@ def read_config(folder: Path, told: str, trust: bool = False) -> PreTrainedConfi
     """
     with foreign(f"{told} has no usable config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        if not all(isinstance(name, str) for name in config.architectures or ()):
+            raise ValueError("architectures: expected names of classes")
         parts = {id(part): part for part in (config, config.get_text_config())}.values()
         kernels = [part._attn_implementation for part in parts if "/" in str(part._attn_implementation)]
     if kernels and not trust:

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from align.models.adapters import plain_tokenizer, put, stranger
+from align.models.adapters import plain_tokenizer, put, stranger, token_names
 from align.models.base import load_base
 from align.models.results import SCORING, Result, read_result
 from align.models.sources import foreign
@@ -37,7 +37,7 @@ def load_policy(model: Model, saved: Result | None, accelerator: Accelerator, se
     if saved:
         own = tuple(saved.config.tokens)
         if own != base.added:
-            tokens = plain_tokenizer(saved.folder, "policy").convert_ids_to_tokens(list(own))
+            tokens = token_names(plain_tokenizer(saved.folder, "policy"), own)
             raise UserError(f"policy: {saved.folder} brings rows of added tokens; give model.add_tokens: {tokens}")
         if saved.about.fingerprint != base.fingerprint:
             raise UserError(f"policy: {stranger(saved, base, 'this trunk')}")

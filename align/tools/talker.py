@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from align.models.adapters import trunk_of
 from align.models.base import load_tokenizer
 from align.models.results import CONFIG
-from align.models.sources import is_file
+from align.models.sources import is_file, is_folder, path_of
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
@@ -34,12 +34,12 @@ def load_talker(name: str, adapters: Sequence[str], accelerator: Accelerator, tr
             raise UserError(f"{name} is an adapter itself; {IN_ORDER}")
         base, adapters = None, [str(result)]
     else:
-        base = str(result) if result.is_dir() else name
+        base = str(result) if is_folder(result) else name
     with _without_recipe():
         if not adapters:
             return load_policy(Model(base=base, trust_remote_code=trust), None, accelerator, 0)
         saved = read_policy(adapters[-1])
-        model = trunk_of(saved, "policy", base, trust, list(adapters[:-1]))
+        model = trunk_of(saved, "policy", IN_ORDER, base, trust, list(adapters[:-1]))
         trunk = load_policy(model, saved, accelerator, 0)
         trunk.tokenizer = load_tokenizer(model.model_copy(update={"adapter": str(saved.folder)}))  # with its template
     return trunk
@@ -47,10 +47,10 @@ def load_talker(name: str, adapters: Sequence[str], accelerator: Accelerator, tr
 
 def _result(name: str) -> Path:
     """The folder that is meant; of a run its `final/`."""
-    folder = Path(name).expanduser()
+    folder = path_of(name)
     if is_file(folder / "config.json") or not is_file(folder / "recipe.yaml"):
         return folder
-    if not (folder / "final").is_dir():
+    if not is_folder(folder / "final"):
         raise UserError(f"{name} is a run without a final/: it has not finished; run its recipe to the end")
     return folder / "final"
 
@@ -62,8 +62,5 @@ def _without_recipe() -> Iterator[None]:
         yield
     except UserError as error:
         problems = [re.sub(r"^(policy|model\.(base|adapter)): ", "", problem) for problem in error.problems]
-        told = [
-            f"{p.partition('; ')[0]}; {IN_ORDER}" if "on a trunk with" in p or "name the base" in p else p
-            for p in problems
-        ]
+        told = [f"{p.partition('; ')[0]}; {IN_ORDER}" if "on a trunk with" in p else p for p in problems]
         raise UserError(*told) from None

@@ -33,12 +33,12 @@ from align.data.rows import Refused
 from align.data.shown import a, meant
 from align.data.trees import Tree, plant
 from align.data.values import encodable, filled
-from align.models.adapters import put, stranger, trunk_of
+from align.models.adapters import put, stranger, token_names, trunk_of
 from align.models.base import load_base
 from align.models.joined import fix_products
 from align.models.limits import positions_of
-from align.models.results import META, About, read_about, read_result
-from align.models.sources import foreign
+from align.models.results import META, About, check_finite, check_fit, read_about, read_result
+from align.models.sources import foreign, speaking_of
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError, printable
 from align.recipe.paths import expanded, location
@@ -70,18 +70,19 @@ class Classifier:
         lora = None
         if about.role == "adapter":
             result = read_result(str(folder), "--predict", "a finished run of align.classify")
-            lora, section = result.config.section, trunk_of(result, "--predict", base, trust)
+            lora, section = result.config.section, trunk_of(result, "--predict", "give --base", base, trust)
         else:  # the folder is the whole model: made from its config, then filled
             section = Model(base=str(folder), init="random", trust_remote_code=trust)
         section = section.model_copy(update=about.model.model_dump())
-        loaded = load_base(section, device, frozen=lora is not None, outputs=len(self.labels))
-        self.trunk = Trunk(loaded, section, lora, outputs=len(self.labels)).eval()
-        if lora:
-            if loaded.fingerprint != about.fingerprint:
-                raise UserError(f"--predict: {stranger(result, loaded, 'this trunk')}")
-            put(self.trunk.causal, result.weights, "default", f"--predict: {folder}")
-        else:
-            _fill(self.trunk.plain, folder / "model.safetensors")
+        with speaking_of("--predict"):
+            loaded = load_base(section, device, frozen=lora is not None, outputs=len(self.labels))
+            self.trunk = Trunk(loaded, section, lora, outputs=len(self.labels)).eval()
+            if lora:
+                if loaded.fingerprint != about.fingerprint:
+                    raise UserError(f"--predict: {stranger(result, loaded, 'this trunk')}")
+                put(self.trunk.causal, result.weights, "default", f"--predict: {folder}")
+            else:
+                _fill(self.trunk.plain, folder / "model.safetensors")
         self.max_length = min(filter(None, (about.max_length, positions_of(self.trunk.plain.config))))
         self.tokenizer, self.row_tokens = loaded.tokenizer, row_budget("auto", device)
         fix_products(self.trunk, self.row_tokens)
@@ -129,7 +130,7 @@ class Classifier:
             return row
         (ids,) = encoded_text([row.text], self.tokenizer)
         if unknown := next((i for i in ids if i >= self.trunk.rows), None):
-            token = self.tokenizer.convert_ids_to_tokens(unknown)
+            (token,) = token_names(self.tokenizer, [unknown])
             return Text(row.line, None, f"has the token {token!r}, which the model has no embedding row for")
         return row
 
@@ -295,7 +296,6 @@ def _fill(model: nn.Module, file: Path) -> None:
     """Give a whole model its weights, all of them and no others."""
     with foreign(f"--predict: {file} cannot be read"):
         weights = load_file(file)
-    with foreign(f"--predict: {file} does not fit its config.json"):
-        model.load_state_dict(weights)
-    if bad := next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None):
-        raise UserError(f"--predict: {file}: {bad} has values that are not finite numbers")
+    check_finite(weights, f"--predict: {file}")
+    check_fit(weights, model.state_dict(), f"--predict: {file} does not fit its config.json")
+    model.load_state_dict(weights)

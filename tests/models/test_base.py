@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from models.tiny import save_base, stir, tiny_model, tree
 from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.data.trees import plant
@@ -272,6 +275,50 @@ def test_a_broken_checkpoint(folder, tmp_path, file, content):
     shutil.copytree(folder, copy)
     (copy / file).unlink() if content is None else (copy / file).write_bytes(content)
     assert problem(copy).startswith("model.base: ")
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda w: w | {"model.norm.weight": torch.full_like(w["model.norm.weight"], math.nan)}, "norm.weight has "),
+        (lambda w: w | {"model.norm.weight": torch.ones(31)}, "norm.weight has the shape (31,) where its "),
+        (lambda w: {n: t for n, t in w.items() if "norm" not in n}, "whole language model: it lacks model.layers.0."),
+    ],
+    ids=["nan", "shape", "lacking"],
+)  # fmt: skip
+def test_odd_weights(folder, tmp_path, harm, said):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    save_file(harm(load_file(copy / "model.safetensors")), copy / "model.safetensors", {"format": "pt"})
+    assert said in problem(copy)
+
+
+@pytest.mark.parametrize(
+    "content", ["[1, 2]", "null", "3", '"llama"', "[" * 5000, '{"model_type": "llama", "vocab_size": []}']
+)
+def test_a_config_of_another_kind(folder, tmp_path, content):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "config.json").write_text(content)
+    assert problem(copy).startswith(f"model.base: {copy} has no usable config.json (")
+
+
+def test_pickled_weights_are_told_how_to_be_converted(folder, tmp_path):
+    """And the command that is told does it."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(folder, old)
+    torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
+    told = problem(old)
+    assert told.startswith(f"model.base: {old} has its weights as pytorch_model.bin, a pickle, ")
+    code = re.search(r'python -c "(.*)"', told)[1].replace("OLD", str(old)).replace("NEW", str(new))
+    exec(code)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(old / name, new)
+    assert torch.equal(loaded(new).model.lm_head.weight, loaded(folder).model.lm_head.weight)
+    final = saved(trunk_on(folder), tmp_path / "final")
+    (final / "adapter_model.safetensors").rename(final / "adapter_model.bin")
+    assert "as adapter_model.bin, a pickle, " in problem(folder, adapter=str(final))
 
 
 def test_half_a_checkpoint(folder, tmp_path):
