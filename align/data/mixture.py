@@ -244,7 +244,8 @@ def _summary(train: Examples, held: Examples, ledger: Ledger, read: int, duplica
     )
     for side, examples in (("train", train), ("eval", held)):
         tokens, labels = int(examples.lengths.sum()), int(examples.labels.sum())
-        lines.append(f"{side}: {_counted(examples)}, {tokens:,} tokens, {labels:,} of them trained")
+        trained = f", {labels:,} of them trained" if labels else ""  # prompts have none
+        lines.append(f"{side}: {_counted(examples)}, {tokens:,} tokens{trained}")
     return lines
 
 
