@@ -30,6 +30,7 @@ from align.recipe.help import recipe_help
 from align.recipe.load import dump_recipe, load_recipe
 from align.recipe.paths import Location, expanded
 from align.recipe.schema import PositiveInt, Section
+from align.recipe.streams import safe_streams
 from align.tools.board import Board
 from align.tools.jobs import FORKS, Job, Launcher, ask_to_stop, devices
 from align.tools.records import Records
@@ -256,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check all, print the plan and every recipe, and stop")
     parser.add_argument("--fresh", action="store_true", help="start every stage over")
     words = parser.parse_intermixed_args(argv)
-    with border("let fewer stages run at once (jobs)"):
+    with border("let fewer stages run at once (jobs)"), safe_streams():  # it goes on, though nobody reads what it says
         recipe, document = _read(expanded(words.recipe), words.overrides)
         pipeline = Pipeline(recipe, stages_of(document, Path(recipe.run)), Console(), words.fresh)
         pipeline.check()

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from align.data.examples import Examples, Ledger, Part, joined, unusable
 from align.data.reading import Reading
 from align.data.store import Progress, stored
-from align.recipe.errors import UserError
+from align.recipe.errors import UserError, printable
 from align.recipe.schema import Data, Source
 
 NAMED = 10  # rows that an error names one by one
@@ -102,11 +103,11 @@ def counting(console: Console) -> Iterator[Progress]:
         now = time.monotonic()
         line = f"tokenising {source}: {rows:,} rows"
         if console.is_terminal and now - started > 2:
-            status.update(line)
+            status.update(Text(printable(line)))  # the name of a file is no markup
             status.start()
         elif not console.is_terminal and now - told > 10:
             told = now
-            console.print(line, markup=False, highlight=False)
+            console.print(printable(line), markup=False, highlight=False)
 
     try:
         yield tell
