@@ -9,7 +9,6 @@ answers go to the standard output.
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import signal
@@ -18,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from accelerate import Accelerator
 from transformers.utils import logging
@@ -29,7 +28,7 @@ from align.recipe.paths import expanded, location
 from align.recipe.records import to_json
 from align.tools.talk import Answer, Talk
 from align.tools.talker import load_talker
-from align.training.border import border
+from align.training.border import Parser, border
 from align.training.stops import signals
 
 TEMPERATURE, TOP_P, MAX_NEW = 0.7, 0.95, 512
@@ -151,7 +150,7 @@ def talk_in_lines(talk: Talk) -> None:
 
 def parse(argv: Sequence[str]) -> Command:
     """Raises UserError with every problem."""
-    parser = _Parser(prog="python -m align.chat", description="Talk with a model.", allow_abbrev=False)
+    parser = Parser(prog="python -m align.chat", description="Talk with a model.", allow_abbrev=False)
     parser.add_argument(
         "model", metavar="MODEL", help="a checkpoint folder, hub id or demo/smollm2-135m; or a run, or its final/"
     )
@@ -188,11 +187,6 @@ def parse(argv: Sequence[str]) -> Command:
         how = Sampling(given.max_new, temperature=0, beams=given.beams)
     model, adapters = location(given.model), [*map(location, given.adapter)]
     return Command(model, adapters, given.system.strip(), how, given.seed, given.trust_remote_code)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help tells more")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

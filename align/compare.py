@@ -24,6 +24,7 @@ from align.recipe.load import dump_recipe, load_recipe, parse_command
 from align.recipe.locks import claimed
 from align.recipe.paths import Location
 from align.recipe.schema import PositiveInt, Section
+from align.recipe.streams import safe_streams
 from align.tools.comparison import compare
 from align.tools.comparison_page import costs, figures, markdown, page
 from align.tools.comparison_summary import cost, headlines, summary
@@ -160,7 +161,7 @@ def _write(recipe: Recipe, console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    with border("compare fewer runs at once"):
+    with border("compare fewer runs at once"), safe_streams():
         command = parse_command(sys.argv[1:] if argv is None else argv, Recipe, "align.compare")
         if command.show:
             raise UserError("--show: a comparison has no examples to show; leave it out")

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from align.data.mixture import Prepared
@@ -46,11 +47,12 @@ from align.tools.evaluation_folder import (
     source_names,
     tokenizer_hash,
 )
-from align.tools.generation import Answering, Prompts, Responses, distinct_prompts, respond
+from align.tools.generation import Answering, Prompts, distinct_prompts, respond
 from align.tools.harness import LmEval, check_installed, harness
-from align.tools.judging import FAILURES, Endpoint, EndpointJudge, Pair
+from align.tools.judging import Endpoint, EndpointJudge, judged
 from align.tools.policy import NO_UPDATE, load_policy, read_policy, trained
-from align.tools.statistics import Draws, Estimate
+from align.tools.statistics import Draws
+from align.tools.whole_texts import read_whole, whole_perplexity
 from align.tools.written import gathering
 from align.training.batches import Batches
 from align.training.checkpoint import write_atomic
@@ -88,7 +90,11 @@ class Evaluate(Section):
     scores: list[RewardPart] = Field(default_factory=list)
     """What scores a response, by name: reward models, other classifiers, functions. Scores are raw."""
     perplexity: list[Source] = Field(default_factory=list)
-    """Conversations or texts whose perplexity is measured, source by source."""
+    """Conversations or texts whose perplexity is measured, source by source: of each row by itself, with the token that
+    ends its turn or text. A paragraph of a text file is a row."""
+    whole_texts: list[Location] = Field(default_factory=list)
+    """Text files whose perplexity is measured as one text each, paragraphs and all, in windows of `data.max_length`
+    tokens."""
     pairs: list[Source] = Field(default_factory=list)
     """Preference pairs on which the accuracy of every `adapter` score is measured, source by source."""
     preferences: Preferences | None = None
@@ -158,6 +164,7 @@ class Given(NamedTuple):
     prompts: Prompts
     rows: list[Asked]  # what each prompt was made of
     texts: dict[str, Prepared]  # of `perplexity`, by name
+    whole: dict[str, np.ndarray]  # tokens of `whole_texts`, by name
     pairs: dict[str, Prepared]
     judges: list[tuple[EndpointJudge, Evaluated]]
 
@@ -193,6 +200,8 @@ def evaluate(session: Session) -> None:
         metrics = measures(responses, draws)
         for name, data in given.texts.items():
             metrics[f"perplexity/{name}"] = perplexity(batches, data.train, screen, draws)
+        for name, ids in given.whole.items():
+            metrics[f"perplexity/{name}"] = whole_perplexity(batches, ids, recipe.data.max_length, screen)
         for name, data in given.pairs.items():
             found = accuracies(roles, [*rewards.scorers], batches, data.train, screen, draws)
             metrics |= {f"accuracy/{score}/{name}": accuracy for score, accuracy in found.items()}
@@ -205,7 +214,8 @@ def evaluate(session: Session) -> None:
             pairs = drawn_pairs(given.rows, given.prompts.keys, responses, by, recipe.seed)
             metrics[f"preferences/{by}"] = pairs.accuracy(draws)
         for judge, asked_of in zip(section.judges, given.judges, strict=True):
-            won, counts[judge.name] = judged(judge, *asked_of, given, responses, draws)
+            won, counts[judge.name] = judged(judge.name, *asked_of, responses, draws)
+            counts[judge.name]["against"] = judge.against
             metrics |= won
         if section.lm_eval:
             asking = partial(harness, trunk, section.lm_eval, recipe.seed)
@@ -272,37 +282,20 @@ def read(session: Session) -> Given:
     if section.preferences:
         check_conversations(rows)
 
-    def others(sources: list[Source], reading: Reading) -> dict[str, Prepared]:
-        names = source_names([source.path for source in sources])
+    def others(names: list[str], sources: list[Source], reading: Reading) -> dict[str, Prepared]:
         sections = [recipe.data.model_copy(update={"train": [source], "eval": Eval()}) for source in sources]
         return {name: session.prepare(tokenizer, reading, one) for name, one in zip(names, sections, strict=True)}
 
-    texts, pairs = others(section.perplexity, conversations("assistant")), others(section.pairs, preferences())
-    return Given(data, found, rows, texts, pairs, judges)
-
-
-def judged(
-    judge: Judge, ask: EndpointJudge, other: Evaluated, given: Given, responses: Responses, draws: Draws
-) -> tuple[dict[str, Estimate], dict[str, Any]]:
-    """Win rates over the other evaluation, and what was excluded, by kind."""
-    samples = responses.episodes.samples
-    own = [responses.answered[i * samples] for i in range(len(given.prompts.keys))]
-    pairs = [Pair(talk(one.asked), one.response, text) for one, text in zip(own, other.responses, strict=True)]
-    verdicts = ask(pairs)
-    rates = verdicts.win_rate(responses.figures["tokens"][:, 0], other.lengths[:, 0], draws)
-    names = f"win_rate/{judge.name}", f"win_rate_equal_length/{judge.name}"
-    counts = {"against": judge.against, "model": judge.openai.model, "pairs": len(pairs)}
-    counts |= {"excluded": {kind: verdicts.excluded[kind] for kind in FAILURES}}
-    return dict(zip(names, rates, strict=True)), counts
-
-
-def talk(row: Asked) -> str:
-    """A prompt as a judge reads it."""
-    if row.messages is None:
-        return row.text or ""
-    if len(row.messages) == 1:
-        return row.messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in row.messages)
+    names = source_names([*(source.path for source in section.perplexity), *section.whole_texts])
+    texts = others(names[: len(section.perplexity)], section.perplexity, conversations("assistant"))
+    whole = {}
+    for name, path in zip(names[len(texts) :], section.whole_texts, strict=True):
+        with gathering(problems):
+            whole[name] = read_whole(path, tokenizer)
+    if problems:
+        raise UserError(*problems)
+    pairs = others(source_names([source.path for source in section.pairs]), section.pairs, preferences())
+    return Given(data, found, rows, texts, whole, pairs, judges)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -29,12 +29,13 @@ from align.recipe.load import dump_recipe, load_recipe
 from align.recipe.locks import claimed
 from align.recipe.paths import Location, expanded
 from align.recipe.schema import PositiveInt, Section
+from align.recipe.streams import safe_streams
 from align.tools.board import Board
 from align.tools.jobs import FORKS, Job, Launcher, ask_to_stop, devices
 from align.tools.records import Records
 from align.tools.stage import Stage
 from align.tools.stages import stages_of
-from align.training.border import border
+from align.training.border import Parser, border
 from align.training.checkpoint import write_atomic
 from align.training.stops import signals
 
@@ -240,7 +241,7 @@ class Pipeline:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m align.pipeline",
         description=Recipe.__doc__,
         epilog=_keys(),
@@ -250,8 +251,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="set a key over the file's value")
     parser.add_argument("--dry-run", action="store_true", help="check all, print the plan and every recipe, and stop")
     parser.add_argument("--fresh", action="store_true", help="start every stage over")
-    words = parser.parse_intermixed_args(argv)
-    with border("let fewer stages run at once (jobs)"):
+    with border("let fewer stages run at once (jobs)"), safe_streams():  # it goes on, though nobody reads what it says
+        words = parser.parse_intermixed_args(argv)
         recipe, document = _read(expanded(words.recipe), words.overrides)
         pipeline = Pipeline(recipe, stages_of(document, Path(recipe.run)), Console(), words.fresh)
         if status := pipeline.preview() if words.dry_run else pipeline.run():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,17 @@ class TestWrongInput:
         (tmp_path / "c").mkdir()
         (tmp_path / "c" / ".writing-recipe.yaml").write_text("stage: com")
         main(argv)
+        assert (tmp_path / "c" / "compare.json").is_file()
+
+    def test_a_reader_that_has_left(self, runs, tmp_path, monkeypatch):
+        """What is to be written is written; nobody is told of it."""
+
+        class Gone(io.StringIO):
+            def write(self, text):
+                raise BrokenPipeError
+
+        monkeypatch.setattr(sys, "stdout", Gone())
+        main(recipe(tmp_path / "c.yaml", *runs.values()))
         assert (tmp_path / "c" / "compare.json").is_file()
 
     def test_one_run_alone(self, runs, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -12,14 +13,16 @@ import pytest
 import torch
 import yaml
 from enumerable import divergence, every_response, make_base
+from peft import PeftModel
 from policies import evaluated, evaluation, make_costs, make_policy, results
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import align, lines, metrics, tree, write_rows
 
 from align import compare, evaluate, reward
 from align.data.answers import COMPARED
 from align.data.formats import read_records
 from align.recipe.schema import Source
+from align.tools.whole_texts import Windows
 
 ASKED = {"a": 3, "b": 4, "c": 5, "ask": 6}  # prompts of one word, and its token
 SHORT = {"steps": 2, "eval_every": None, "save_every": None}
@@ -227,6 +230,42 @@ def runs(world, cache, tmp_path_factory):
     return folder / "sft" / "run", folder / "reward" / "run"
 
 
+@torch.no_grad()
+def plainly(base, adapter, text: str, width: int) -> float:
+    """The perplexity of a whole text by plain transformers: its own loss where one window takes it, else every token
+    after the first by the window, half a width on from the one before, that holds it first."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    if ids.shape[1] <= width:
+        return float(model(ids, labels=ids).loss.exp())
+    nll, done = 0.0, 1
+    for begin in range(0, ids.shape[1], width // 2):
+        window = ids[:, begin : begin + width]
+        logprobs = model(window).logits.double().log_softmax(-1)[0, :-1].gather(1, window[0, 1:, None])[:, 0]
+        new = len(logprobs) - (min(begin + width, ids.shape[1]) - done)
+        nll, done = nll - float(logprobs[new:].sum()), min(begin + width, ids.shape[1])
+        if done == ids.shape[1]:
+            break
+    return math.exp(nll / (ids.shape[1] - 1))
+
+
+@pytest.mark.parametrize(
+    ("length", "width"), [(2, 2), (2, 9), (9, 9), (10, 9), (50, 8), (50, 7), (51, 50), (13, 2), (9, 3)]
+)
+def test_every_token_of_a_whole_text_but_the_first_is_scored_once(length, width):
+    """In a window that holds half a width before it, or all there is."""
+    windows, seen = Windows(np.arange(length, dtype=np.int32), width), []
+    for i in range(len(windows)):
+        (ids,), (new,) = windows.tree(i)[:2]
+        assert len(ids) == windows.lengths[i] <= width
+        assert not new[0], "nothing stands before it"
+        first = int(np.flatnonzero(new)[0])
+        assert i == 0 or first >= width - max(width // 2, 1)
+        seen += ids[new].tolist()
+    assert seen == list(range(1, length))
+
+
 def test_perplexity_and_accuracy_are_those_that_training_saw(world, runs, here):
     tuned, judge = runs
     section = {
@@ -234,9 +273,17 @@ def test_perplexity_and_accuracy_are_those_that_training_saw(world, runs, here):
         "perplexity": [{"path": str(world.held)}],
         "pairs": [{"path": str(world.held_pairs)}],
         "samples": 1,
+        "whole_texts": ["short.txt", "long.txt"],
     }
-    about, rows = evaluated(here / "run", world.base, world.held, tuned / "final", evaluate=section)
+    (here / "short.txt").write_text("One paragraph,\r\nof two lines.\n\nAnd another: 你好.\n", "utf-8", newline="")
+    (here / "long.txt").write_text("\n\n".join(f"Paragraph {i} of many." for i in range(12)), "utf-8")
+    data = {"train": [{"path": str(world.held)}], "max_length": 128}
+    about, rows = evaluated(here / "run", world.base, world.held, tuned / "final", evaluate=section, data=data)
     found = about["metrics"]
+    for name in ("short", "long"):
+        expected = plainly(world.base, tuned / "final", (here / f"{name}.txt").read_bytes().decode(), 128)
+        assert found[f"perplexity/{name}"]["value"] == pytest.approx(expected, rel=1e-5)
+        assert (found[f"perplexity/{name}"]["low"], found[f"perplexity/{name}"]["n"]) == (None, 1)
     assert found["perplexity/held"]["value"] == pytest.approx(metrics(tuned, "eval")[-1]["perplexity"], rel=1e-5)
     assert found["perplexity/held"]["low"] < found["perplexity/held"]["value"] < found["perplexity/held"]["high"]
     assert found["accuracy/proxy/held_pairs"]["value"] == pytest.approx(metrics(judge, "eval")[-1]["accuracy"])
@@ -252,12 +299,17 @@ def test_what_a_user_can_mend_is_told_before_anything_is_written(world, words, r
     evaluated(here / "done", base, data, policy, evaluate=asking())
     (here / "mine").mkdir()
     (here / "mine" / "notes.txt").write_text("dear")
+    (here / "mine" / "empty.txt").write_text("")
     write_rows(here / "others.jsonl", [{"text": "c"}])
     endpoint = {"url": "http://localhost:9", "model": "m"}
     judge = {"openai": endpoint, "against": "done"}
     reward_model = str(runs[1] / "final")
     before = tree(here)
     for wrong, word in (
+        (
+            {"evaluate": asking(whole_texts=["none.txt", "mine/empty.txt"])},
+            "evaluate.whole_texts: mine/empty.txt has 0",
+        ),
         ({"policy": "nowhere"}, "policy: nowhere has no align.json"),
         ({"policy": reward_model}, "stage reward, which only scores"),
         ({"policy": str(runs[0] / "final")}, "was trained on a trunk with fingerprint"),

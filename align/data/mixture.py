@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from align.data.examples import Examples, Ledger, Part, joined
@@ -24,7 +25,7 @@ from align.data.paths import is_hub_id, survey
 from align.data.reading import Reading
 from align.data.shown import shown
 from align.data.store import Progress, stored
-from align.recipe.errors import UserError
+from align.recipe.errors import UserError, printable
 from align.recipe.schema import Data, Source
 
 
@@ -112,11 +113,11 @@ def counting(console: Console) -> Iterator[Progress]:
         now = time.monotonic()
         line = f"tokenising {source}: {rows:,} rows"
         if console.is_terminal and now - started > 2:
-            status.update(line)
+            status.update(Text(printable(line)))  # the name of a file is no markup
             status.start()
         elif not console.is_terminal and now - told > 10:
             told = now
-            console.print(line, markup=False, highlight=False)
+            console.print(printable(line), markup=False, highlight=False)
 
     try:
         yield tell
@@ -227,7 +228,8 @@ def _summary(train: Examples, held: Examples, ledger: Ledger, read: int, duplica
     )
     for side, examples in (("train", train), ("eval", held)):
         tokens, labels = int(examples.lengths.sum()), int(examples.labels.sum())
-        lines.append(f"{side}: {_counted(examples)}, {tokens:,} tokens, {labels:,} of them trained")
+        trained = f", {labels:,} of them trained" if labels else ""  # prompts have none
+        lines.append(f"{side}: {_counted(examples)}, {tokens:,} tokens{trained}")
     return lines
 
 

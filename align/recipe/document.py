@@ -22,6 +22,8 @@ Keys = tuple[str | int, ...]  # ("data", "train", 0, "path")
 
 FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+")
 MAX_BYTES, MAX_DEPTH, MAX_VALUES = 2**18, 32, 20_000
+LONG = 64  # characters of a text that count as one value more
+Pair = tuple[yaml.Node, yaml.Node]
 
 
 class Place(NamedTuple):
@@ -73,6 +75,7 @@ class _Reader:
         self.order, self.where = order, where  # both from a line number
         self.places: dict[Keys, Place] = {}
         self.problems: list[Problem] = []
+        self.size = 0  # values that were read, those that anchors repeat included; a long text counts as several
 
     def read(self, text: str, keys: Keys = ()) -> Any:
         """The value that `text` holds, to stand at `keys`. Raises UserError where it is not YAML."""
@@ -102,8 +105,7 @@ class _Reader:
         self.problems.append(Problem(self.order(line), f"{self.where(line)}: {text}"))
 
     def _value(self, node: yaml.Node, keys: Keys, line: int) -> Any:
-        if len(self.places) > MAX_VALUES or len(keys) > 2 * MAX_DEPTH:  # a few anchors can unfold without end
-            raise UserError(f"{self.where(line)}: the anchors unfold into too much; write the values out")
+        self._grow(line, len(node.value) // LONG if isinstance(node, yaml.ScalarNode) else 0, len(keys))
         self.places[keys] = self._place(line)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, keys)
@@ -113,9 +115,16 @@ class _Reader:
             self.places[keys] = self._place(line, node.value)
         return self._scalar(node, line)
 
+    def _grow(self, line: int, more: int = 0, depth: int = 0) -> None:
+        """Count a value. A few anchors can unfold without end."""
+        self.size += 1 + more
+        if self.size > MAX_VALUES or depth > 2 * MAX_DEPTH:
+            raise UserError(f"{self.where(line)}: the anchors unfold into too much; write the values out")
+
     def _mapping(self, node: yaml.MappingNode, keys: Keys) -> dict[str, Any]:
         values, first = {}, {}
-        for key_node, value_node in node.value:
+        own, merged = self._pairs(node, keys)
+        for key_node, value_node in own:
             line = key_node.start_mark.line + 1
             key = key_node.value
             if not isinstance(key_node, yaml.ScalarNode) or not encodable(key):
@@ -124,7 +133,33 @@ class _Reader:
                 self._fault(line, f"duplicate key {key!r} in {dotted(keys)}; it already stands on line {first[key]}")
             else:
                 values[key], first[key] = self._value(value_node, (*keys, key), line), line
+        for key_node, value_node in merged:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key not in values and isinstance(key_node, yaml.ScalarNode) and encodable(key):
+                values[key] = self._value(value_node, (*keys, key), line)
         return values
+
+    def _pairs(self, node: yaml.MappingNode, keys: Keys, depth: int = 0) -> tuple[list[Pair], list[Pair]]:
+        """A mapping's own keys with their values, and those that its merge key (`<<`) brings, which come after them.
+
+        The value of `<<` is a mapping, or a list of mappings of which the first counts most (yaml.org/type/merge.html).
+        """
+        own, merged = [], []
+        for pair in node.value:
+            key_node, value_node = pair
+            line = key_node.start_mark.line + 1
+            if depth:
+                self._grow(line, depth=depth)
+            if key_node.value != "<<" or key_node.style is not None:
+                own.append(pair)
+                continue
+            sources = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+            for source in sources:
+                if isinstance(source, yaml.MappingNode):
+                    merged += [inner for pairs in self._pairs(source, keys, depth + 1) for inner in pairs]
+                else:
+                    self._fault(line, f"`<<` in {dotted(keys)}: expected a section to merge, such as `<<: *name`")
+        return own, merged
 
     def _scalar(self, node: yaml.ScalarNode, line: int) -> Any:
         text = node.value

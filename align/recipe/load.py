@@ -31,6 +31,7 @@ from align.recipe.paths import expanded
 from align.recipe.schema import BaseRecipe
 
 FLAGS = ("--fresh", "--show", "--extend")  # in the order of Command's fields
+MOST = 100  # problems that are told of one recipe; the rest are counted
 STAGES = ("sft", "reward", "dpo", "ppo", "classify")
 
 
@@ -116,18 +117,27 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456
 
 
 def problems_of(error: ValidationError, recipe_type: type[BaseRecipe], document: Document) -> list[Problem]:
-    """pydantic's errors as ours: one for each value, however many arms of a union refused it."""
+    """pydantic's errors as ours: one for each value, however many arms of a union refused it; the first in the file,
+    where there are very many."""
     found = {}
     for fault in error.errors(include_url=False):
         keys, kind = _follow(recipe_type, fault["loc"])
         found.setdefault(keys, (fault, kind))
-    problems = []
+    around = {keys[:depth] for keys in found for depth in range(len(keys))}
+    at_fault = []
     for keys, (fault, kind) in found.items():
-        if len(arms(kind)) > 1 and any(other != keys and other[: len(keys)] == keys for other in found):
+        if len(arms(kind)) > 1 and keys in around:
             continue  # one arm of the union fits but for a value inside it: only that value is at fault
-        place = document.place(keys[:-1] if fault["type"] == "missing" else keys)
-        problems.append(Problem(place.order, f"{place.where}: {_say(fault, keys, kind, recipe_type, document)}"))
-    return problems
+        at_fault.append((document.place(keys[:-1] if fault["type"] == "missing" else keys), fault, keys, kind))
+    at_fault.sort(key=lambda found: found[0].order)
+    told = [
+        Problem(place.order, f"{place.where}: {_say(fault, keys, kind, recipe_type, document)}")
+        for place, fault, keys, kind in at_fault[:MOST]
+    ]
+    if more := len(at_fault) - len(told):
+        place = at_fault[MOST][0]
+        told.append(Problem(place.order, f"{place.where}: {more:,} more problems from here on"))
+    return told
 
 
 def _follow(kind: Any, loc: Keys) -> tuple[Keys, Any]:

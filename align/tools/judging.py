@@ -16,15 +16,18 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import numpy as np
 from pydantic import Field
 
+from align.data.prompts import Asked
 from align.recipe.errors import UserError
 from align.recipe.schema import PositiveInt, Section
+from align.tools.evaluated import Evaluated
+from align.tools.generation import Responses
 from align.tools.statistics import Draws, Estimate, duel
 
 INSTRUCTION = (
@@ -152,3 +155,27 @@ class EndpointJudge:
             return "nonsense"
         verdicts = set(VERDICT.findall(said)) if isinstance(said, str) else set()
         return verdicts.pop() if len(verdicts) == 1 else "nonsense"
+
+
+def judged(
+    name: str, ask: EndpointJudge, other: Evaluated, responses: Responses, draws: Draws
+) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    """Win rates over another evaluation's responses to the same prompts, and what was excluded, by kind."""
+    samples = responses.episodes.samples
+    own = responses.answered[::samples]
+    pairs = [Pair(talk(one.asked), one.response, text) for one, text in zip(own, other.responses, strict=True)]
+    verdicts = ask(pairs)
+    rates = verdicts.win_rate(responses.figures["tokens"][:, 0], other.lengths[:, 0], draws)
+    names = f"win_rate/{name}", f"win_rate_equal_length/{name}"
+    excluded = {kind: verdicts.excluded[kind] for kind in FAILURES}
+    counts = {"model": ask.endpoint.model, "pairs": len(pairs), "excluded": excluded}
+    return dict(zip(names, rates, strict=True)), counts
+
+
+def talk(row: Asked) -> str:
+    """A prompt as a judge reads it."""
+    if row.messages is None:
+        return row.text or ""
+    if len(row.messages) == 1:
+        return row.messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in row.messages)

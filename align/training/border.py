@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
@@ -14,6 +15,13 @@ import torch
 from align.recipe.errors import UserError, printable
 
 OURS = "this is a fault of align itself; please report it, with the lines above and the command"
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose faults are a UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help tells more")
 
 
 @contextmanager

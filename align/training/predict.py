@@ -7,7 +7,6 @@ text comes out without label, and stderr says why.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 import warnings
@@ -44,7 +43,7 @@ from align.recipe.errors import UserError, printable
 from align.recipe.paths import expanded, location
 from align.recipe.records import to_json
 from align.recipe.schema import Model
-from align.training.border import border
+from align.training.border import Parser, border
 from align.training.classification import softmax
 from align.training.launch import keep_freed_memory
 from align.training.plan import row_budget
@@ -143,19 +142,19 @@ class Classifier:
 
 def predict_command(argv: Sequence[str]) -> None:
     """`--predict FOLDER [FILE]`. What a user can mend goes to stderr, with exit status 2."""
-    parser = argparse.ArgumentParser("python -m align.classify", description=__doc__)
+    parser = Parser("python -m align.classify", description=__doc__)
     parser.add_argument("--predict", metavar="FOLDER", required=True, help="final/ of a finished run")
     parser.add_argument("file", nargs="?", help="what to classify; standard input where it is left out")
     parser.add_argument("--text", metavar="COLUMN", default="text", help="column of the texts: a name, or column2")
     parser.add_argument("--format", choices=WRITERS, default="csv", help="of the output (default: csv)")
     parser.add_argument("--base", metavar="BASE", help="the base, where the one that the result names is not here")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that stands beside the base")
-    options = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     keep_freed_memory()
     with border("classify fewer texts at once, or shorter ones"):
+        options = parser.parse_args(argv)
         file = None if options.file is None else expanded(options.file)
         folder = Path(expanded(options.predict))
         texts = _texts(file, options.text)

@@ -54,6 +54,7 @@ def write_report(run: Path) -> Path:
         classification=classification_section(_json(run / "classification.json")),
         rollout=rollout_section(metrics, run / "episodes.jsonl", recipe),
         data=data,
+        sides={name: side for name, side in data.items() if isinstance(side, dict) and side.get("examples")},
         ledger=Ledger.read(run / "ledger.jsonl"),
         samples=samples(run / "samples.jsonl"),
         ledger_rows=LEDGER_ROWS,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from itertools import pairwise
 from textwrap import dedent
 from typing import Literal
 
@@ -255,9 +257,65 @@ def test_files_that_are_no_recipe(problems, text, problem):
     assert line.startswith(problem)
 
 
-def test_a_bomb_of_anchors(problems):
-    rows = ["l0: &l0 [a, b]", *(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 30))]
-    assert problems("\n".join(rows))[0].endswith("the anchors unfold into too much; write the values out")
+def test_merge_keys(load, problems):
+    """`<<` takes what its own section lacks from one or several others; quoted it is a key like any other."""
+    recipe = load("""
+        stage: sft
+        run: r
+        model: {base: y, <<: {dtype: float32, base: not this}}
+        data:
+          train:
+            - &one {path: a, columns: {prompt: q}, weight: 2.0}
+            - <<: *one
+              path: b
+            - <<: [{limit: 3, weight: 3.0}, *one]
+            - <<: {<<: *one, limit: 4}
+    """)
+    assert (recipe.model.base, recipe.model.dtype) == ("y", "float32")
+    assert all(source.columns == {"prompt": "q"} for source in recipe.data.train)
+    assert [(source.path, source.weight, source.limit) for source in recipe.data.train] == [
+        ("a", 2.0, None), ("b", 2.0, None), ("a", 3.0, 3), ("a", 2.0, 4)
+    ]  # fmt: skip
+    common = "stage: sft\nrun: r\ndata: {train: [{path: a}]}\n"
+    for model, said in (
+        ("{base: b, <<: 3}", "`<<` in model: expected a section to merge, such as `<<: *name`"),
+        ("{base: b, '<<': {dtype: float32}}", "unknown key '<<' in model"),
+        ("{base: b, <<: {dtpe: float32}}", "unknown key 'dtpe' in model; did you mean 'dtype'?"),
+    ):
+        (problem,) = problems(f"{common}model: {model}")
+        assert problem.startswith(f"r.yaml:4: {said}")
+
+
+def unfolding(first: str, item: str) -> str:
+    """Each line repeats the one before nine times."""
+    return f"a: &a {first}\n" + "".join(
+        f"{c}: &{c} {item.format(','.join([f'*{p}'] * 9))}\n" for p, c in pairwise("abcdefghi")
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a {<<: *a}",
+        unfolding("{x: 1, y: 2}", "{{<<: [{}]}}"),
+        unfolding("[1, 2, 3]", "[{}]"),
+        f"a: &a [{'x' * 200_000}]\nb: [{'*a,' * 9000}]",
+    ],
+)
+def test_bombs_are_refused_at_once(problems, text):
+    started = time.process_time()
+    assert problems(text)[0].endswith("the anchors unfold into too much; write the values out")
+    assert time.process_time() - started < 3
+
+
+def test_very_many_problems_are_counted(problems):
+    """Of a list that is wrong throughout: the first are told, in the time that it takes to read them."""
+    started = time.process_time()
+    found = problems("stage: sft\nrun: r\nmodel: {base: b}\ndata:\n  train:\n" + "    - {pth: a}\n" * 3000)
+    assert len(found) == 101
+    assert found[0] == "r.yaml:6: missing key 'path' in data.train.0; it takes text"
+    assert found[-1] == "r.yaml:56: 5,900 more problems from here on"
+    assert time.process_time() - started < 10
 
 
 def test_an_override_inside_an_anchor_leaves_its_other_uses(load):

@@ -207,7 +207,7 @@ def test_lists_that_do_not_fit_together_stop_no_report(preferences, entries):
 
 def test_data_ledger_samples_recipe_and_environment_are_told(run):
     text = report(run).text
-    assert "train 42 54.3 k 9,876" in text
+    assert "train 42 54,321 9,876" in text
     assert "3 exact duplicates kept." in text
     assert "drop N tokens, most N 2 " in text
     assert "a.jsonl 7 drop 1,043 tokens, most 1,024" in text
@@ -313,7 +313,7 @@ def test_a_ledger_of_many_reasons_counts_those_it_does_not_list(tmp_path):
         [{"action": "drop", "reason": "x" * n} for n in range(60) for _ in range(3)],
     )
     text = report(tmp_path).text
-    assert "dropped, truncated or repaired: 180" in text
+    assert "dropped, cut or repaired: 180 entries" in text
     assert "10 rarer reasons 30" in text
 
 
