@@ -23,7 +23,7 @@ from align.data.naming import check_mapping, renamed, turns_hint
 from align.data.paths import data_files, is_hub_id
 from align.data.rows import Fault, Formats, Refused, Row, Shape
 from align.data.shown import a, listed, meant
-from align.data.tables import by_place, delimiter_note
+from align.data.tables import by_place, delimiter_note, header_hint
 from align.data.turns import (
     alpaca,
     check,
@@ -120,8 +120,10 @@ def _find(source: Source, file: str, formats: Formats) -> Found:
     if source.format == "auto":
         format, why = detect(rows, formats)
         if format is None:
+            if rows:
+                raise UserError(f"{file}: {why}{turns_hint(raw)}{header_hint(columns)}")
             line, value = sample[0]  # where no row is one, the first tells more than the columns
-            raise UserError(f"{file}: {why}{turns_hint(raw)}" if rows else f"{file}:{line}: {_refusal(value)}")
+            raise UserError(f"{file}:{line}: {_refusal(value)}")
     else:
         format, shape = source.format, formats[source.format]
         why = "as the recipe says" + shape.note

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -73,6 +73,12 @@ def delimiter_note(path: Path, placed: bool) -> str:
     """For the screen, where the cells of a table are parted by something else than its extension says."""
     found = delimiter_of(path, placed) if kind_of(path) in TABLES else None
     return f"; its cells are parted by {DELIMITERS[found]}" if found and found != TABLES[kind_of(path)] else ""
+
+
+def header_hint(columns: Sequence[str]) -> str:
+    """For an error: what a header of a single column looks like, where other marks than the rows' could part it."""
+    marks = [words for mark, words in DELIMITERS.items() if len(columns) == 1 and mark in columns[0]]
+    return f"; the header looks parted by {marks[0]}, but no row has as many cells: mend the rows" if marks else ""
 
 
 def _widths(path: Path, delimiter: str) -> list[int]:

@@ -53,6 +53,8 @@ def prompt_completion(row: dict[str, Any]) -> list[Turn]:
     prompt, completion = sides
     if completion[0].message["role"] == "user":
         raise Refused(f"{completion[0].role_at}: expected the assistant's answer to the prompt, found user")
+    if prompt[-1].message["role"] == "assistant" and not prompt[-1].message.get("tool_calls"):
+        raise Refused(f"{prompt[-1].role_at}: expected user or tool before the answer, found assistant")
     for turn in prompt:
         if turn.message["role"] == "assistant":
             turn.message["train"] = False

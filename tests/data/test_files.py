@@ -412,6 +412,12 @@ def test_what_parts_the_cells_of_a_table_is_told(tmp_path, name, content, note):
         assert len(rows) == content.count("\n") - 1
 
 
+def test_a_header_that_no_row_bears_out(tmp_path):
+    assert refusal(tmp_path, "a.csv", "text;label\na\nb\n").endswith(
+        "; the header looks parted by semicolons, but no row has as many cells: mend the rows"
+    )
+
+
 def test_a_table_without_header_and_with_other_delimiters(tmp_path):
     path = put(tmp_path, "a.csv", "ham;Hello, you\nspam;Win\nham;a, b, c\n")
     columns = {"label": "column1", "text": "column2"}

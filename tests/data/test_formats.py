@@ -347,6 +347,11 @@ REFUSED = [
         {"prompt": "a", "completion": HI},
         "completion[0].role: expected the assistant's answer to the prompt, found user",
     ),
+    (
+        "prompt_completion",
+        {"prompt": HI, "completion": "there"},
+        "prompt[1].role: expected user or tool before the answer, found assistant",
+    ),
     ("text", {"text": " "}, "text: expected text, found only white space"),
     ("text", ["text"], "expected a row of named columns, found the list ['text']"),
 ]

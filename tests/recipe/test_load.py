@@ -124,7 +124,7 @@ def test_every_problem_at_once_in_the_order_of_the_file(problems):
         "write it as a list: [q_proj]",
         "r.yaml:8: unknown key 'weight_decay' in lora; it belongs in `optim`",
         "r.yaml:12: unknown key 'fromat' in data.train.0; did you mean 'format'?",
-        "r.yaml:13: data.train.0.columns.prompt: expected text, found the number 3; put it in quotes: '3'",
+        "r.yaml:13: data.train.0.columns.prompt: expected text or null, found the number 3; put it in quotes: '3'",
         "r.yaml:14: missing key 'path' in data.train.1; it takes text",
         f"r.yaml:14: data.train.1.format: expected {formats}, found the text 'alpca'; did you mean 'alpaca'?",
         "r.yaml:15: data.eval: give either a fraction of the training rows or sources, not both",
