@@ -31,7 +31,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from align.data.examples import Examples
 from align.data.prompts import prompts
 from align.data.trees import Forest
 from align.models.base import load_base
@@ -40,23 +39,13 @@ from align.models.trunk import Trunk
 from align.objectives import advantages as adv
 from align.objectives.losses import clipped_policy_loss, clipped_value_loss
 from align.recipe.schema import BaseRecipe, Optim, PositiveInt, Section
+from align.training.experience import Experience
 from align.training.launch import run_stage
 from align.training.loop import Learnt, Loop, Metrics
 from align.training.meters import Sums, mean_interval
 from align.training.pretraining import Pretraining, Ptx
 from align.training.rewards import RewardPart, Rewards, stands_on
-from align.training.rollout import (
-    Episodes,
-    Generation,
-    Rollout,
-    Targets,
-    check_samples,
-    explained,
-    figures,
-    minibatches,
-    sampled,
-    scored,
-)
+from align.training.rollout import Generation, Rollout, Targets, check_samples, explained, figures, minibatches
 from align.training.session import Session
 from align.training.watch import Watch, check_unmoved
 
@@ -179,8 +168,8 @@ class Algorithm:
     labels = None
 
     def __init__(self, recipe: Recipe, roles: Roles, rewards: Rewards, watch: Watch, ptx: Pretraining | None) -> None:
-        self.recipe, self.ppo, self.roles, self.rewards = recipe, recipe.ppo, roles, rewards
-        self.watch, self.ptx = watch, ptx
+        self.recipe, self.ppo, self.rewards, self.watch, self.ptx = recipe, recipe.ppo, rewards, watch, ptx
+        self.experience = Experience(roles, rewards, watch, recipe.ppo.generation.sampling)
 
     def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
         """One step of PPO."""
@@ -188,12 +177,16 @@ class Algorithm:
         kl_coef = loop.memory.setdefault("kl_coef", ppo.kl_coef)
 
         # 1. Sample responses to the step's prompts.
-        episodes = self._sampled(loop, loop.data.train, chosen, (self.recipe.seed, SAMPLING, step), ppo.samples)
+        episodes = self.experience.sampled(
+            loop, loop.data.train, chosen, (self.recipe.seed, SAMPLING, step), ppo.samples
+        )
         sampled_at = time.perf_counter()
         # 2. Score them with every role, in the rows of the first epoch.
         orders = [(self.recipe.seed, ORDER, step, epoch) for epoch in range(ppo.epochs)]
         epochs = [minibatches(len(chosen), ppo.minibatches, order) for order in orders]
-        rollout, parts = self._scored(loop, loop.data.train, chosen, episodes, epochs[0], ppo.entropy or "known")
+        rollout, parts = self.experience.scored(
+            loop, loop.data.train, chosen, episodes, epochs[0], ppo.entropy or "known"
+        )
 
         # 3. Rewards: the KL penalty at every token, the score at the end.
         score = self._score(rollout, parts)  # (E,)
@@ -254,8 +247,8 @@ class Algorithm:
         """Scores of responses to the held-out prompts, and how far the actor has gone."""
         examples, everyone = loop.data.eval, np.arange(len(loop.data.eval))
         key = (self.recipe.seed, SAMPLING, 0)
-        episodes = self._sampled(loop, examples, everyone, key, self.ppo.eval_samples)
-        rollout, parts = self._scored(loop, examples, everyone, episodes, [everyone])
+        episodes = self.experience.sampled(loop, examples, everyone, key, self.ppo.eval_samples)
+        rollout, parts = self.experience.scored(loop, examples, everyone, episodes, [everyone])
         score = self._score(rollout, parts)
         found = figures(rollout, parts, score, loop.memory.get("kl_coef", self.ppo.kl_coef))
         self.watch.evaluated(loop, episodes, score, found, self.ppo.kl_budget)
@@ -265,32 +258,6 @@ class Algorithm:
     def conclude(self, loop: Loop) -> dict[str, Any]:
         """What the result's align.json tells besides."""
         return dict(loop.memory)
-
-    def _sampled(
-        self, loop: Loop, examples: Examples, chosen: np.ndarray, key: tuple[int, ...], samples: int
-    ) -> Episodes:
-        loop.screen.phase("sampling")
-        stems = [examples.tree(int(i)).segments[0] for i in chosen]
-        keys = [(*key, place) for place in range(len(chosen))]
-        heed = loop.session.signals.heed
-        return sampled(loop.trunk, loop.batches, stems, keys, self.ppo.generation.sampling, samples, heed)
-
-    def _scored(
-        self,
-        loop: Loop,
-        examples: Examples,
-        chosen: np.ndarray,
-        episodes: Episodes,
-        groups: Sequence[np.ndarray],
-        to_learn: Entropy | None = None,
-    ) -> tuple[Rollout, dict[str, Tensor]]:
-        """The rollout, and every part of the reward by name, (E,) each."""
-        loop.screen.phase("scoring")
-        rollout = scored(self.roles, loop.batches, episodes, groups, [*self.rewards.scorers], loop.screen, to_learn)
-        texts = self.watch.texts(examples, chosen, episodes) if self.rewards.read_texts else []
-        parts = rollout.scores | self.rewards.of_texts(texts, loop.batches.rank, loop.batches.world)
-        loop.screen.phase("learning")
-        return rollout, parts
 
     def _score(self, rollout: Rollout, parts: dict[str, Tensor]) -> Tensor:
         """(E,): the sum of the parts less the penalties."""

@@ -112,12 +112,12 @@ def test_another_base_adapter_or_eval_set_is_refused(world, recipe, here):
 
 def test_an_extended_run_equals_one_that_was_planned_longer(recipe, here):
     """Finished, extended, stopped by a signal on the way, and gone on with by the plain command: to the bit."""
-    longer = [recipe, "train.steps=12", "train.eval_every=4", "log.samples=[Say 1]", "log.sample_tokens=4"]
+    longer = [recipe, "train.steps=8", "train.eval_every=4", "log.samples=[Say 1]", "log.sample_tokens=4"]
     shorter = [*longer, "train.steps=4", "run=short"]
     done(*longer, "run=long")
     done(*shorter)
     short, before = here / "short", tree(here / "short")
-    assert "train.steps: 4 there, 12 here" in refused(*longer, "run=short")
+    assert "train.steps: 4 there, 8 here" in refused(*longer, "run=short")
     assert "--extend goes on with it to the new end" in refused(*longer, "run=short")
     assert "--extend: 4 steps are done; train.steps or train.epochs asks for fewer" in refused(
         *shorter, "train.steps=2", "--extend"
@@ -127,18 +127,18 @@ def test_an_extended_run_equals_one_that_was_planned_longer(recipe, here):
     assert "seed: 17 there, 3 here" in refused(*longer, "run=short", "--extend", "seed=3")
     assert tree(short) == before
     child = Child(here, *longer, "run=short", "--extend")
-    child.send_when(signal.SIGTERM, lambda: b'"step": 6' in (short / "metrics.jsonl").read_bytes())
+    child.send_when(signal.SIGTERM, lambda: b'"step": 5' in (short / "metrics.jsonl").read_bytes())
     told = child.wait()
-    assert "extended: 12 steps in place of 4\n" in told.out, told.err
+    assert "extended: 8 steps in place of 4\n" in told.out, told.err
     assert json.loads((short / "final" / "align.json").read_text())["step"] == 4  # until the new one takes its place
     assert "(step " in done(*longer, "run=short")
     assert metrics(short) == metrics(here / "long")
     assert [line for line in lines(short / "samples.jsonl") if line["step"] != 4] == lines(here / "long/samples.jsonl")
     assert all(torch.equal(t, weights(short)[name]) for name, t in weights(here / "long").items())
-    assert json.loads((short / "final" / "align.json").read_text())["step"] == 12
+    assert json.loads((short / "final" / "align.json").read_text())["step"] == 8
     assert "nothing to do" in done(*longer, "run=short", "--extend")
     shutil.rmtree(short / "checkpoints")
-    assert "has no whole checkpoint to go on from" in refused(*longer, "run=short", "--extend", "train.steps=14")
+    assert "has no whole checkpoint to go on from" in refused(*longer, "run=short", "--extend", "train.steps=9")
 
 
 def test_an_extension_takes_every_example_as_often_though_a_step_was_short(recipe, here):
@@ -163,9 +163,10 @@ def test_weights_and_moments_are_trained_on_to_the_bit(recipe, here):
     result has no moments."""
     steady = ["optim.warmup=0", "train.steps=8"]
     done(*only_one(recipe, "run=whole", *steady))
+    shutil.copytree(here / "whole", here / "half")
+    for step in (6, 8):
+        shutil.rmtree(here / "half" / "checkpoints" / f"step-00000{step}")
     for number, start in enumerate(("whole/checkpoints/step-000004", "half")):
-        if start == "half":
-            done(*only_one(recipe, "run=half", "optim.warmup=0", "train.steps=4"))
         more = [f"run=on{number}", f"train.start_from={start}", "optim.warmup=0", "train.steps=4"]
         said = done(*only_one(recipe, *more))
         assert "weights and AdamW's moments of step 4" in said
@@ -173,11 +174,9 @@ def test_weights_and_moments_are_trained_on_to_the_bit(recipe, here):
         found = [record["loss"] for record in metrics(here / f"on{number}", "train")]
         assert found == [record["loss"] for record in metrics(here / "whole", "train")][4:]
         assert "nothing to do" in done(*only_one(recipe, *more))
-    said = done(*only_one(recipe, "run=bare", "train.start_from=half/final", "optim.warmup=0", "train.steps=4"))
-    assert "half/final: its weights; AdamW's moments begin at zero" in said
-    ours, theirs = metrics(here / "bare"), metrics(here / "on0")
-    assert [record["loss"] for record in ours[:2]] == [record["loss"] for record in theirs[:2]]
-    assert ours[-1]["loss"] != theirs[-1]["loss"]
+    said = done(*only_one(recipe, "run=bare", "train.start_from=on0/final", "optim.warmup=0", "train.steps=2"))
+    assert "on0/final: its weights; AdamW's moments begin at zero" in said
+    assert metrics(here / "bare", "eval")[0]["loss"] == metrics(here / "on0", "eval")[-1]["loss"]
 
 
 def test_a_start_of_something_else_is_refused_with_the_difference(world, recipe, here):
@@ -218,6 +217,5 @@ def test_every_stage_starts_from_another_run_of_it(world, recipe, here):
     labels = world.recipe(here / "c.yaml", stage="classify", data=data, train=short)
     done(labels, "run=c", stage=classify)
     done(labels, "run=c2", "train.start_from=c/final", stage=classify)
-    done(labels, "run=c3", "train.start_from=c", stage=classify)
     said = refused(labels, "run=c4", "train.start_from=c", "classify.labels=[spam, ham]", stage=classify)
     assert "has the labels ['ham', 'spam'], but this run has ['spam', 'ham']" in said

@@ -149,7 +149,7 @@ def test_a_second_call_has_nothing_to_do(finished, monkeypatch, cache):
     before = tree(run)
     told = align(recipe)
     assert told.status == 0
-    assert f"{run}/final is already there: nothing to do (--fresh starts over)" in told.out
+    assert f"{run}/final is already there: nothing to do (--fresh starts over, --extend trains on)" in told.out
     assert tree(run) == before
 
 

@@ -21,7 +21,12 @@ from align.tools.references import UNFILLED
 from align.tools.written import Written, gathering
 
 OUTPUTS = ("run", "log")  # what these sections name is written or shown, not read
-RESULTS = {"adapter": "the `final/`", "policy": "the `final/`", "against": "the folder"}  # of earlier runs
+RESULTS = {
+    "adapter": "the `final/`",
+    "policy": "the `final/`",
+    "against": "the folder",
+    "start_from": "the folder",
+}  # of earlier runs
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
 
 

@@ -146,11 +146,8 @@ class Loop:
             self._train_step()
             self.session.heed()
             evaluate, every = self._evaluation_due(), self.recipe.train.save_every
-            if (
-                self.step == self.plan.steps
-                or (every and self.step % every == 0)
-                or (evaluate and self.eval_seconds > LONG)
-            ):
+            due = self.step == self.plan.steps or bool(every and self.step % every == 0)
+            if due or (evaluate and self.session.decided(lambda: self.eval_seconds > LONG)):
                 self.save_state()
 
     def _evaluation_due(self) -> bool:

@@ -121,10 +121,7 @@ class Session:
 
         run.identity, run.standing = self.decided(look)
         if run.standing.finished:
-            self.say(
-                f"{run.final} is already there: nothing to do (--fresh starts over, --extend goes on to larger "
-                "train.steps or train.epochs)"
-            )
+            self.say(f"{run.final} is already there: nothing to do (--fresh starts over, --extend trains on)")
         return not run.standing.finished
 
     def decided(self, function: Callable[[], T]) -> T:
