@@ -54,9 +54,8 @@ def read_scorer(name: str, key: str, trunk: Trunk) -> Scorer:
         raise UserError(f"{key}: {folder / META} has no score_mean and score_std, by which scores are normalised")
     weights = dict(result.weights)
     heads = [name for name in weights if name.endswith("score.weight")]
-    width = trunk.plain.config.get_text_config().hidden_size
-    if len(heads) != 1 or weights[heads[0]].shape != (1, width):
-        raise UserError(f"{key}: {folder} has no scalar head on {width} features")
+    if len(heads) != 1 or weights[heads[0]].shape != (1, trunk.width):
+        raise UserError(f"{key}: {folder} has no scalar head on {trunk.width} features")
     head = weights.pop(heads[0]).float()
     return Scorer(folder, about.score_mean, about.score_std, result.config.section, weights, head)
 
@@ -85,13 +84,12 @@ class Roles(nn.Module):
         super().__init__()
         self.trunk, self.temperature = trunk, temperature
         self.heads = nn.ModuleDict()
-        width = trunk.plain.get_input_embeddings().embedding_dim
         for role, scorer in scorers.items():
             self._add(role, scorer.lora, seed, scorer)
             self.heads[role] = _head(scorer.head, trunk)
         if leading is None:
             self._add(CRITIC, lora, seed)
-            self.heads[CRITIC] = _head(torch.zeros(1, width), trunk)
+            self.heads[CRITIC] = _head(torch.zeros(1, trunk.width), trunk)
         else:
             first = scorers[leading]
             self._add(CRITIC, first.lora, seed, first)

@@ -109,6 +109,11 @@ class Trunk(nn.Module):
         return len(beneath(self.plain.get_input_embeddings()).weight)
 
     @property
+    def width(self) -> int:
+        """Features of a final hidden state, which its output projection reads."""
+        return beneath(self.head).weight.shape[1]
+
+    @property
     def dtype(self) -> torch.dtype:
         """What matrix products are computed in."""
         return self.autocast_dtype or beneath(self.plain.get_input_embeddings()).weight.dtype
