@@ -68,7 +68,7 @@ def kto(trunk: Trunk, answers: list[Answer], beta: float, weights: tuple[float, 
     """`align.dpo.kto_loss` of one batch as a mean, with its gradient still to be taken."""
     trees = [as_tree(prompt, answer, targets=(float(good),)) for prompt, answer, good in answers]
     reference = Reference(trunk)
-    others = plant(Mismatched(SimpleNamespace(tree=trees.__getitem__), np.arange(len(trees))).trees)
+    others = plant(Mismatched(SimpleNamespace(tree=trees.__getitem__, max_length=10**6), np.arange(len(trees))).trees)
     with torch.no_grad():
         ratios = path_sums(trunk(others), others.path, others.paths) - reference(others)
     reference.baseline = max(ratios.mean().item(), 0.0)

@@ -52,7 +52,7 @@ def classifier(run) -> Classifier:
 @pytest.fixture
 def final(run, classifier, monkeypatch) -> Path:
     """Its result, which is loaded once for all tests."""
-    monkeypatch.setattr(predict, "Classifier", lambda folder: classifier)
+    monkeypatch.setattr(predict, "Classifier", lambda *_: classifier)
     return run / "final"
 
 

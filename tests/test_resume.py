@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from world import Child, align, lines, metrics, tree, weights
 
+from align.models.trunk import Trunk
 from align.training.checkpoint import newest_checkpoint
 
 LOG = {"samples": ["Name the capital of Peru"], "sample_tokens": 4, "trackers": []}
@@ -191,6 +192,17 @@ def test_a_poisoned_weight_is_never_trained_on(world, here):
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     recipe = world.recipe(here / "recipe.yaml", model={"base": str(base), "layout": "tree"})
+    told = align(recipe)
+    assert told.status == 2
+    assert "model.layers.1.mlp.down_proj.weight has values that are not finite numbers" in told.err
+    assert not (here / "run").exists() or metrics(here / "run", "train") == []
+
+
+def test_a_loss_that_is_not_finite_is_never_trained_on(world, here, monkeypatch):
+    """Weights that are finite, and numbers that are not."""
+    forward = Trunk.forward
+    monkeypatch.setattr(Trunk, "forward", lambda self, forest: forward(self, forest) * float("nan"))
+    recipe = world.recipe(here / "recipe.yaml", model={"layout": "tree"})
     told = align(recipe)
     assert told.status == 2
     assert told.err.startswith("step 0: the eval rows' loss is not finite (nan); check model.base")
