@@ -58,7 +58,7 @@ def read_lines(
 def each_line(path: Path) -> Iterator[tuple[int, Record | None]]:
     """Number, from 1, and object of every line of a JSON lines file; None for a line that is no JSON object.
 
-    Empty lines are passed over; NaN and Infinity are read as null. Nothing where there is no file.
+    Empty lines are passed over. Nothing where there is no file.
     """
     if not path.is_file():
         return
@@ -69,9 +69,9 @@ def each_line(path: Path) -> Iterator[tuple[int, Record | None]]:
 
 
 def parsed(raw: bytes | str) -> Record | None:
-    """The JSON object that these bytes are, or None."""
+    """The JSON object that these bytes are, or None. NaN and Infinity, which others may write, are read as such."""
     try:
-        value = json.loads(raw.decode("utf-8") if isinstance(raw, bytes) else raw, parse_constant=lambda name: None)
+        value = json.loads(raw.decode("utf-8") if isinstance(raw, bytes) else raw)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -30,6 +30,7 @@ from align.training.processes import PATIENCE, FirstFailed
 from align.training.session import Session
 from align.training.stops import Signals, Stopped
 
+TOGETHER = 2.0  # seconds: of one Ctrl-C, a stage hears from the terminal and from its launcher
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
@@ -48,7 +49,7 @@ def run_stage(
         command = parse_command(sys.argv[1:] if argv is None else argv, recipe_type, program)
         if argv is None:
             _join_processes(program)
-        with Signals() as signals, ExitStack() as held:
+        with Signals(TOGETHER) as signals, ExitStack() as held:
             accelerator = _processes(program)
             _quiet_libraries()
             _use_all_cores()

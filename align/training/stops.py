@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-ONE = 2.0  # seconds within which signals count as one: a terminal and a launcher both pass on a Ctrl-C
-
 
 class Stopped(BaseException):
     """A signal asked this command to stop. No `Exception`: code that catches all of these lets it pass."""
@@ -23,8 +21,9 @@ class Signals:
     Python runs handlers in the main thread, between two of its instructions: to be entered there.
     """
 
-    def __init__(self) -> None:
-        self.asked: list[int] = []  # the signals that came
+    def __init__(self, together: float = 0.0) -> None:
+        """`together`: seconds within which signals count as one."""
+        self.asked, self.together = list[int](), together  # the signals that came
         self._first, self._deferred = 0.0, False
 
     def __enter__(self) -> Signals:
@@ -51,7 +50,7 @@ class Signals:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.asked and now - self._first < ONE:
+        if self.asked and now - self._first < self.together:
             return
         if self.asked:
             signal.signal(number, self._before[number])

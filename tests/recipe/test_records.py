@@ -80,4 +80,4 @@ def test_a_broken_line_and_one_of_another_shape_are_named(tmp_path):
     )
     assert [record and len(record) for _, record in each_line(path)] == [2, None, 1, 2]
     assert read_lines(tmp_path / "none.jsonl") == []
-    assert parsed(b'{"a": NaN}') == {"a": None}
+    assert math.isnan(parsed(b'{"a": NaN}')["a"])

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import signal
-import time
 from contextlib import suppress
 
 import pytest
 
-from align.training import stops
 from align.training.stops import Signals, Stopped, signals
 
 
@@ -22,7 +20,7 @@ def test_it_is_raised_at_once_past_all_that_catches_exceptions(number):
 
 
 def test_it_is_kept_while_it_would_lose_something():
-    with Signals() as found:
+    with Signals(together=60) as found:
         found.heed()
         with found.deferred() as asked:
             signal.raise_signal(signal.SIGTERM)
@@ -32,11 +30,9 @@ def test_it_is_kept_while_it_would_lose_something():
                 found.heed("news")
 
 
-def test_a_later_one_ends_the_process(monkeypatch):
-    monkeypatch.setattr(stops, "ONE", 0.01)
+def test_a_later_one_ends_the_process():
     with signals() as asked:
         signal.raise_signal(signal.SIGINT)
         assert asked == [signal.SIGINT]
-        time.sleep(0.02)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
