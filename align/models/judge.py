@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from align.data.chat import Unwritable
 from align.data.chats import chat_of
 from align.data.control import controls_of
-from align.models.adapters import plain_tokenizer, put, stranger, trunk_of
+from align.models.adapters import plain_tokenizer, put, stranger, token_without_row, trunk_of
 from align.models.base import load_base
 from align.models.limits import positions_of
 from align.models.results import CONFIG, SCORING, read_about, read_result
@@ -104,6 +104,8 @@ class Judge:
             name = tokenizer.name_or_path
             raise UserError(f"{name}: its chat template cannot write what it is to judge ({error})") from None
         ids = controls.encode([text], add_special_tokens=not written)[0].ids.tolist()
+        if fault := token_without_row(self.tokenizer, ids, len(self.model.get_input_embeddings().weight)):
+            raise UserError(f"{self.tokenizer.name_or_path}: what it is to judge {fault}")
         return (ids or [self.fill])[-self.longest :]
 
 

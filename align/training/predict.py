@@ -32,7 +32,7 @@ from align.data.rows import Refused
 from align.data.shown import a, meant
 from align.data.trees import Tree, plant
 from align.data.values import encodable, filled
-from align.models.adapters import put, stranger, token_names, trunk_of
+from align.models.adapters import put, stranger, token_without_row, trunk_of
 from align.models.base import load_base
 from align.models.joined import fix_products
 from align.models.limits import positions_of
@@ -125,13 +125,9 @@ class Classifier:
             controls_of(self.tokenizer).disguised(row.text)
         except Unwritable as error:
             return Text(row.line, None, str(error))
-        if len(self.tokenizer) <= self.trunk.rows:
-            return row
         (ids,) = encoded_text([row.text], self.tokenizer)
-        if unknown := next((i for i in ids if i >= self.trunk.rows), None):
-            (token,) = token_names(self.tokenizer, [unknown])
-            return Text(row.line, None, f"has the token {token!r}, which the model has no embedding row for")
-        return row
+        fault = token_without_row(self.tokenizer, ids.tolist(), self.trunk.rows)
+        return Text(row.line, None, fault) if fault else row
 
     def label(self, probabilities: np.ndarray) -> str:
         """The label of one text, (C,), by the saved threshold if there is one."""
