@@ -111,6 +111,15 @@ def test_the_user_names_the_base_and_allows_its_code(results, guarded, here, mon
     assert same.out == told.out
 
 
+def test_code_beside_a_base_runs_where_the_user_says_so(results, here, monkeypatch):
+    folder = add_code(shutil.copytree(results["base"], here / "base"), here / "marker")
+    monkeypatch.setenv("HF_HOME", str(here / "home"))
+    refused(align(folder, stage=chat))
+    assert not (here / "marker").exists()
+    refused(align(folder, "--trust-remote-code", stage=chat))  # for the code fails
+    assert (here / "marker").exists()
+
+
 def test_recipes_that_name_a_hostile_result(results, elsewhere, guarded, here):
     base = results["base"]
     speaker = hostile(results["sft"], here / "a", elsewhere, guarded)

@@ -7,7 +7,7 @@ on, link by link.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -172,6 +172,15 @@ def token_names(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """Tokens as the vocabulary names them; `convert_ids_to_tokens` may put a blank's sign before an added one."""
     named = {number: token for token, number in tokenizer.get_vocab().items()}
     return [named.get(i, str(i)) for i in ids]
+
+
+def token_without_row(tokenizer: Tokenizer, ids: Iterable[int], rows: int) -> str | None:
+    """What is wrong with tokens of which one has no embedding row; None where nothing is."""
+    number = max(ids, default=0)
+    if number < rows:
+        return None
+    (token,) = token_names(tokenizer, [int(number)])
+    return f"has the token {token!r}, which the model has no embedding row for"
 
 
 def plain_tokenizer(folder: Path, key: str, trust: bool = False) -> Tokenizer:

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from align.data.templates import REFUSALS
-from align.models.adapters import plain_tokenizer, put, stranger, trunk_of
+from align.models.adapters import plain_tokenizer, put, stranger, token_without_row, trunk_of
 from align.models.base import load_base
 from align.models.limits import positions_of
 from align.models.results import CONFIG, SCORING, read_about, read_result
@@ -100,6 +100,8 @@ class Judge:
         else:
             before = answer.asked.text if messages is None else messages[-1]["content"] + "\n"
             ids = self.tokenizer(before + answer.response, verbose=False)["input_ids"]
+        if fault := token_without_row(self.tokenizer, ids, len(self.model.get_input_embeddings().weight)):
+            raise UserError(f"{self.tokenizer.name_or_path}: what it is to judge {fault}")
         return (ids or [self.fill])[-self.longest :]
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.chat import chat_of
 from align.data.mixture import Prepared
+from align.models.results import read_result
 from align.recipe.errors import UserError
 from align.recipe.load import dump_recipe, load_recipe
 from align.recipe.schema import Section
@@ -122,8 +123,8 @@ def identities(parts: Sequence[RewardPart]) -> dict[str, str]:
             file = getattr(sys.modules[part.function.partition(":")[0]], "__file__", None)
             found[part.title] = f"the function {part.function}" + (f" ({digest(Path(file))[:8]})" if file else "")
         elif part.adapter:
-            weights = Path(part.adapter).expanduser() / "adapter_model.safetensors"
-            found[part.title] = f"the adapter {digest(weights)[:8]}"
+            result = read_result(part.adapter, "evaluate.scores")
+            found[part.title] = f"the adapter {result.merged_fingerprint('')[:8]}"
         else:
             folder = Path(part.model).expanduser()
             kind = f"the model {digest(folder)[:8] if folder.is_dir() else part.model}"

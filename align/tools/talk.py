@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.formats import Fault, Row
 from align.data.prompts import prompts
+from align.models.adapters import token_without_row
 from align.models.decode import sample
 from align.models.sampling import Sampling
 from align.models.trunk import Trunk
@@ -52,6 +53,8 @@ class Talk:
         (tree,) = prompts().render([row], self.trunk.tokenizer)
         if isinstance(tree, Fault):
             raise UserError(tree.reason)
+        if fault := token_without_row(self.trunk.tokenizer, tree.segments[0], self.trunk.rows):
+            raise UserError(f"the turn {fault}")
         return tree.segments[0]
 
     def ask(self, text: str, say: Say, stopping: Callable[[], object] = lambda: False) -> Answer:

@@ -30,7 +30,7 @@ from align.data.lines import Broken, lines_of
 from align.data.packing import pack_padded
 from align.data.trees import Tree, plant
 from align.data.turns import Refused, a, filled, meant
-from align.models.adapters import put, stranger, token_names, trunk_of
+from align.models.adapters import put, stranger, token_without_row, trunk_of
 from align.models.base import load_base
 from align.models.joined import fix_products
 from align.models.limits import positions_of
@@ -118,10 +118,8 @@ class Classifier:
         if row.text is None or len(self.tokenizer) <= self.trunk.rows:
             return row
         ids = self.tokenizer(row.text, verbose=False)["input_ids"]
-        if unknown := next((i for i in ids if i >= self.trunk.rows), None):
-            (token,) = token_names(self.tokenizer, [unknown])
-            return Text(row.line, None, f"has the token {token!r}, which the model has no embedding row for")
-        return row
+        fault = token_without_row(self.tokenizer, ids, self.trunk.rows)
+        return Text(row.line, None, fault) if fault else row
 
     def label(self, probabilities: np.ndarray) -> str:
         """The label of one text, (C,), by the saved threshold if there is one."""

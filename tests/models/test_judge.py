@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 import torch
 from models.tiny import SIZES, tiny_tokenizer
+from peft import AutoPeftModelForCausalLM, PeftModel
 from plain import Scorer
+from policies import make_policy
 from ppo_start import make_start
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from align.models.base import load_base
 from align.models.judge import read_judge
+from align.models.trunk import Trunk
 from align.recipe.errors import UserError
+from align.recipe.schema import Lora, Model
 
 CPU, KEY = torch.device("cpu"), "ppo.rewards.1"
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -141,6 +146,26 @@ def start(world, cache, tmp_path_factory):
 def test_a_reward_on_another_trunk_scores_as_plain_peft(start):
     scorer = Scorer.load(start.reward, start.base)
     close(judge(start.reward)(SAID[:3]), [scorer.score("Why?", answer.response) for answer in SAID[:3]])
+
+
+def test_a_reward_on_merged_adapters_scores_as_plain_peft(start, tmp_path):
+    """Base and SFT result are found by what its align.json tells."""
+    policy = make_policy(start.base, tmp_path / "sft", stage="sft")
+    section = Model(base=str(start.base), adapter=str(policy), dtype="float32")
+    trunk = Trunk(load_base(section, CPU, frozen=True, outputs=1), section, Lora(r=2, alpha=4), outputs=1)
+    trained = {name: p.detach().clone() for name, p in trunk.named_parameters() if p.requires_grad}
+    draw = torch.Generator().manual_seed(0)
+    for weight in trained.values():
+        weight += 0.1 * torch.randn(weight.shape, generator=draw)
+    trunk.save(tmp_path / "final", trained, {"stage": "reward"})
+    merged = AutoPeftModelForCausalLM.from_pretrained(policy).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", num_labels=1)
+    plain = PeftModel.from_pretrained(base, tmp_path / "final").eval()
+    plain.config.pad_token_id = None
+    read = judge(tmp_path / "final")
+    expected = [plain(torch.tensor([read._ids(answer)])).logits.item() for answer in SAID]
+    close(read(SAID), expected)
 
 
 def test_a_reward_whose_trunk_is_more_than_its_base_is_refused(start, tmp_path):

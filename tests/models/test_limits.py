@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,9 +14,14 @@ from models.tiny import FAMILIES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 from world import align, make_world, metrics, write_rows
 
-from align import classify, dpo, evaluate, ppo, reward, sft
+from align import chat, classify, dpo, evaluate, ppo, reward, sft
 from align.models import base
+from align.models.base import load_base
+from align.models.judge import read_judge
 from align.models.limits import positions_of
+from align.models.trunk import Trunk
+from align.recipe.errors import UserError
+from align.recipe.schema import Model
 
 POSITIONS = 200
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
@@ -74,6 +81,17 @@ def recipe(world, here, stage: ModuleType, rows: list, name: str = "r", **sectio
         text = made.read_text().split("lora:")[0]
         made.write_text(f"{text}data: {json.dumps(data)}\nevaluate: {{generation: {{max_new: 64}}}}\n")
     return made
+
+
+class Told(NamedTuple):
+    messages: list | None
+    text: str
+
+
+class Said(NamedTuple):
+    asked: Told
+    prompt: str
+    response: str
 
 
 LONG = "so " * POSITIONS  # in the second row
@@ -176,3 +194,24 @@ def test_with_a_row_of_its_own_it_is_trained(without_row, here):
     made = recipe(without_row, here, sft, ROWS[sft]("<|call|>"), model={"add_tokens": ["<|call|>"]})
     told = align(made)
     assert (told.status, told.err) == (0, "")
+
+
+def test_a_token_without_a_row_in_a_talk_or_a_text_to_be_judged(without_row, here, monkeypatch):
+    number = len(AutoTokenizer.from_pretrained(without_row.base)) - 1
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nsay <|call|>\n"))
+    told = align(without_row.base, "--max-new", 2, stage=chat)
+    assert told.status == 2
+    assert told.err == "standard input:2: the turn has the token '<|call|>', which the model has no embedding row for\n"
+    section = Model(base=str(without_row.base), dtype="float32")
+    trunk = Trunk(load_base(section, torch.device("cpu"), frozen=True, outputs=2), section, None, outputs=2)
+    about = {"stage": "classify", "labels": ["a", "b"], "threshold": None, "max_length": 64}
+    trunk.save(here / "final", {name: p.detach() for name, p in trunk.named_parameters()}, about)
+    write_rows(here / "texts.jsonl", [{"text": "sun"}, {"text": "<|call|>"}, {"text": "rain"}])
+    told = align("--predict", here / "final", here / "texts.jsonl", stage=classify)
+    assert told.status == 0
+    assert [line.split(",")[1] != "" for line in told.out.splitlines()[1:]] == [True, False, True]
+    assert told.err.startswith(f"{here / 'texts.jsonl'}:2: has the token '<|call|>', which ")
+    judge = read_judge(str(here / "final"), "a", "ppo.rewards.0", torch.device("cpu"), torch.float32)
+    assert number == len(judge.model.get_input_embeddings().weight)
+    with pytest.raises(UserError, match=r"what it is to judge has the token '<.call.>'"):
+        judge([Said(Told(None, "say "), "", "<|call|>")])
