@@ -1,8 +1,9 @@
-"""The edge of a command that trains nothing: what ends it is one line, and an exit status that says of which kind."""
+"""The edge of every command: what ends it is one line, and an exit status that says of which kind."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -14,6 +15,7 @@ import torch
 
 from align.recipe.errors import UserError, printable
 
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 OURS = "this is a fault of align itself; please report it, with the lines above and the command"
 
 
@@ -47,7 +49,8 @@ def border(memory: str) -> Iterator[None]:
         _end(0)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _end(2, f"{where}{error.strerror or error}; see that there is room, and that it can be read and written")
+        room = "; make room there, or use another folder" if error.errno in DISK_FAULTS else ""
+        _end(2, f"{where}{error.strerror or error}{room}")
     except Exception:
         _end(1, traceback.format_exc().rstrip(), OURS)
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import logging
 import os
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
-from typing import NoReturn
 
 import psutil
 import torch
@@ -26,13 +23,14 @@ from align.recipe.errors import UserError
 from align.recipe.load import parse_command
 from align.recipe.schema import BaseRecipe
 from align.recipe.streams import safe_streams
+from align.training.border import border
 from align.training.processes import PATIENCE, FirstFailed
 from align.training.session import Session
 from align.training.stops import Signals, Stopped
 
 TOGETHER = 2.0  # seconds: of one Ctrl-C, a stage hears from the terminal and from its launcher
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+MEMORY = "lower batch.row_tokens, set model.gradient_checkpointing=true, or choose a smaller model"
 
 
 def run_stage(
@@ -45,7 +43,7 @@ def run_stage(
     left is a fault of ours, with exit status 1."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|peft|accelerate")
-    with safe_streams(), _spoken():
+    with safe_streams(), border(MEMORY), _among_processes():
         command = parse_command(sys.argv[1:] if argv is None else argv, recipe_type, program)
         if argv is None:
             _join_processes(program)
@@ -66,40 +64,26 @@ def run_stage(
 
 
 @contextmanager
-def _spoken() -> Iterator[None]:
-    """Whatever ends a command, in words on stderr, and an exit status."""
+def _among_processes() -> Iterator[None]:
+    """What ends one process of several: the first says why, and the others say nothing."""
     first = os.environ.get("RANK", "0") == "0"
     try:
         yield
-    except UserError as error:
+    except UserError:
         if not first:
             time.sleep(3)  # the first process says the same, and the launcher then ends the others
-        _end(2, *error.problems)
+        raise
     except Stopped:
-        _end(0, "stopped by a signal")
-    except KeyboardInterrupt:
-        _end(130, "interrupted")
-    except (torch.OutOfMemoryError, MemoryError):
-        _end(2, "out of memory on the device; lower batch.row_tokens, or set model.gradient_checkpointing=true")
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        room = "; make room there, or use another folder" if error.errno in DISK_FAULTS else ""
-        _end(2, f"{where}{error.strerror or error}{room}")
+        print("stopped by a signal", file=sys.stderr, flush=True)
+        raise SystemExit(0) from None
     except FirstFailed:
-        _end(1)
-    except Exception as error:
+        raise SystemExit(1) from None
+    except RuntimeError as error:
         if "can't allocate memory" in str(error):
-            _end(2, "out of memory: lower batch.row_tokens, or choose a smaller model")
+            raise MemoryError from error
         if not first and "by peer" in str(error):
-            _end(2)  # the first process has ended, and has said why
-        lines = traceback.format_exc().rstrip()
-        _end(1, "this is a fault of align: please report it, with the recipe and the lines below", lines)
-
-
-def _end(status: int, *lines: str) -> NoReturn:
-    if lines:
-        print("\n".join(lines), file=sys.stderr, flush=True)
-    raise SystemExit(status) from None
+            raise SystemExit(2) from None  # the first process has ended, and has said why
+        raise
 
 
 def _processes(program: str) -> Accelerator:
