@@ -7,14 +7,15 @@ import os
 import torch
 
 from align.recipe.errors import UserError
-from align.training.launch import _processes, _spoken
+from align.training.border import border
+from align.training.launch import MEMORY, _among_processes, _processes
 from align.training.processes import any_asked, decided, first_then_others
 from align.training.stops import Stopped
 
 
 def main(argv: list[str]) -> None:
     rank, how = int(os.environ["RANK"]), argv[0]
-    with _spoken():
+    with border(MEMORY), _among_processes():
         accelerator = _processes("deciding")
         group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
         calls = []
