@@ -26,7 +26,7 @@ from align.recipe.errors import UserError
 from align.recipe.load import parse_command
 from align.recipe.schema import BaseRecipe
 from align.recipe.streams import safe_streams
-from align.training.processes import PATIENCE, FirstFailed
+from align.training.processes import PATIENCE, FirstFailed, FirstRefused
 from align.training.session import Session
 from align.training.stops import Signals, Stopped
 
@@ -74,7 +74,7 @@ def _spoken() -> Iterator[None]:
     except UserError as error:
         if not first:
             time.sleep(3)  # the first process says the same, and the launcher then ends the others
-        _end(2, *error.problems)
+        _end(2, *([] if isinstance(error, FirstRefused) else error.problems))
     except Stopped:
         _end(0, "stopped by a signal")
     except KeyboardInterrupt:
