@@ -98,12 +98,19 @@ def test_in_the_middle_of_a_sampling(world, cache, here, tmp_path_factory):
     start = make_start(world, cache, tmp_path_factory)
     recipe = recipe_of(
         world, start, here / "recipe.yaml", train={"steps": 2, "eval_every": None, "save_every": None},
-        ppo={"rewards": [{"function": "ppo_start:watching"}], "generation": {"max_new": 60, "min_new": 60}},
-        batch={"examples": 8},
+        ppo={"rewards": [{"function": "ppo_start:watching"}], "generation": {"max_new": 240, "min_new": 240}},
+        batch={"examples": 2},
     )  # fmt: skip
     assert align(recipe, f"run={here / 'whole'}", stage=ppo).status == 0
-    run = here / "run"
-    said = stopped(Child(here, recipe, f"run={run}", stage=ppo), has(run, b'"step": 1, "split": "train"'))
+    run, seen = here / "run", []
+    first = has(run, b'"step": 1, "split": "train"')
+
+    def sampling() -> bool:
+        if not seen and first():
+            seen.append(time.monotonic())
+        return bool(seen) and time.monotonic() > seen[0] + 0.4
+
+    said = stopped(Child(here, recipe, f"run={run}", stage=ppo), sampling)
     assert "stopped by a signal after step 1 of 2" in said
     assert align(recipe, f"run={run}", stage=ppo).status == 0
     assert metrics(run) == metrics(here / "whole")

@@ -222,7 +222,7 @@ class Train(Section):
     """Steps between checkpoints; there is always one at the end, and one when the run is stopped."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay on disk."""
-    start_from: str | None = None
+    start_from: Location | None = None
     """Weights to train on: an earlier run's folder, one of its checkpoints, or its `final/` or `best/`, with the same
     trunk and the same `lora`. Steps, schedule and order are this run's own. Default: new weights."""
 

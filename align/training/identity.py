@@ -46,7 +46,7 @@ def identity_of(
         "template": _hash(writer.pop("chat")),
         "tokenizer": _hash(writer),
         "base": _base(folder, recipe.model.init == "random"),
-        "results": {key: _result(Path(name).expanduser()) for key, name in folders.items()},
+        "results": {key: _result(Path(name)) for key, name in folders.items()},
     }
 
 

@@ -24,7 +24,7 @@ from align.recipe.load import parse_command
 from align.recipe.schema import BaseRecipe
 from align.recipe.streams import safe_streams
 from align.training.border import border
-from align.training.processes import PATIENCE, FirstFailed
+from align.training.processes import PATIENCE, FirstFailed, FirstRefused
 from align.training.session import Session
 from align.training.stops import Signals, Stopped
 
@@ -69,9 +69,11 @@ def _among_processes() -> Iterator[None]:
     first = os.environ.get("RANK", "0") == "0"
     try:
         yield
-    except UserError:
+    except UserError as error:
         if not first:
             time.sleep(3)  # the first process says the same, and the launcher then ends the others
+        if isinstance(error, FirstRefused):
+            raise SystemExit(2) from None
         raise
     except Stopped:
         print("stopped by a signal", file=sys.stderr, flush=True)

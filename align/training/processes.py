@@ -25,6 +25,10 @@ class FirstFailed(Exception):
     """The first process ended with an error that it tells itself."""
 
 
+class FirstRefused(UserError):
+    """What the first process tells the user; the others only end."""
+
+
 def decided(accelerator: Accelerator, function: Callable[[], T]) -> T:
     """What `function` gives in the first process, in all of them; nothing is called in the others.
 
@@ -46,7 +50,7 @@ def decided(accelerator: Accelerator, function: Callable[[], T]) -> T:
         raise
     ((kind, value),) = broadcast_object_list(told)
     if kind == "refused":
-        raise UserError(*value)
+        raise UserError(*value) if accelerator.is_main_process else FirstRefused(*value)
     if kind == "stopped":
         raise Stopped
     if kind == "failed":

@@ -39,7 +39,7 @@ class Start(NamedTuple):
 
 def find_start(name: str) -> Start:
     """The checkpoint or result that a path means: itself, or the newest of a run's folder. Raises UserError."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if (folder / "manifest.json").is_file():
         found, passed_over = newest_checkpoint(folder.parent, only=folder.name)
         if found is None:
