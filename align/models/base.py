@@ -32,7 +32,6 @@ from align.models.sources import (
     foreign,
     is_file,
     is_folder,
-    path_of,
     read_config,
 )
 from align.recipe.errors import UserError
@@ -64,7 +63,7 @@ class Base(NamedTuple):
 def load_tokenizer(section: Model) -> Tokenizer:
     """The base's tokenizer (an adapter brings its own, with its chat template), ready to render chats."""
     if section.adapters:
-        folder = path_of(section.adapters[-1])
+        folder = Path(section.adapters[-1])
         if not is_file(folder / CONFIG):
             read_result(section.adapters[-1], "model.adapter")  # which says what is missing
         tokenizer = plain_tokenizer(folder, "model.adapter")
@@ -137,7 +136,7 @@ def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int =
         model = with_head(model, outputs, seed).to(device)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.max_length = None
-    local = section.base.startswith("demo/") or is_folder(path_of(section.base))
+    local = section.base.startswith("demo/") or is_folder(Path(section.base))
     source = str(folder.resolve()) if local else section.base
     return Base(model, tokenizer, trunk.fingerprint, section.base, source, trunk.links, added)
 

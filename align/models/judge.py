@@ -4,6 +4,7 @@ or a result of align.reward or align.classify on another trunk."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,6 @@ from align.models.sources import (
     folder_on_disk,
     foreign,
     is_file,
-    path_of,
     read_config,
     speaking_of,
 )
@@ -115,7 +115,7 @@ def read_judge(name: str, label: str | int | None, key: str, device: torch.devic
     `dtype`: what it computes in. No code beside it runs.
     """
     told = f"{key}.model: {name} cannot be loaded as a sequence classifier"
-    folder = path_of(name)
+    folder = Path(name)
     about = read_about(folder, f"{key}.model")
     with speaking_of(f"{key}.model"):
         if is_file(folder / CONFIG):

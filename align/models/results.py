@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from align.models.sources import foreign, is_file, path_of
+from align.models.sources import foreign, is_file
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora
 
@@ -136,7 +136,7 @@ def read_result(name: str, key: str, of: str = "a finished SFT run", ours: bool 
     Raises UserError for a file that is missing or damaged, for weights that are not finite, and for settings that
     cannot be taken exactly; without `ours` also other tools' adapters are taken, which have no align.json.
     """
-    folder = path_of(name)
+    folder = Path(name)
     if is_file(folder / "adapter_model.bin") and not is_file(folder / WEIGHTS):
         raise UserError(
             f"{key}: {folder} has its weights as adapter_model.bin, a pickle, which may run code and is not read; load "

@@ -50,11 +50,6 @@ def first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
-def path_of(name: str) -> Path:
-    """A path as somebody wrote it, `~` expanded."""
-    return Path(os.path.expanduser(name))
-
-
 def is_file(path: Path | str) -> bool:
     """Whether there is such a file; False for a text that can be no path."""
     return os.path.isfile(path)
@@ -70,7 +65,7 @@ def base_folder(section: Model) -> Path:
     name = section.base
     if name.startswith("demo/"):
         return demo_model(name)
-    folder = path_of(name)
+    folder = Path(name)
     if is_folder(folder):
         if not is_file(folder / "config.json"):
             hint = "give it to model.adapter, and its base here" if is_file(folder / "adapter_config.json") else ""
@@ -97,8 +92,8 @@ def folder_on_disk(name: str) -> Path | None:
     if name in NAMES:
         made = cache_folder() / name
         return made if is_file(made / "config.json") else None
-    if is_file(path_of(name) / "config.json"):
-        return path_of(name)
+    if is_file(Path(name) / "config.json"):
+        return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         return None
     try:

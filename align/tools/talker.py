@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from align.models.adapters import trunk_of
 from align.models.base import load_tokenizer
 from align.models.results import CONFIG
-from align.models.sources import is_file, is_folder, path_of
+from align.models.sources import is_file, is_folder
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
@@ -47,7 +47,7 @@ def load_talker(name: str, adapters: Sequence[str], accelerator: Accelerator, tr
 
 def _result(name: str) -> Path:
     """The folder that is meant; of a run its `final/`."""
-    folder = path_of(name)
+    folder = Path(name)
     if is_file(folder / "config.json") or not is_file(folder / "recipe.yaml"):
         return folder
     if not is_folder(folder / "final"):

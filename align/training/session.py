@@ -78,7 +78,12 @@ class Session:
         run = self.open_run()
         tokenizer = self.tokenizer()
         data = self.prepare(tokenizer, reading, room=room, key=key)
-        more = {name: self.prepare(tokenizer, *other).train for name, other in (others or {}).items()}
+        more: dict[str, Examples] = {}
+        for name, other in (others or {}).items():
+            read = self.prepare(tokenizer, *other)
+            more[name] = read.train
+            data.ledger.entries += read.ledger.entries
+            data.summary.extend(read.summary)
         if self.show:
             self.show_examples(data, tokenizer)
             return None
