@@ -103,7 +103,7 @@ def base_config(section: Model, scores: bool) -> PreTrainedConfig:
         for key, value in section.config.items():
             setattr(config, key, value)
     else:
-        check_weights(folder, f"model.base: {section.base}")
+        check_weights(folder, config, f"model.base: {section.base}")
     return config
 
 

@@ -123,7 +123,7 @@ def read_judge(name: str, label: str | int | None, key: str, device: torch.devic
         else:
             folder = base_folder(Model(base=name))
             config = read_config(folder, told)
-            check_weights(folder, name)
+            check_weights(folder, config, name)
             with foreign(told):
                 model, loaded = AutoModelForSequenceClassification.from_pretrained(
                     folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True
@@ -170,7 +170,7 @@ def _with_adapter(name: str, ours: bool, key: str) -> PreTrainedModel:
             raise UserError(f"{key}: {name} is an adapter on {source!r}, which is not on this machine; {FETCH}")
         config = read_config(folder, f"{key}: {source}")
         config.num_labels = outputs
-        check_weights(folder, f"{key}: {source}")
+        check_weights(folder, config, f"{key}: {source}")
         with foreign(f"{key}: {source} cannot be loaded as a sequence classifier"):
             model = AutoModelForSequenceClassification.from_pretrained(
                 folder, config=config, dtype=torch.float32, use_safetensors=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from align.models.demo import NAMES, cache_folder, demo_model
@@ -19,6 +21,7 @@ from align.recipe.schema import Model
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a hub repository
 CODE = "it asks for Python code beside it, which does not run unless you allow it: model.trust_remote_code of the base"
+PACKED = 16  # weights that a quantised checkpoint may hold in one value
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -121,9 +124,11 @@ def read_config(folder: Path, told: str, trust: bool = False) -> PreTrainedConfi
     return config
 
 
-def check_weights(folder: Path, told: str) -> None:
-    """UserError for a checkpoint without safetensors, with the way to make some."""
-    if any(folder.glob("*.safetensors")):
+def check_weights(folder: Path, config: PreTrainedConfig, told: str) -> None:
+    """UserError for a checkpoint without safetensors, with the way to make some; and for a config that asks for a model
+    far larger than its weights, before memory is taken for it."""
+    if files := sorted(folder.glob("*.safetensors")):
+        _check_size(files, config.get_text_config(), told)
         return
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if not pickles:
@@ -135,3 +140,18 @@ def check_weights(folder: Path, told: str) -> None:
         'trust it: python -c "from transformers import AutoModelForCausalLM as M; '
         "M.from_pretrained('OLD').save_pretrained('NEW')\", and copy the tokenizer's files"
     )
+
+
+def _check_size(files: list[Path], config: PreTrainedConfig, told: str) -> None:
+    shapes = []
+    with foreign(f"{told}: its weights are damaged"):
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                shapes += [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    values = PACKED * sum(map(math.prod, shapes))
+    width = getattr(config, "hidden_size", None) or 1
+    most = {"num_hidden_layers": len(shapes), "vocab_size": values // width, "intermediate_size": values // width}
+    for key, limit in most.items():
+        size = getattr(config, key, None)
+        if isinstance(size, int) and size > limit:
+            raise UserError(f"{told}: its config.json has {key}: {size:,}, which its weights are far too small for")

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.chats import chat_of
 from align.data.mixture import Prepared
-from align.models.results import read_result
+from align.models.results import CONFIG, WEIGHTS
 from align.recipe.errors import UserError
 from align.recipe.load import dump_recipe, load_recipe
 from align.recipe.records import to_json
@@ -116,8 +116,8 @@ def identities(parts: Sequence[RewardPart]) -> dict[str, str]:
             there = isinstance(file, str) and Path(file).is_file()
             found[part.title] = f"the function {part.function}" + (f" ({digest(Path(file))[:8]})" if there else "")
         elif part.adapter:
-            result = read_result(part.adapter, "evaluate.scores")
-            found[part.title] = f"the adapter {result.merged_fingerprint('')[:8]}"
+            files = (Path(part.adapter).expanduser() / name for name in (WEIGHTS, CONFIG))
+            found[part.title] = "the adapter " + "-".join(digest(file)[:8] for file in files if file.is_file())
         else:
             folder = Path(part.model)
             kind = f"the model {digest(folder)[:8] if folder.is_dir() else part.model}"

@@ -37,7 +37,7 @@ from align.models.base import load_base
 from align.models.joined import fix_products
 from align.models.limits import positions_of
 from align.models.results import META, About, check_finite, check_fit, read_about, read_result
-from align.models.sources import foreign, speaking_of
+from align.models.sources import check_weights, foreign, read_config, speaking_of
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError, printable
 from align.recipe.paths import expanded, location
@@ -72,6 +72,7 @@ class Classifier:
             lora, section = result.config.section, trunk_of(result, "--predict", "give --base", base, trust)
         else:  # the folder is the whole model: made from its config, then filled
             section = Model(base=str(folder), init="random", trust_remote_code=trust)
+            check_weights(folder, read_config(folder, f"--predict: {folder}", trust), f"--predict: {folder}")
         section = section.model_copy(update=about.model.model_dump())
         with speaking_of("--predict"):
             loaded = load_base(section, device, frozen=lora is not None, outputs=len(self.labels))

@@ -303,6 +303,16 @@ def test_a_config_of_another_kind(folder, tmp_path, content):
     assert problem(copy).startswith(f"model.base: {copy} has no usable config.json (")
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "intermediate_size"])
+def test_a_config_far_larger_than_its_weights(folder, tmp_path, key):
+    """Before time and memory are spent on it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text()) | {key: 2_000_000}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert f"its config.json has {key}: 2,000,000, which its weights are far too small for" in problem(copy)
+
+
 def test_pickled_weights_are_told_how_to_be_converted(folder, tmp_path):
     """And the command that is told does it."""
     old, new = tmp_path / "old", tmp_path / "new"

@@ -203,7 +203,7 @@ def test_labels_that_do_not_fit(tmp_path, outputs, label, said):
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (
             lambda folder: (folder / "model.safetensors").write_bytes(b"oops"),
-            "cannot be loaded as a sequence classifier",
+            "its weights are damaged",
         ),
         (lambda folder: (folder / "align.json").write_text("{"), "is damaged"),
     ],
