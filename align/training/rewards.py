@@ -10,6 +10,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import islice
+from numbers import Complex, Real
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -186,6 +187,7 @@ def _numbers(given: Any, count: int) -> list[float]:
     if isinstance(given, Mapping | Set | str | bytes) or not isinstance(given, Iterable):
         raise TypeError(f"it returned {a(given)}, not a list of numbers")
     scores = list(islice(given, count + 1))
-    if texts := [score for score in scores if isinstance(score, str | bytes)]:
-        raise TypeError(f"it returned {a(texts[0])} among its scores, which are to be numbers")
+    for score in scores:
+        if isinstance(score, str | bytes) or (isinstance(score, Complex) and not isinstance(score, Real)):
+            raise TypeError(f"it returned {a(score)} among its scores, which are to be real numbers")
     return [float(score) for score in scores]

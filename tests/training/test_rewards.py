@@ -141,7 +141,8 @@ def test_every_process_scores_its_share(trunk, mine):
         ("return '12'", "failed (TypeError: it returned the text '12', not a list of numbers"),
         ("return ['1', '2']", "failed (TypeError: it returned the text '1' among its scores"),
         ("return [b'1', 2]", "failed (TypeError: it returned the bytes b'1' among its scores"),
-        ("return [1j, 2]", "failed (TypeError: "),
+        ("return [1j, 2]", "failed (TypeError: it returned the complex 1j among its scores"),
+        ("return np.array([1j, 2])", "failed (TypeError: it returned the complex128 "),
         ("return 1.0", "failed (TypeError: it returned the number 1.0, not a list"),
         ("sys.exit(0)", "failed (SystemExit: 0)"),
         ("os._exit(0)", "failed (Left: os._exit(0))"),
@@ -159,7 +160,7 @@ def test_every_process_scores_its_share(trunk, mine):
     ],
 )
 def test_a_function_that_goes_wrong(trunk, mine, body, said):
-    mine(f"import itertools, os, sys\ndef score(prompts, responses, rows):\n    {body}\n")
+    mine(f"import itertools, os, sys\nimport numpy as np\ndef score(prompts, responses, rows):\n    {body}\n")
     rewards = Rewards(parts({"function": "mine:score"}), trunk)
     with pytest.raises(UserError) as error:
         rewards.of_texts(answered("yes", "no"), 0, 1)
