@@ -15,7 +15,7 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from align.data.templates import Message, Refusal, Tools, in_parts, write, write_marked
-from align.data.thoughts import EMPTY, THINK_END, answer_of, fit, thoughts_of
+from align.data.thoughts import EMPTY, THINK_END, answer_of, fit, thoughts_of, words_of
 
 Span = tuple[int, int]
 
@@ -166,9 +166,8 @@ class Chat:
                 begin += len(self.opening)
             elif overlap := _overlap(self.opening, text, begin):
                 begin += overlap
-            own = begin
-            if not thoughts_of(said[i]) and (empty := EMPTY.match(text, begin, end)):
-                own = empty.end()
+            empty = EMPTY.match(text, begin, end)
+            own = empty.end() if empty else begin
             spoken.append(Spoken(begin, own, end, _lost(said[i], text[begin:end])))
         return spoken
 
@@ -267,7 +266,7 @@ def _lost(message: Message, said: str) -> str:
     """What of an assistant's message does not stand in what was written of it: thoughts, words or calls."""
     parts = {
         "thoughts": thoughts_of(message),
-        "words": [answer_of(message)],
+        "words": words_of(message),
         "calls": [call["function"]["name"] for call in message.get("tool_calls", ())],
     }
     return " and ".join(what for what, texts in parts.items() if not all(text in said for text in texts))

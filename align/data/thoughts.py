@@ -29,6 +29,13 @@ def answer_of(message: Message) -> str:
     return message["content"].rpartition(THINK_END)[2].strip()
 
 
+def words_of(message: Message) -> list[str]:
+    """What it says outside its thoughts: before, between and after them, without the blanks around each."""
+    *before, answer = message["content"].split(THINK_END)
+    spoken = [*(part.rpartition(THINK)[0].strip() for part in before), answer.strip()]
+    return [words for words in spoken if words]
+
+
 def fit(messages: list[Message], tools: Tools, native: frozenset[str]) -> tuple[list[Message], Tools]:
     """The conversation with everything that is not `native` to the template written as text.
 
@@ -73,7 +80,8 @@ def _with_thoughts(message: Message, native: frozenset[str]) -> Message:
     if message.get("reasoning_content") and "reasoning" not in native:
         thoughts = message.pop("reasoning_content").strip("\n")
         return message | {"content": f"{THINK}\n{thoughts}\n{THINK_END}\n\n{message['content']}"}
-    if THINK_END in message["content"] and "reasoning" in native and "thoughts" not in native:
+    ahead = "".join(words_of(message)) == answer_of(message)  # no word stands before a thought
+    if THINK_END in message["content"] and ahead and "reasoning" in native and "thoughts" not in native:
         thoughts = "\n".join(thoughts_of(message))
         return message | {"content": answer_of(message), "reasoning_content": thoughts}
     return message

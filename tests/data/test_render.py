@@ -122,6 +122,24 @@ def test_a_template_that_forgets_thoughts():
     assert trained_runs(tree, tokenizer) == ["first<|im_end|>", "<think>\n\n</think>\n\nsecond<|im_end|>"]
 
 
+THOUGHT_READER = FORGETFUL.replace("message.content", "message.content.split('</think>')[-1]", 1).replace(
+    "{%- set thoughts = '' %}", "{%- set thoughts = message.reasoning_content or '' %}"
+)
+
+
+@pytest.mark.parametrize("template", [FORGETFUL, THOUGHT_READER], ids=["in the content", "beside it"])
+@pytest.mark.parametrize("said", ["Wait. {} Yes.", "{}Wait. {} Yes."])
+def test_words_before_a_thought_are_not_lost_in_silence(template, said):
+    """Templates cut a content at its last thought."""
+    said = said.replace("{}", "<think>\nnow\n</think>\n\n")
+    fault = render(make_row(talk_of("q", said)), tiny_tokenizer(template), "assistant")
+    assert isinstance(fault, Fault)
+    assert "leaves out the " in fault.reason
+    assert "words of every assistant turn" in fault.reason
+    (kept,) = learnt(talk_of("q", said), tiny_tokenizer(SMOLLM))
+    assert kept == f"{said}<|im_end|>"
+
+
 def test_a_template_that_ends_the_last_turn_otherwise():
     template = SMOLLM.replace("+ '<|im_end|>' + '\n'", "+ ('</s>' if loop.last else '<|im_end|>\n')")
     assert template != SMOLLM
