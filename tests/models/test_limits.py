@@ -198,7 +198,7 @@ def test_with_a_row_of_its_own_it_is_trained(without_row, here):
 
 def test_a_token_without_a_row_in_a_talk_or_a_text_to_be_judged(without_row, here, monkeypatch):
     number = len(AutoTokenizer.from_pretrained(without_row.base)) - 1
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nsay <|call|>\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\nsay <|call|>\n")))
     told = align(without_row.base, "--max-new", 2, stage=chat)
     assert told.status == 2
     assert told.err == "standard input:2: the turn has the token '<|call|>', which the model has no embedding row for\n"
