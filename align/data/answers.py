@@ -16,7 +16,16 @@ from align.data.formats import system_of
 from align.data.message import Turn, said, turn_of
 from align.data.rows import Formats, Refused, Row, Shape
 from align.data.shown import a
-from align.data.turns import alpaca_prompt, check, conversation, keys_of, remarks_of, settled, tools_of
+from align.data.turns import (
+    alpaca_prompt,
+    check,
+    conversation,
+    keys_of,
+    remarks_of,
+    settled,
+    thoughts_beside,
+    tools_of,
+)
 from align.data.values import encodable, from_json
 from align.data.verdicts import EXPECTED, verdict
 
@@ -113,7 +122,7 @@ def _compared(row: dict[str, Any], talks: dict[str, Talk]) -> Row:
     messages = encodable("messages", [turn.message for turn in prompt])
     answers = tuple(encodable(name, whole[-1].message) for name, whole in wholes.items())
     tools = encodable("tools", tools_of(row.get("tools")))
-    remarks = remarks_of([turn for whole in wholes.values() for turn in whole])
+    remarks = remarks_of([turn for whole in wholes.values() for turn in whole]) + thoughts_beside(row)
     return Row("", 0, messages, None, tools, repairs, answers, remarks=remarks)
 
 

@@ -55,6 +55,7 @@ def _ends(chat: Chat, added: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[st
     thinking, tools = ANSWER | {"reasoning_content": "because"}, [{"type": "function", "function": FUNCTION}]
     talks = [
         ([ASK, ANSWER, ASK, ANSWER], None, {0, 1}),
+        ([ASK, ANSWER, {"role": "system", "content": "s"}, ASK, ANSWER], None, {0, 1}),
         ([ASK, thinking], None, {0}),
         ([ASK, CALLING], tools, {0}),
     ]

@@ -33,6 +33,7 @@ from align.data.turns import (
     remarks_of,
     settled,
     sharegpt,
+    thoughts_beside,
     tools_of,
 )
 from align.data.values import encodable, filled, from_json, text
@@ -209,7 +210,7 @@ def _talk(last: str, read: Callable[[dict[str, Any]], list[Turn]], row: dict[str
     repairs += (f"cut {cut} turn{'s' * (cut > 1)} after the last assistant turn",) if cut else ()
     messages = encodable("messages", [turn.message for turn in kept])
     tools = encodable("tools", tools_of(row.get("tools")))
-    return Row("", 0, messages, None, tools, repairs, remarks=remarks_of(turns))
+    return Row("", 0, messages, None, tools, repairs, remarks=remarks_of(turns) + thoughts_beside(row))
 
 
 def _text(row: dict[str, Any]) -> Row:

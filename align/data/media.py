@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from align.data.rows import Refused
-from align.data.shown import a, shown
+from align.data.shown import a, in_yaml, shown
 
 KINDS = ("image", "video", "audio")
-NAMES = {f"{kind}{end}" for kind in KINDS for end in ("", "s", "_path", "_paths", "_url", "_urls", "_file", "_files")}
+ENDS = ("path", "url", "file", "byte", "base64")
+NAMES = {f"{kind}{end}{s}": kind for kind in KINDS for end in ("", *ENDS) for s in ("", "s")}
+NAMES |= dict.fromkeys(("img", "imgs", "picture", "pictures", "pixelvalues"), "image")
+FILE = {"bytes", "path"}  # the keys of an image, a sound or a video in a hub data set, whatever its column is called
 REASON = "only text can be learnt, and this row refers to"
 
 
 def text_alone(at: str, row: dict[str, Any]) -> None:
     """Refuse a row, or the turn at `at`, of which some column or key holds an image, a video or a sound."""
-    for name in row.keys() & NAMES:
-        if not _empty(row[name]):
-            ways = "drop the row" if at else f"drop the row, or learn its text alone: `columns: {{{name}: null}}`"
-            kind = next(kind for kind in KINDS if name.startswith(kind))
-            raise Refused(f"{at}{name}: {REASON} {kind}s ({a(row[name])}); {ways}")
+    for name, value in row.items():
+        kind = NAMES.get(re.sub(r"[\W_]", "", str(name).lower())) or ("file" if _is_file(value) else None)
+        if kind and not _empty(value):
+            ways = (
+                "drop the row" if at else f"drop the row, or learn its text alone: `columns: {{{in_yaml(name)}: null}}`"
+            )
+            raise Refused(f"{at}{shown(name)}: {REASON} {kind}s ({a(value)}); {ways}")
 
 
 def part_of_text(at: str, kind: str) -> None:
@@ -26,6 +32,15 @@ def part_of_text(at: str, kind: str) -> None:
     found = next((word for word in KINDS if word in kind.lower()), None)
     if found:
         raise Refused(f"{at}: {REASON} {found}s (a part of type '{shown(kind, 40)}'); drop the row")
+
+
+def _is_file(value: Any) -> bool:
+    """Whether it is a file of a hub data set, or a list of some."""
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_file, value))
+    if not isinstance(value, dict) or not value.keys() <= FILE:
+        return False
+    return value.keys() == FILE or isinstance(value.get("bytes"), bytes)  # Parquet's nulls may be gone
 
 
 def _empty(value: Any) -> bool:

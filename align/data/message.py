@@ -119,6 +119,9 @@ def _parts(at: str, parts: list[Any]) -> dict[str, Any]:
         if not isinstance(kind, str) or kind not in read:
             part_of_text(f"{at}[{i}].type", str(kind))
             raise Refused(f"{at}[{i}].type: expected one of {', '.join(read)}, found {a(kind if kind else part)}")
+        mark = next((key for key in (*MARKS, *DETAILS) if part.get(key) not in NOTHING), None)
+        if mark:
+            raise Refused(f"{at}[{i}].{mark}: parts of a turn cannot be marked; mark the whole turn with `train`")
         key = "text" if kind == "text" and part.get("text") is not None else "value"
         where, value = f"{at}[{i}].{key}", part.get(key)
         read[kind] += _calls(where, from_json(where, value)) if kind == "tool_call" else [text(where, value)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.data.message import ROLES, Turn, mapping, said, turn_of
+from align.data.message import NOTHING, ROLES, THOUGHTS, Turn, mapping, said, turn_of
 from align.data.rows import Refused
 from align.data.shown import a, shown
 from align.data.values import filled, from_json, text
@@ -96,6 +96,16 @@ def remarks_of(turns: list[Turn]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(remark for turn in turns for remark in turn.remarks))
 
 
+def thoughts_beside(row: dict[str, Any]) -> tuple[str, ...]:
+    """What is to be said of thoughts in columns of their own, which nothing reads."""
+    return tuple(
+        f"nothing reads the column `{name}`; thoughts are read from a key `reasoning_content` of a turn, or from "
+        "<think> … </think> before the answer"
+        for name in THOUGHTS
+        if row.get(name) not in NOTHING
+    )
+
+
 def tools_of(tools: Any) -> list[dict[str, Any]] | None:
     """The `tools` column, a list or its JSON, each with or without its {"type": "function"} wrapper."""
     tools = from_json("tools", tools) if tools else None
@@ -122,9 +132,10 @@ def conversation(row: dict[str, Any], column: str) -> list[Turn]:
 
 def _marked(row: dict[str, Any], turns: list[Turn]) -> list[Turn]:
     """The turns as the row's `loss_mask` marks them, if it has one: a list with 0 for each turn not to be learnt."""
-    marks = from_json("loss_mask", row.get("loss_mask") or None)
-    if marks is None:
+    given = row.get("loss_mask")
+    if given in (None, "", []):  # but not 0
         return turns
+    marks = from_json("loss_mask", given)
     if not isinstance(marks, list) or len(marks) != len(turns):
         raise Refused(f"loss_mask: expected a list of {len(turns)} marks, one a turn, found {a(marks)}")
     for i, (turn, mark) in enumerate(zip(turns, marks, strict=True)):

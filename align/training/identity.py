@@ -102,12 +102,12 @@ def _side_changes(side: str, there: dict[str, Any], here: dict[str, Any], explai
             rows = f"{old[name]['examples']:,} rows there, {new[name]['examples']:,} here"
             same = old[name]["bytes"] == new[name]["bytes"]
             if not (explained and same):
-                told.append(f"{name} has changed ({rows if same and sizes else sizes or rows})")
+                told.append(f"{name} has changed ({'of the same size' if same and sizes else sizes or rows})")
     if explained and not told and there["examples"] == here["examples"]:
         return
     counts = f"{there['examples']:,} examples there, {here['examples']:,} here"
     if there["examples"] == here["examples"]:
-        counts = f"other examples there, {here['examples']:,} of them as here"
+        counts = f"{here['examples']:,} examples there and here, but others or in another order"
     more = [f"and {len(told) - NAMED:,} more files"] if len(told) > NAMED else []
     yield f"{side}: " + ", ".join([counts, *told[:NAMED], *more])
 

@@ -145,9 +145,14 @@ def _check_terms(path: Path, there: dict[str, Any], here: dict[str, Any]) -> Non
     if (old is None) != (new is None):
         kinds = ("every weight", "a LoRA") if old is None else ("a LoRA", "every weight")
         raise UserError(f"{KEY}: {path} trained {kinds[0]}, but this recipe trains {kinds[1]}; give the same `lora`")
-    different = [key for key in dict.fromkeys([*(old or {}), *(new or {})]) if (old or {}).get(key) != new.get(key)]
+    old, new = old or {}, new or {}
+    if bool(old.get("modules_to_save")) != bool(new.get("modules_to_save")):
+        heads = ("a head that scores", "none") if old.get("modules_to_save") else ("no head that scores", "one")
+        raise UserError(f"{KEY}: {path} has {heads[0]}, but this stage trains {heads[1]}; start from a run of its kind")
+    different = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     if found := [f"{key}: {_short(old.get(key))} there, {_short(new.get(key))} here" for key in different]:
-        raise UserError(f"{KEY}: {path} has another LoRA: {'; '.join(found)}; give the same `lora` section")
+        same = "`lora` section" + " and the same model.add_tokens" * ("trainable_token_indices" in different)
+        raise UserError(f"{KEY}: {path} has another LoRA: {'; '.join(found)}; give the same {same}")
     if there.get("labels") != here["labels"]:
         raise UserError(
             f"{KEY}: {path} has the labels {there.get('labels')}, but this run has {here['labels']}; name those, in "

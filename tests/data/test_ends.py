@@ -1,5 +1,5 @@
 import pytest
-from voices import SMOLLM, VOICES, tiny_tokenizer
+from voices import SMOLLM, VOICES, learnt, talk_of, tiny_tokenizer
 
 from align.data.ends import TurnEnds, turn_ends
 from align.data.templates import chat_tokenizer
@@ -31,6 +31,21 @@ def test_the_end_of_the_last_turn_where_it_is_another():
     assert template != SMOLLM
     tokenizer = tiny_tokenizer(template)
     assert tokenizer.convert_ids_to_tokens(list(turn_ends(tokenizer).ids)) == ["</s>"]
+
+
+def test_the_end_before_a_system_turn_where_that_is_another():
+    """GLM's turns end with the name of the next speaker."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{% generation %}{{ m.content }}<|"
+        "{{ loop.nextitem.role if loop.nextitem else 'user' }}|>{% endgeneration %}{% else %}"
+        "{% if loop.first or loop.previtem.role != 'assistant' %}<|{{ m.role }}|>{% endif %}{{ m.content }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = tiny_tokenizer(template)
+    talk = talk_of("q", "a", "r", "b")
+    talk.insert(2, {"role": "system", "content": "s"})
+    ends = {run.strip()[1:] for run in learnt(talk, tokenizer)}
+    assert ends == set(tokenizer.convert_ids_to_tokens(list(turn_ends(tokenizer).ids)))
 
 
 def test_builtin_templates():

@@ -262,6 +262,21 @@ REFUSED = [
     ),
     ("messages", {"messages": HI, "loss_mask": [0]}, "loss_mask: expected a list of 2 marks, one a turn"),
     ("messages", {"messages": HI, "loss_mask": [0, 2]}, "loss_mask[1]: expected 0 or 1"),
+    ("messages", {"messages": HI, "loss_mask": 0}, "loss_mask: expected a list of 2 marks, one a turn"),
+    (
+        "messages",
+        {"messages": [HI[0], assistant([{"type": "text", "text": "b", "train": False}])]},
+        "messages[1].content[0].train: parts of a turn cannot be marked",
+    ),
+    (
+        "messages",
+        {"messages": HI, "Images": ["a.png"]},
+        "Images: only text can be learnt, and this row refers to images",
+    ),
+    ("messages", {"messages": HI, "imageUrl": "a.png"}, "imageUrl: only text can be learnt"),
+    ("messages", {"messages": HI, "img": "a.png"}, "img: only text can be learnt, and this row refers to images"),
+    ("messages", {"messages": HI, "frame 1": {"bytes": b"x"}}, "frame 1: only text can be learnt"),
+    ("messages", {"messages": HI, "takes": [{"bytes": None, "path": "a.wav"}]}, "takes: only text can be learnt"),
     (
         "messages",
         {"messages": HI, "images": ["a.png"]},
@@ -552,6 +567,19 @@ def test_keys_that_nothing_reads_are_remarked():
         "nothing reads the key `mood` of a turn",
         "nothing reads the key `id` of a turn",
     )
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("messages", {"messages": HI}),
+        ("prompt_completion", {"prompt": "a", "completion": "b"}),
+        ("alpaca", {"instruction": "a", "output": "b"}),
+    ],
+)
+def test_thoughts_in_a_column_of_their_own_are_remarked(format, row):
+    (remark,) = convert(row | {"reasoning": "so", "thinking": None}, format, "f", 1).remarks
+    assert remark.startswith("nothing reads the column `reasoning`; thoughts are read from a key `reasoning_content`")
 
 
 ORDERS = {

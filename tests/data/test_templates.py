@@ -93,7 +93,11 @@ def test_stock_templates(name):
     call, answer = learnt(AGENT, tokenizer, tools=[TOOL])
     assert ("weather" in call, "北京" in call, "Yes." in answer) == (True, True, True)
     assert not any(word in call + answer for word in ("sunny", "rain", "Is it"))
-    (end,) = {tokenizer.convert_ids_to_tokens(id) for id in turn_ends(tokenizer).ids} - {"<|call|>", "<|observation|>"}
+    (end,) = {tokenizer.convert_ids_to_tokens(id) for id in turn_ends(tokenizer).ids} - {
+        "<|call|>",
+        "<|observation|>",
+        "<|system|>",
+    }
     assert second.endswith(end)
     assert end == ENDS.get(name, end)
 
