@@ -193,8 +193,9 @@ def evaluate(session: Session) -> None:
 
     with Screen(session.console) as screen:
         # 2. Responses, and what is said of them.
+        how, samples = section.generation, section.samples
         responses = respond(
-            roles, rewards, batches, given.prompts, given.rows, section.generation, section.samples, recipe.seed, screen
+            roles, rewards, batches, given.prompts, given.rows, how, samples, recipe.seed, screen, session.signals
         )
         # 3. Measures of known answers.
         metrics = measures(responses, draws)

@@ -16,6 +16,7 @@ from align import ppo
 from align.data.prompts import Asked
 from align.recipe.errors import UserError
 from align.training.rewards import Answered, RewardPart, Rewards
+from align.training.stops import Signals
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def check_any(body: list[str]) -> None:
     answered = [Answered(Asked({"text": "a"}, None, "a"), "a", response) for response in ("x", "y")]
     before = os.getcwd()
     try:
-        scores = rewards.of_texts(answered, 0, 1)["score"]
+        scores = rewards.of_texts(answered, 0, 1, Signals())["score"]
     except UserError as error:
         (problem,) = error.problems
         assert problem.startswith("the reward function mine:score ")

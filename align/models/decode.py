@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from align.data.prompts import prompts as prompting
 from align.data.rows import Fault, Row
@@ -86,8 +86,20 @@ def answer(trunk: Trunk, prompt: str, most: int, written_as: Literal["chat", "te
             do_sample=False,
             pad_token_id=trunk.tokenizer.pad_token_id,
             tokenizer=trunk.tokenizer,
+            stopping_criteria=[_Heeding(heed)] if heed else None,
         )
     return trunk.said(ids, out[0, len(ids) :].tolist()).strip()
+
+
+class _Heeding(StoppingCriteria):
+    """Lets `heed` end transformers' own sampling; ends nothing by itself."""
+
+    def __init__(self, heed: Heed) -> None:
+        self.heed = heed
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_more: object) -> Tensor:  # (B, l) -> (B,) bool
+        self.heed(input_ids[:, -1].tolist())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def asked_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, written_as: Literal["chat", "text"]) -> np.ndarray:

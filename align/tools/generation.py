@@ -27,6 +27,7 @@ from align.training.batches import Batches
 from align.training.rewards import Answered, Rewards
 from align.training.rollout import Episodes, Generation, sampled, texts
 from align.training.screen import Screen
+from align.training.stops import Signals
 
 SUMS = ("logprob", "ref_logprob", "kl", "entropy")  # over a response's tokens, in nats
 
@@ -97,6 +98,7 @@ def respond(
     samples: int,
     seed: int,
     screen: Screen,
+    signals: Signals,
 ) -> Responses:
     """`samples` responses to each prompt, which depend on seed, prompt and their number alone; and their scores.
 
@@ -114,7 +116,7 @@ def respond(
     }
     pairs = iter(texts(trunk, episodes))
     answered = [Answered(row, *next(pairs)) for row in rows for _ in range(samples)]
-    told = rewards.of_texts(answered, batches.rank, batches.world)
+    told = rewards.of_texts(answered, batches.rank, batches.world, signals)
     scores = dict(zip(scorers, columns[len(SUMS) :], strict=True))
     scores |= {name: score.double().numpy().reshape(shape) for name, score in told.items()}
     return Responses(episodes, answered, figures, {name: scores[name] for name in rewards.parts})

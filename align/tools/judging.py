@@ -12,11 +12,13 @@ import math
 import os
 import re
 import time
-from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from http.client import HTTPException
-from typing import Annotated, Any, Literal, NamedTuple
+from threading import Thread
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -30,6 +32,7 @@ from align.tools.evaluated import Evaluated
 from align.tools.generation import Responses
 from align.tools.statistics import Draws, Estimate, duel
 
+T, R = TypeVar("T"), TypeVar("R")
 INSTRUCTION = (
     "You compare two answers to the same prompt, A and B. Judge which one is more helpful, correct and clear; neither "
     "their order nor their length counts. End with your verdict: [[A]], [[B]], or [[C]] for a tie."
@@ -100,8 +103,7 @@ class EndpointJudge:
 
     def __call__(self, pairs: Sequence[Pair]) -> Verdicts:
         """Judge every pair, both ways round."""
-        with ThreadPoolExecutor(self.endpoint.parallel) as pool:
-            found = list(pool.map(self._pair, pairs))
+        found = at_once(self._pair, pairs, self.endpoint.parallel)
         margins = [WORTH.get(verdict, math.nan) for verdict in found]
         return Verdicts(np.array(margins), Counter(verdict for verdict in found if verdict not in WORTH))
 
@@ -155,6 +157,26 @@ class EndpointJudge:
             return "nonsense"
         verdicts = set(VERDICT.findall(said)) if isinstance(said, str) else set()
         return verdicts.pop() if len(verdicts) == 1 else "nonsense"
+
+
+def at_once(function: Callable[[T], R], items: Sequence[T], count: int) -> list[R]:
+    """`function` of each item, in order, `count` at a time. What ends this command waits for none of them: they run in
+    threads that a process ends without."""
+    tasks: list[Future[R]] = [Future() for _ in items]
+    left = deque(zip(items, tasks, strict=True))
+
+    def work() -> None:
+        with suppress(IndexError):  # none is left: what a function raises stays in its task
+            while True:
+                item, task = left.popleft()
+                try:
+                    task.set_result(function(item))
+                except BaseException as error:
+                    task.set_exception(error)
+
+    for _ in range(min(count, len(items))):
+        Thread(target=work, daemon=True).start()
+    return [task.result() for task in tasks]
 
 
 def judged(

@@ -41,10 +41,13 @@ class Experience:
         groups: Sequence[np.ndarray],
         to_learn: Entropy | None = None,
     ) -> tuple[Rollout, dict[str, Tensor]]:
-        """The rollout, and every part of the reward by name, (E,) each; `groups` and `to_learn` as in `scored`."""
+        """The rollout, and every part of the reward by name, (E,) each; `groups` and `to_learn` as in `scored`.
+
+        Raises Stopped on a signal."""
         loop.screen.phase("scoring")
         rollout = scored(self.roles, loop.batches, episodes, groups, [*self.rewards.scorers], loop.screen, to_learn)
         texts = self.watch.texts(examples, chosen, episodes) if self.rewards.read_texts else []
-        parts = rollout.scores | self.rewards.of_texts(texts, loop.batches.rank, loop.batches.world)
+        signals = loop.session.signals
+        parts = rollout.scores | self.rewards.of_texts(texts, loop.batches.rank, loop.batches.world, signals)
         loop.screen.phase("learning")
         return rollout, parts

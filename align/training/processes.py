@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from align.recipe.errors import UserError
 from align.training.stops import Stopped
@@ -63,6 +63,18 @@ def first_then_others(accelerator: Accelerator, function: Callable[[], T]) -> T:
     mine: list[T] = []
     decided(accelerator, lambda: mine.append(function()))
     return mine[0] if mine else function()
+
+
+def gathered(function: Callable[[], T]) -> list[T]:
+    """What `function` gives in each process, in all; where it raises Stopped in one, all raise it."""
+    try:
+        own: list = [(function(),)]
+    except Stopped:
+        own = [None]
+    parts = gather_object(own)
+    if None in parts:
+        raise Stopped
+    return [part for (part,) in parts]
 
 
 def any_asked(accelerator: Accelerator, asked: bool) -> bool:

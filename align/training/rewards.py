@@ -14,7 +14,6 @@ from numbers import Complex, Real
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -27,6 +26,8 @@ from align.recipe.errors import UserError
 from align.recipe.paths import Location
 from align.recipe.schema import Section
 from align.training.foreign import foreign
+from align.training.processes import gathered
+from align.training.stops import Signals
 
 LARGEST = torch.finfo(torch.float32).max
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
@@ -126,16 +127,21 @@ class Rewards:
         """Whether some part reads texts instead of tokens."""
         return bool(self.judges or self.functions)
 
-    def of_texts(self, answered: Sequence[Answered], rank: int, world: int) -> dict[str, Tensor]:
-        """Scores by the parts that read texts, (E,) float32 each; shared out over the processes, which all get all."""
+    def of_texts(self, answered: Sequence[Answered], rank: int, world: int, signals: Signals) -> dict[str, Tensor]:
+        """Scores by the parts that read texts, (E,) float32 each; shared out over the processes, which all get all.
+
+        Raises Stopped on a signal: at once, for nobody knows how long a function or another model takes.
+        """
         mine = list(answered[rank::world])
-        own = {title: judge(mine) for title, judge in self.judges.items()}
-        own |= {
-            title: _called(function, self.parts[title].function, mine) for title, function in self.functions.items()
-        }
-        parts = gather_object([{title: list(scores) for title, scores in own.items()}])
-        found = {}
-        for title in own:
+
+        def own() -> dict[str, list[float]]:
+            with signals.at_once():
+                said = {title: judge(mine) for title, judge in self.judges.items()}
+                named = self.functions.items()
+                return said | {title: _called(function, self.parts[title].function, mine) for title, function in named}
+
+        parts, found = gathered(own), {}
+        for title in parts[0]:
             found[title] = torch.zeros(len(answered))
             for number, part in enumerate(parts):
                 found[title][number::world] = torch.tensor(part[title], dtype=torch.float32)

@@ -29,8 +29,8 @@ from align.objectives.losses import path_counts
 from align.recipe.errors import UserError
 from align.recipe.schema import PositiveInt, Section
 from align.training.batches import Batches
+from align.training.processes import gathered
 from align.training.screen import Screen
-from align.training.stops import Stopped
 
 
 class Generation(Section):
@@ -124,14 +124,12 @@ def sampled(
     """
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     mine = order[batches.rank :: batches.world]
-    try:
-        own = sample(trunk, [prompts[i] for i in mine], how, [keys[i] for i in mine], n, heed) if mine else []
-        parts = gather_object([list(zip(mine, own, strict=True))])
-    except Stopped:
-        parts = gather_object([None])
-    if None in parts:
-        raise Stopped
-    found = dict(pair for part in parts for pair in part)
+
+    def own() -> dict[int, list[Response]]:
+        said = sample(trunk, [prompts[i] for i in mine], how, [keys[i] for i in mine], n, heed) if mine else []
+        return dict(zip(mine, said, strict=True))
+
+    found = {i: said for part in gathered(own) for i, said in part.items()}
     return Episodes(prompts, [found[i] for i in range(len(prompts))])
 
 

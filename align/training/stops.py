@@ -43,6 +43,17 @@ class Signals:
         finally:
             self._deferred = before
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within this a signal raises Stopped where it arrives, even inside `deferred`; one that came before, too."""
+        before, self._deferred = self._deferred, False
+        try:
+            self.heed()
+            yield
+        finally:
+            self._deferred = before
+        self.heed()
+
     def heed(self, *_news: object) -> None:
         """Raise Stopped if a signal came."""
         if self.asked:

@@ -18,6 +18,7 @@ from align.recipe.schema import Lora
 from align.training.foreign import SHARED
 from align.training.rewards import Answered, RewardPart, Rewards
 from align.training.rules import VALENCES, exact_answer, one_sentence, sentiment
+from align.training.stops import Signals
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_scores_are_weighed_normalised_and_clipped(trunk, mine):
         ),
         trunk,
     )
-    found = rewards.of_texts(answered("a" * 1, "a" * 5, "a" * 9), 0, 1)
+    found = rewards.of_texts(answered("a" * 1, "a" * 5, "a" * 9), 0, 1, Signals())
     assert {name: scores.tolist() for name, scores in found.items()} == {
         "length": [1, 5, 9],
         "again": [1, 5, 9],
@@ -122,7 +123,7 @@ def test_every_process_scores_its_share(trunk, mine):
         "    return [float(len(r)) for r in responses]\n"
     )
     rewards = Rewards(parts({"function": "mine:told"}), trunk)
-    rewards.of_texts(answered("a", "bb", "ccc"), 0, 1)
+    rewards.of_texts(answered("a", "bb", "ccc"), 0, 1, Signals())
     assert sys.modules["mine"].seen == [(["prompt 0", "prompt 1", "prompt 2"], ["a", "bb", "ccc"], [0, 1, 2])]
 
 
@@ -163,7 +164,7 @@ def test_a_function_that_goes_wrong(trunk, mine, body, said):
     mine(f"import itertools, os, sys\nimport numpy as np\ndef score(prompts, responses, rows):\n    {body}\n")
     rewards = Rewards(parts({"function": "mine:score"}), trunk)
     with pytest.raises(UserError) as error:
-        rewards.of_texts(answered("yes", "no"), 0, 1)
+        rewards.of_texts(answered("yes", "no"), 0, 1, Signals())
     (problem,) = error.value.problems
     assert problem.startswith(f"the reward function mine:score {said}")
     assert "\n" not in problem
@@ -184,10 +185,10 @@ def test_what_a_function_changes_is_put_back(trunk, mine, here, monkeypatch):
     rewards = Rewards(parts({"function": "mine:score"}), trunk)
     rows = answered("1", "2")
     before = [read() for read, _ in SHARED]
-    assert rewards.of_texts(rows, 0, 1)["score"].tolist() == [1, 2]
+    assert rewards.of_texts(rows, 0, 1, Signals())["score"].tolist() == [1, 2]
     assert [read() for read, _ in SHARED] == before
     with pytest.raises(UserError, match="could not convert"):
-        rewards.of_texts(answered("x"), 0, 1)
+        rewards.of_texts(answered("x"), 0, 1, Signals())
     assert [read() for read, _ in SHARED] == before
     assert rows == answered("1", "2")
 
@@ -197,7 +198,7 @@ def test_a_signal_passes_through(trunk, mine, signal):
     mine(f"from align.training.stops import Stopped\ndef score(prompts, responses, rows):\n    raise {signal}\n")
     rewards = Rewards(parts({"function": "mine:score"}), trunk)
     with pytest.raises(BaseException) as error:  # noqa: PT011
-        rewards.of_texts(answered("yes"), 0, 1)
+        rewards.of_texts(answered("yes"), 0, 1, Signals())
     assert type(error.value).__name__ == signal
 
 
@@ -210,7 +211,7 @@ def test_a_process_that_it_forks_is_not_the_run(trunk, mine, capfd):
         "    return [1.0]\n"
     )
     rewards = Rewards(parts({"function": "mine:score"}), trunk)
-    assert rewards.of_texts(answered("yes"), 0, 1)["score"].tolist() == [1]
+    assert rewards.of_texts(answered("yes"), 0, 1, Signals())["score"].tolist() == [1]
 
 
 def test_a_module_that_leaves_while_it_is_imported(trunk, mine, here):
@@ -239,7 +240,7 @@ def test_whatever_is_a_number_counts(trunk, mine, score):
     )
     rewards = Rewards(parts({"function": "mine:score"}), trunk)
     value = {"True": 1, "1": 1, "Fraction(1, 2)": 0.5, "torch.tensor(1.5)": 1.5, "np.float32(2)": 2}[score]
-    assert rewards.of_texts(answered("yes"), 0, 1)["score"].tolist() == [value]
+    assert rewards.of_texts(answered("yes"), 0, 1, Signals())["score"].tolist() == [value]
 
 
 def test_every_part_that_cannot_be_had_is_told(trunk, mine):
