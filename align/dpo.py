@@ -7,7 +7,7 @@ is the mean over the step's pairs of
 
     -log sigmoid(beta * h)
 
-(Rafailov et al. 2023, arXiv 2305.18290), or one of its kin: see `dpo.loss`. The reference is the trunk with its
+(Rafailov et al. 2023, arXiv 2305.18290), or one of its variants: see `dpo.loss`. The reference is the trunk with its
 adapter off, so policy and reference are equal at the start; with `lora: null` it is a frozen copy, or only its numbers
 are kept. Prompt and answers are one token tree, so the prompt is computed once. Left out on purpose: a reference that
 moves, and losses on prompts.

@@ -1,4 +1,4 @@
-"""Losses of reward models, DPO and its kin, and PPO: pure functions of log-probabilities and scores.
+"""Losses of reward models, DPO and its variants, and PPO: pure functions of log-probabilities and scores.
 
 Nothing is reduced here but tokens into paths: a stage sums what it is given and divides by the global count.
 
