@@ -290,6 +290,10 @@ def read(session: Session) -> Given:
     names = source_names([*(source.path for source in section.perplexity), *section.whole_texts])
     texts = others(names[: len(section.perplexity)], section.perplexity, conversations("assistant"))
     whole = {}
+    if texts:
+        session.say(
+            "perplexity: the end of each turn or text counts; each paragraph of a text file is a text of its own"
+        )
     for name, path in zip(names[len(texts) :], section.whole_texts, strict=True):
         with gathering(problems):
             whole[name] = read_whole(path, tokenizer)
