@@ -18,6 +18,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from align.data.chats import chat_of
 from align.data.render import conversations
 from align.data.trees import Forest
 from align.models.base import load_base
@@ -63,6 +64,11 @@ def train(session: Session) -> None:
     run, data, _ = begun
     base = load_base(recipe.model, session.accelerator.device, frozen=recipe.lora is not None, seed=recipe.seed)
     trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
+    if chat_of(trunk.tokenizer).own_thought and not recipe.sft.empty_thoughts:
+        session.say(
+            "the chat template writes an empty thought before an answer that has none: it is context, not learnt "
+            "(sft.empty_thoughts=true learns it)"
+        )
     fit(session, run, trunk, data, loss, derive=lambda sums: {"perplexity": perplexity(*sums.sums()["loss"])})
 
 

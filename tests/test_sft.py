@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from data.voices import FORGETFUL
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import align, lines, metrics, tree, weights
@@ -224,3 +225,19 @@ def test_dropout_is_random_and_repeats(world, here, finished):
     first, second = (train(world, here, name, lora={"dropout": 0.3}) for name in ("first", "second"))
     assert metrics(first) == metrics(second)
     assert losses(first)[1:] != losses(finished[0])[1:]
+
+
+def test_an_empty_thought_of_the_template_is_told_and_learnt_if_asked_for(world, here):
+    template = here / "forgetful.jinja"
+    template.write_text(FORGETFUL, "utf-8")
+    recipe = world.recipe(here / "recipe.yaml", model={"chat_template": str(template)}, train={"steps": 1})
+    told = align(recipe)
+    assert told.status == 0, told.err
+    assert "writes an empty thought before an answer that has none: it is context" in told.out
+    told = align(recipe, "run=asked", "sft.empty_thoughts=true")
+    assert told.status == 0, told.err
+    assert "empty thought" not in told.out
+    trained = [
+        json.loads((here / run / "data.json").read_text())["train"]["trained_tokens"] for run in ("run", "asked")
+    ]
+    assert trained[0] < trained[1]
