@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from align.data.control import encoded_text
+from align.data.chat import Unwritable
+from align.data.control import controls_of
 from align.data.examples import Examples, Ledger, Part, joined
 from align.data.formats import read_rows
 from align.data.labels import alike, by_key, key_of, order, spelled
@@ -145,12 +146,24 @@ def _read(known: Mapping[Hashable, str] | None, row: dict[str, Any]) -> Row:
 
 def _render(rows: list[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[Tree | Fault]:
     """Each text as the tokenizer writes it, with the special tokens that it adds by itself."""
+    controls = controls_of(tokenizer)
+    texts: list[str | Fault] = []
+    for row in rows:
+        try:
+            texts.append(controls.words(row, row.text))
+        except Unwritable as error:
+            texts.append(Fault(row.file, row.line, str(error)))
+    encoded = iter(controls.encode([text for text in texts if isinstance(text, str)], add_special_tokens=True))
     return [
-        Tree((ids,), (np.zeros(len(ids), bool),), (float(labels.index(row.label)),))
-        if len(ids)
-        else Fault(row.file, row.line, "text: the tokenizer makes no token of it")
-        for row, ids in zip(rows, encoded_text([row.text for row in rows], tokenizer), strict=True)
+        text if isinstance(text, Fault) else _tree(row, next(encoded).ids, labels, controls.notes(text))
+        for row, text in zip(rows, texts, strict=True)
     ]
+
+
+def _tree(row: Row, ids: np.ndarray, labels: Sequence[str], notes: tuple[str, ...]) -> Tree | Fault:
+    if not len(ids):
+        return Fault(row.file, row.line, "text: the tokenizer makes no token of it")
+    return Tree((ids,), (np.zeros(len(ids), bool),), (float(labels.index(row.label)),), notes=notes)
 
 
 def _numbers(part: Part) -> np.ndarray:

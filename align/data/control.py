@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.chat import ANSWER, ASK, Unwritable
 from align.data.chats import chat_of
+from align.data.rows import Row
 from align.data.thoughts import THINK, THINK_END
 from align.recipe.errors import UserError
 
@@ -71,6 +72,10 @@ class Controls:
             return {self.disguised(key): self.disguised(item) for key, item in value.items()}
         return value
 
+    def words(self, row: Row, value: Any) -> Any:
+        """A part of a row, disguised unless its control tokens are to be read as such. Raises Unwritable."""
+        return value if row.control else self.disguised(value)
+
     def notes(self, text: str) -> tuple[str, ...]:
         """What to say of a row whose text has something in disguise."""
         if not DISGUISED.search(text):
@@ -78,7 +83,7 @@ class Controls:
         found = dict.fromkeys(
             self._other[each.group()] for each in self._either.finditer(text) if DISGUISED.match(each.group())
         )
-        return (f"{', '.join(found)} in its words stays text, and is no control token",)
+        return (f"{', '.join(found)} in its words stays text, and is no control token (see control_tokens)",)
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[Encoded]:
         """Each text as tokens, what is disguised in it as the text that it stands for.

@@ -252,7 +252,8 @@ def _keys(rows: Iterable[dict[str, Any]], shape: Shape) -> str | None:
 def _converted(source: Source, found: Found, formats: Formats) -> Iterator[tuple[Any, Row | Fault]]:
     for line, value in _records(source, found.file):
         row = renamed(value, source) if isinstance(value, dict) else value
-        yield row, convert(row, found.format, found.file, line, formats)
+        made = convert(row, found.format, found.file, line, formats)
+        yield row, made._replace(control=source.control_tokens) if isinstance(made, Row) else made
 
 
 def _records(source: Source, file: str) -> Iterator[Record]:

@@ -70,7 +70,7 @@ def render_answers(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[
 def _written(row: Row, chat: Chat, controls: Controls) -> list[Written]:
     """For each answer the whole conversation's text and the span of the answer in it. Raises Unwritable."""
     last = sum(message["role"] == "assistant" for message in row.messages)
-    messages, answers, tools = map(controls.disguised, (row.messages, list(row.answers), row.tools))
+    messages, answers, tools = (controls.words(row, part) for part in (row.messages, list(row.answers), row.tools))
     texts: list[Written] = []
     prompts: set[str] = set()
     for answer in answers:

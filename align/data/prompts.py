@@ -92,10 +92,10 @@ def _render(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[Tree | 
     for row in rows:
         try:
             if row.messages is None:
-                text = controls.disguised(row.text)
+                text = controls.words(row, row.text)
             else:
                 last = sum(message["role"] == "assistant" for message in row.messages)
-                messages, tools = controls.disguised(row.messages), controls.disguised(row.tools)
+                messages, tools = controls.words(row, row.messages), controls.words(row, row.tools)
                 text, (turn,) = chat.turns([*messages, ANSWER], tools, {last})
                 text = text[: turn.begin]
             written.append((text, [], controls.notes(text)))

@@ -51,7 +51,7 @@ def render_rows(
     for row in rows:
         try:
             if row.messages is None:
-                texts.append(controls.disguised(row.text))
+                texts.append(controls.words(row, row.text))
             else:
                 written.append(_written(row, chat, controls, loss_on, empty_thoughts))
             rendered.append(None)
@@ -62,7 +62,7 @@ def render_rows(
     for i, row in enumerate(rows):
         if rendered[i] is None and row.messages is None:
             ids = _ended(next(plain).ids, tokenizer.eos_token_id)
-            rendered[i] = _tree(row, ids, np.ones(len(ids), bool), controls.notes(controls.disguised(row.text)))
+            rendered[i] = _tree(row, ids, np.ones(len(ids), bool), controls.notes(controls.words(row, row.text)))
         elif rendered[i] is None:
             rendered[i] = _tree(row, *next(chats), next(notes))
     return rendered
@@ -127,7 +127,7 @@ def _written(row: Row, chat: Chat, controls: Controls, loss_on: LossOn, empty_th
         if not (said[i]["content"].strip() or said[i].get("tool_calls")):
             raise Unwritable(f"no trained token in assistant turn {i + 1}: it is empty")
     wanted = sorted(taught if loss_on != "all" else taught | context | {last})
-    messages, tools = controls.disguised(row.messages), controls.disguised(row.tools)
+    messages, tools = controls.words(row, row.messages), controls.words(row, row.tools)
     text, spoken = chat.turns(messages, tools, set(wanted))
     turns = dict(zip(wanted, spoken, strict=True))
     notes = left_out({i: turns[i] for i in taught}) + controls.notes(text)

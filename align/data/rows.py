@@ -27,6 +27,7 @@ class Row(NamedTuple):
     answers: tuple[dict[str, Any], ...] = ()  # assistant messages that each could come next, the best first
     targets: tuple[float, ...] = ()  # one for each answer, as `Tree.targets`; or none
     label: str | None = None  # the class of a text
+    control: bool = False  # whether what looks like a control token in its words is one
     remarks: tuple[str, ...] = ()  # what is to be said once a file, with the number of rows that it is true of
 
 

@@ -221,7 +221,7 @@ def _key(source: Source, tokenizer: PreTrainedTokenizerBase, reading: Reading) -
     about = {
         "version": VERSION,
         "content": _content(source, reading),
-        "source": source.model_dump(include={"format", "columns", "turn_keys", "roles", "limit"}),
+        "source": source.model_dump(include={"format", "columns", "turn_keys", "roles", "control_tokens", "limit"}),
         **writer_of(tokenizer),
         "reading": reading.name,
     }

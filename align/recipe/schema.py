@@ -131,6 +131,9 @@ class Source(Section):
     """Rename the keys of turns: ours to the file's, for example `{role: speaker, content: utterance}`."""
     roles: dict[str, Literal["system", "user", "assistant", "tool", "tool_call"]] = Field(default_factory=dict)
     """Who speaks: the file's name to the role, for example `{customer: user, agent: assistant}`."""
+    control_tokens: bool = False
+    """Words such as `<|im_end|>` in these rows are control tokens, as in texts that a chat template has written before.
+    Otherwise they are text."""
     limit: PositiveInt | None = None
     """Read only this many rows."""
     name: str | None = None
