@@ -151,8 +151,14 @@ def test_an_sft_result_is_the_trunk_and_demonstrations_normalise(world, here):
     """On base + merged SFT adapter; mean and spread are those of the conversations' last answers."""
     sft = align(world.recipe(here / "sft.yaml", run=str(here / "sft"), train={"steps": 2}))
     assert sft.status == 0, sft.err
-    said = {"demonstrations": [{"path": str(world.talks)}], "demonstration_rows": 100}
-    run = train(world, here, model={"adapter": str(here / "sft" / "final")}, train={"steps": 2}, reward=said)
+    bad = write_rows(here / "bad.jsonl", [{"prompt": "Hi", "completion": "Go.", "label": False}])
+    said = {"demonstrations": [{"path": str(world.talks)}, {"path": str(bad)}], "demonstration_rows": 100}
+    on = {"model": {"adapter": str(here / "sft" / "final")}, "data": {"invalid": "drop"}}
+    run = train(world, here, **on, train={"steps": 2}, reward=said)
+    (lost,) = lines(run / "ledger.jsonl")
+    assert (lost["file"], lost["action"]) == (str(bad), "dropped")
+    summary = json.loads((run / "data.json").read_text())["summary"]
+    assert "demonstrations: 29 rows read, 1 dropped (1 invalid), 0 truncated, 0 repaired, 0 exact duplicates" in summary
     base = AutoModelForSequenceClassification.from_pretrained(world.base, num_labels=1)
     base.model = merged(world.base, here / "sft" / "final").model
     scorer = Scorer.load(run / "final", base)

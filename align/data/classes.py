@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from align.data.chat import Unwritable
 from align.data.control import controls_of
 from align.data.examples import Examples, Ledger, Part, joined
+from align.data.fitting import counted
 from align.data.formats import read_rows
 from align.data.labels import alike, by_key, key_of, order, spelled
 from align.data.mixture import Prepared, at_most, prepare, split_by_prompt
@@ -90,12 +91,16 @@ def prepare_classes(
     whole = data.model_copy(update={"eval": data.eval if data.eval.sources else Eval()})
     read = prepare(whole, tokenizer, reading, seed, cache, progress)
     train, held, tested, ledger = read.train.parts, read.eval.parts, [], read.ledger
+    summary = [line for line in read.summary if not line.startswith(("train: ", "eval: "))]
     if test.sources:
         alone = data.model_copy(update={"train": test.sources, "eval": Eval()})
         apart = prepare(alone, tokenizer, reading, seed, cache, progress)
         ledger.entries += apart.ledger.entries
-        tested = at_most(apart.train.parts, test.max_rows, seed, ledger)
+        summary += [f"test: {line}" for line in apart.summary if not line.startswith(("train: ", "eval: "))]
+        tested = at_most(apart.train.parts, test.max_rows, seed, ledger, "classify.test.max_rows")
         train, held = (_without(parts, tested, ledger) for parts in (train, held))
+        if known := ledger.dropped["in test"]:
+            summary.append(f"{counted(known)} left out: the text is in the test set")
     _all_there(Examples(train, data.max_length), labels)
     if undersample:
         train = _undersampled(train, len(labels), seed, ledger)
@@ -106,7 +111,6 @@ def prepare_classes(
     named = {"train": train, "eval": held, "test": tested}
     sides = {name: Examples(parts, data.max_length) for name, parts in named.items()}
     _all_there(sides["train"], labels)
-    summary = [line for line in read.summary if not line.startswith(("train: ", "eval: "))]
     summary += alike(labels)
     if undersample:
         summary.append(f"undersampled: {ledger.dropped[UNDERSAMPLED]:,} rows of the frequent classes are left out")

@@ -8,7 +8,7 @@ ledger.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -36,6 +36,18 @@ class Prepared(NamedTuple):
     eval: Examples
     ledger: Ledger
     summary: list[str]  # lines for the screen
+
+    def named(self, name: str) -> list[str]:
+        """The summary of rows that a run reads beside its own, all of which it learns from."""
+        lines = [line.removeprefix("train: ") for line in self.summary if not line.startswith("eval: ")]
+        return [f"{name}: {line}" for line in lines]
+
+    def beside(self, others: Mapping[str, Prepared]) -> Prepared:
+        """The same with what became of the rows of others, by their names."""
+        ledger = Ledger()
+        ledger.entries = [entry for each in (self, *others.values()) for entry in each.ledger.entries]
+        named = [line for name, other in others.items() for line in other.named(name)]
+        return self._replace(ledger=ledger, summary=[*self.summary, *named])
 
 
 def prepare(
@@ -79,7 +91,7 @@ def prepare(
     _some(train, "train", read, ledger)
     if data.eval.fraction:
         train, held = split_by_prompt(train, data.eval.fraction, data.eval.max_rows, seed)
-    held = at_most(held, data.eval.max_rows, seed, ledger)
+    held = at_most(held, data.eval.max_rows, seed, ledger, "data.eval.max_rows")
     if data.eval.sources:
         _some(held, "eval", read, ledger)
         prompts = joined([part.store.prompt[part.rows] for part in held])
@@ -197,14 +209,14 @@ def split_by_prompt(parts: list[Part], fraction: float, most: int | None, seed: 
     )
 
 
-def at_most(parts: list[Part], most: int | None, seed: int, ledger: Ledger) -> list[Part]:
-    """A seeded choice of `most` rows."""
+def at_most(parts: list[Part], most: int | None, seed: int, ledger: Ledger, key: str) -> list[Part]:
+    """A seeded choice of `most` rows, as the recipe's `key` says."""
     sizes = [len(part.rows) for part in parts]
     if most is None or sum(sizes) <= most:
         return parts
     drop = np.ones(sum(sizes), bool)
     drop[np.random.default_rng([seed, 3]).permutation(len(drop))[:most]] = False
-    reason = f"held out, beyond data.eval.max_rows = {most}"
+    reason = f"held out, beyond {key} = {most}"
     masks = np.split(drop, np.cumsum(sizes)[:-1])
     return [ledger.drop(part, mask, "beyond max_rows", reason) for part, mask in zip(parts, masks, strict=True)]
 

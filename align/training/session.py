@@ -78,16 +78,13 @@ class Session:
         run = self.open_run()
         tokenizer = self.tokenizer()
         data = self.prepare(tokenizer, reading, room=room, key=key)
-        more: dict[str, Examples] = {}
-        for name, other in (others or {}).items():
-            read = self.prepare(tokenizer, *other)
-            more[name] = read.train
-            data.ledger.entries += read.ledger.entries
-            data.summary.extend(read.summary)
+        beside = {name: self.prepare(tokenizer, *other, name=name) for name, other in (others or {}).items()}
+        more = {name: other.train for name, other in beside.items()}
         if self.show:
             self.show_examples(data, tokenizer)
             return None
         sides = {"train": data.train, "eval": data.eval, **more}
+        data = data.beside(beside)
         return Begun(run, data, more) if self.unfinished(run, tokenizer, sides, results, records) else None
 
     def open_run(self) -> Run:
@@ -149,8 +146,10 @@ class Session:
         section: Data | None = None,
         room: int = 0,
         key: str = "",
+        name: str = "",
     ) -> Prepared:
-        """The run's data, or another section's; the first process tokenises, the others then find it in the cache.
+        """The run's data, or another section's by its `name`; the first process tokenises, the others then find it in
+        the cache.
 
         Raises UserError for what the model cannot take, before it is loaded.
         """
@@ -161,7 +160,7 @@ class Session:
                 return prepare(section or recipe.data, tokenizer, reading, recipe.seed, cache_folder(), progress)
 
         data = first_then_others(self.accelerator, read)
-        for line in data.summary:
+        for line in data.named(name) if name else data.summary:
             self.say(line)
         self.check_limits(tokenizer, [Wanted(side, room, key) for side in (data.train, data.eval)])
         return data

@@ -206,6 +206,18 @@ def test_three_sides_share_no_text_and_lose_no_row(tmp_path):
     assert sides.data.summary[-1].startswith(f"test: {len(sides.test)} rows")
 
 
+def test_what_becomes_of_rows_of_the_test_is_told(tmp_path):
+    tested = [*many(3, 3), ("other", "what")]
+    test = Eval(sources=[source(write(tmp_path / "test.tsv", tested))], max_rows=4)
+    sides = prepared(tmp_path, many(30, 60), test, invalid="drop")
+    assert [len(sides.data.train), len(sides.test)] == [86, 4]
+    assert "test: 7 rows read, 1 dropped (1 invalid), 0 truncated, 0 repaired, 0 exact duplicates" in sides.data.summary
+    assert "4 rows left out: the text is in the test set" in sides.data.summary
+    reasons = sorted(entry["reason"] for entry in sides.data.ledger.entries)
+    assert reasons[:2] == ["held out, beyond classify.test.max_rows = 4"] * 2
+    assert len(reasons) == 7
+
+
 def test_each_share_is_of_all_rows(tmp_path):
     sides = prepared(tmp_path, many(50, 50), Eval(fraction=0.25), eval={"fraction": 0.5})
     assert [len(part) for part in (sides.data.train, sides.data.eval, sides.test)] == [25, 50, 25]
