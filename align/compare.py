@@ -32,6 +32,7 @@ from align.tools.evaluated import Evaluated, check_alike, read_run
 from align.tools.statistics import Draws
 from align.training.border import border
 from align.training.checkpoint import write_atomic
+from align.training.removal import is_written, run_recipe
 
 
 class Source(Section):
@@ -126,6 +127,9 @@ def check_folder(recipe: Recipe, fresh: bool) -> None:
         raise UserError(f"run: {folder} is a file; name another folder")
     if not folder.is_dir() or all(path.name.startswith(".writing-") for path in folder.iterdir()):
         return
+    if not is_written(folder / "recipe.yaml"):
+        what = "no recipe.yaml that a comparison wrote"
+        raise UserError(f"run: {folder} holds files but no comparison ({what}); name another folder")
     try:
         other = load_recipe(folder / "recipe.yaml", [], Recipe)
     except UserError as error:
@@ -147,7 +151,7 @@ def _write(recipe: Recipe, console: Console) -> None:
     draws = Draws(section.resamples, recipe.seed)
     result = compare(runs, baseline, section.score, section.proxy, section.best_of, draws)
     written = {
-        "recipe.yaml": text,
+        "recipe.yaml": run_recipe(recipe),
         "report.html": page(result, runs, text),
         "compare.md": markdown(result),
         "costs.json": costs(result),

@@ -37,6 +37,7 @@ from align.tools.stage import Stage
 from align.tools.stages import stages_of
 from align.training.border import Parser, border
 from align.training.checkpoint import write_atomic
+from align.training.removal import is_written, run_recipe
 from align.training.stops import signals
 
 LAST_LINES = 12  # of a stage that failed
@@ -105,8 +106,9 @@ class Pipeline:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"run: {folder} is a file; name another folder")
         inside = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.exists() else []
-        if inside and OWN not in inside:
-            raise UserError(f"run: {folder} holds files but no pipeline (no {OWN}); name another folder")
+        if inside and not is_written(folder / OWN):
+            what = f"no {OWN} that a pipeline wrote"
+            raise UserError(f"run: {folder} holds files but no pipeline ({what}); name another folder")
         config = self.recipe.accelerate and self.recipe.accelerate.config
         if config and not Path(config).is_file():
             raise UserError(
@@ -155,7 +157,7 @@ class Pipeline:
         return self._conclude(bool(asked))
 
     def _open(self) -> None:
-        write_atomic(self.folder / OWN, dump_recipe(self.recipe))
+        write_atomic(self.folder / OWN, run_recipe(self.recipe))
         for stage in self.stages:  # a pipeline that was killed leaves its stages running
             record, asked = self.records[stage], set[int]()
             if record and not record.result and ask_to_stop(self._log(stage), asked):

@@ -27,6 +27,7 @@ from align.tools.inputs import digests
 from align.tools.jobs import Job, Launcher, holders
 from align.tools.records import Records
 from align.tools.stages import stages_of
+from align.training.removal import HEADER
 
 ROOT = Path(__file__).parents[1]
 SHARED = {
@@ -345,9 +346,10 @@ def test_a_folder_that_the_pipeline_did_not_fill_is_left_alone(folder):
     path = written(BOTH)
     Path("runs/both/dpo").mkdir(parents=True)
     Path("runs/both/dpo/notes.txt").write_text("mine")
+    ours = "(no pipeline.yaml that a pipeline wrote)"
     told = align(path, stage=pipeline)
-    assert told == (2, "", "run: runs/both holds files but no pipeline (no pipeline.yaml); name another folder\n")
-    Path("runs/both/pipeline.yaml").write_text("")
+    assert told == (2, "", f"run: runs/both holds files but no pipeline {ours}; name another folder\n")
+    Path("runs/both/pipeline.yaml").write_text(HEADER)
     where = line_of(path, "  dpo:")
     told = align(path, stage=pipeline)
     what = "runs/both/dpo holds what this pipeline did not make; name another `run`, or move it away"

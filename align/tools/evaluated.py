@@ -6,19 +6,19 @@ null is a judge that failed; it is counted and left out. Everything else that is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy import ndarray as Array
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from align.recipe.errors import UserError
-from align.recipe.records import each_line
+from align.recipe.records import each_line, parsed
 
 TOLD = 3  # problems of one file; the rest are counted
+Count = Annotated[int, Field(ge=0, lt=2**53)]  # a float holds it exactly
 
 
 class Training(BaseModel):
@@ -30,8 +30,8 @@ class Training(BaseModel):
     stage: str
     settings: dict[str, Any] = Field(default_factory=dict)
     device_seconds: float | None = None
-    peak_memory_bytes: int | None = None
-    tokens_sampled: int | None = None
+    peak_memory_bytes: Count | None = None
+    tokens_sampled: Count | None = None
 
 
 class About(BaseModel):
@@ -57,12 +57,12 @@ class Answer(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    prompt: int = Field(ge=0)
-    sample: int = Field(ge=0)
+    prompt: Count
+    sample: Count
     key: str
     prompt_text: str
     response: str
-    tokens: int = Field(ge=0)
+    tokens: Count
     ended: bool
     logprob: float
     ref_logprob: float
@@ -114,10 +114,10 @@ def read_run(folder: Path, name: str | None, group: str | None) -> Evaluated:
 
 
 def _about(path: Path) -> About:
+    if (record := parsed(path.read_bytes())) is None:
+        raise UserError(f"{path}: this is not whole JSON; run align.evaluate again")
     try:
-        return About.model_validate(json.loads(path.read_text("utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path}: this is not whole JSON; run align.evaluate again") from None
+        return About.model_validate(record)
     except ValidationError as error:
         raise UserError(*_limited(path, [f"{path}: {fault}" for fault in _faults(error)])) from None
 

@@ -17,7 +17,7 @@ from align.data.chats import chat_of
 from align.data.mixture import Prepared
 from align.models.results import CONFIG, WEIGHTS
 from align.recipe.errors import UserError
-from align.recipe.load import dump_recipe, load_recipe
+from align.recipe.load import load_recipe
 from align.recipe.records import to_json
 from align.recipe.schema import Section
 from align.tools.drawn_pairs import DrawnPairs
@@ -25,6 +25,7 @@ from align.tools.generation import SUMS, Prompts, Responses
 from align.tools.inputs import digest
 from align.tools.statistics import Estimate
 from align.training.checkpoint import write_atomic
+from align.training.removal import is_written, run_recipe
 from align.training.rewards import RewardPart
 from align.training.run import differences
 
@@ -40,8 +41,9 @@ def check_folder(recipe: Section, fresh: bool) -> None:
         raise UserError(f"run: {folder} is a file; name another folder")
     if not folder.is_dir() or all(path.name.startswith(".writing-") for path in folder.iterdir()):
         return  # nothing, or what a kill left of its first file
-    if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"run: {folder} holds files but no evaluation (no recipe.yaml); name another folder")
+    if not is_written(folder / "recipe.yaml"):
+        what = "no recipe.yaml that an evaluation wrote"
+        raise UserError(f"run: {folder} holds files but no evaluation ({what}); name another folder")
     try:
         other = load_recipe(folder / "recipe.yaml", [], type(recipe))
     except UserError as error:
@@ -58,7 +60,7 @@ def clear(folder: Path, recipe: Section) -> None:
     """Make the folder ready for what comes: the recipe alone stands in it, and says whose it is."""
     for name in reversed(OWN[1:]):  # the mark of a finished one first
         (folder / name).unlink(missing_ok=True)
-    write_atomic(folder / "recipe.yaml", dump_recipe(recipe))
+    write_atomic(folder / "recipe.yaml", run_recipe(recipe))
 
 
 def response_lines(prompts: Prompts, responses: Responses) -> str:

@@ -12,14 +12,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
 from align import __version__
-from align.recipe.records import to_json
+from align.recipe.records import parsed, to_json
 from align.tools.inputs import digest, digests
 from align.tools.stage import Stage
 from align.training.checkpoint import write_atomic
 from align.training.run import FREE
 
-Content = dict[str, Any]  # version, recipe and inputs of a stage
+
+class Content(TypedDict):
+    """Of a stage, all that its result depends on."""
+
+    version: str  # of align
+    recipe: dict[str, Any]
+    inputs: dict[str, str]  # path -> digest
 
 
 class Record(NamedTuple):
@@ -30,6 +39,9 @@ class Record(NamedTuple):
     result: str | None = None  # the digest of what it came to; None while it has not
     seconds: float = 0.0
     over: dict[str, int] = {}  # noqa: RUF012 (never changed) what a start over has to remove: path -> its ctime
+
+
+RECORD = TypeAdapter(Record)
 
 
 class Verdict(NamedTuple):
@@ -48,8 +60,8 @@ class Records:
     def __getitem__(self, stage: Stage) -> Record | None:
         """What is known of a stage in the folder that it has now."""
         try:
-            record = Record(**json.loads(self._file(stage).read_text("utf-8")))
-        except (OSError, ValueError, TypeError):
+            record = RECORD.validate_python(parsed(self._file(stage).read_bytes()))
+        except (OSError, ValidationError):
             return None
         return record if record.folder == self._place(stage) else None
 

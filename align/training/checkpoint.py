@@ -25,8 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from align.models.sources import foreign
 from align.recipe.errors import UserError
-from align.recipe.records import to_json
+from align.recipe.records import parsed, to_json
 
 FORMAT = 1
 Tensors = dict[str, dict[str, Tensor]]  # file name without suffix -> name -> tensor
@@ -56,15 +57,23 @@ def newest_checkpoint(folder: Path, only: str | None = None) -> tuple[Path | Non
 
 
 def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors, on the CPU, and the state of a checkpoint that `newest_checkpoint` found."""
-    names = [Path(name) for name in json.loads((path / "manifest.json").read_text())["files"]]
-    tensors = {name.stem: load_file(path / name) for name in names if name.suffix == ".safetensors"}
+    """The tensors, on the CPU, and the state of a checkpoint that `newest_checkpoint` found.
+
+    A manifest says that nothing has changed since, not who wrote it: raises UserError for what align does not write.
+    """
+    with foreign(f"{path} cannot be read"):
+        names = [Path(name) for name in json.loads((path / "manifest.json").read_text())["files"]]
+        tensors = {name.stem: load_file(path / name) for name in names if name.suffix == ".safetensors"}
     return tensors, load_state(path)
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint that `newest_checkpoint` found."""
-    return json.loads((path / "state.json").read_text("utf-8"))
+    """The state of a checkpoint that `newest_checkpoint` found. Raises UserError where it is damaged."""
+    with foreign(f"{path} cannot be read"):
+        state = parsed((path / "state.json").read_bytes())
+    if state is None:
+        raise UserError(f"{path} cannot be read (state.json holds no JSON object)")
+    return state
 
 
 def tidy_checkpoints(folder: Path) -> None:
@@ -133,10 +142,11 @@ def snapshot(tensors: Tensors) -> Tensors:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace the file at `path` in one step: a kill leaves the old content or the new, never a part.
 
-    Makes the folder where there is none. Raises UserError when the disk is full or refuses.
+    Makes the folder where there is none. Half a surrogate pair, which UTF-8 lacks, is written as its escape. Raises
+    UserError when the disk is full or refuses.
     """
     beside = path.with_name(f".writing-{path.name}")
-    raw = content.encode() if isinstance(content, str) else content
+    raw = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     with speaking(path, len(raw)):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -211,7 +221,7 @@ def _fault(path: Path, hashes: bool = True) -> str | None:
                 return f"{name} has changed since it was written (its SHA-256 differs)"
     except OSError as error:
         return f"{Path(error.filename).name} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json is damaged"
     return None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from align.recipe.load import STAGES, dump_recipe
-from align.recipe.schema import BaseRecipe
+from align.recipe.schema import BaseRecipe, Section
 from align.training.checkpoint import sync
 
 RECIPE, ASIDE = "recipe.yaml", ".old-run"
@@ -26,16 +26,23 @@ OWN = (
 CHECKPOINT = re.compile(r"(\.old-|\.writing-)?step-[0-9]{6,}")
 
 
-def run_recipe(recipe: BaseRecipe) -> str:
-    """What `recipe.yaml` of a run holds."""
+def run_recipe(recipe: Section) -> str:
+    """What the recipe in the folder of a run, or of a tool, holds."""
     return HEADER + dump_recipe(recipe)
 
 
-def is_run(folder: Path) -> bool:
-    """Whether align wrote a run here. A recipe that a user wrote does not make a folder one."""
+def is_written(file: Path) -> bool:
+    """Whether align wrote this recipe. One that a user wrote does not make the folder that it lies in a run's."""
     try:
-        text = (folder / RECIPE).read_text("utf-8")
-        told = yaml.safe_load(text) if text.startswith(HEADER) else None
+        return file.is_file() and file.read_bytes().startswith(HEADER.encode())
+    except (OSError, ValueError):
+        return False
+
+
+def is_run(folder: Path) -> bool:
+    """Whether align wrote a run here."""
+    try:
+        told = yaml.safe_load((folder / RECIPE).read_text("utf-8")) if is_written(folder / RECIPE) else None
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return False
     return isinstance(told, dict) and told.get("stage") in STAGES and BaseRecipe.model_fields.keys() <= told.keys()

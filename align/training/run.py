@@ -24,6 +24,7 @@ from align.training.identity import Identity, changes
 from align.training.meters import environment
 from align.training.plan import Plan, learning_rate
 from align.training.removal import finish_removal, forget_removal, is_free, is_run, remove_run, run_recipe, tidy
+from align.training.state import state_of
 
 # What may change between one start and the next: none of it touches the numbers.
 FREE = {"run": ..., "log": ..., "train": {"save_every", "keep"}}
@@ -102,7 +103,7 @@ class Run:
         if fresh or self._before is None:
             return Standing()
         point, passed_over = newest_checkpoint(self.checkpoints)
-        state = load_state(point) if point else {}
+        state = state_of(point, load_state(point)) if point else {}
         self._check_same(identity, state)
         step, place = state.get("step", 0), state.get("place", 0)
         end = self._end()

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import get_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from align.models.sources import foreign, speaking_of
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.records import parsed
 from align.training.checkpoint import load_checkpoint, newest_checkpoint
-from align.training.state import Named, put_back
+from align.training.state import Named, put_back, state_of
 
 KEY = "train.start_from"
 # Of an adapter's configuration: where it lies, who wrote it, and what acts in training alone.
@@ -72,20 +72,17 @@ def start_from(
 
     Raises UserError, which names the difference, where it is of another trunk, another adapter or other labels.
     """
-    try:
-        if not start.is_checkpoint:
-            return _start_from_result(start.path, trunk, named, labels)
+    if not start.is_checkpoint:
+        return _start_from_result(start.path, trunk, named, labels)
+    with speaking_of(KEY):
         tensors, state = load_checkpoint(start.path)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{KEY}: {start.path} cannot be read ({str(error).splitlines()[0][:200]})") from None
+        state = state_of(start.path, state)
     _check_terms(start.path, state, terms_of(trunk, labels))
-    there = {_bare(name): tensor for name, tensor in tensors["model"].items()}
-    moments = {_bare(name): tensor for name, tensor in tensors["optimizer"].items()}
+    there, moments = ({_bare(name): t for name, t in tensors.get(part, {}).items()} for part in ("model", "optimizer"))
     names = _taken(start.path, there, {_bare(name): p for name, p in named.items()})
     own = {name: p for name, p in named.items() if _bare(name) in names}
     put_back(
+        start.path,
         {name: there[_bare(name)] for name in own},
         {f"{name}/{key}": t for name in own for key, t in _of(moments, _bare(name)).items()},
         own,
@@ -95,16 +92,17 @@ def start_from(
 
 
 def _start_from_result(folder: Path, trunk: Trunk, named: Named, labels: list[str] | None) -> str:
-    about = parsed((folder / "align.json").read_bytes())
+    there: dict[str, Tensor] = {}
+    with foreign(f"{KEY}: {folder} cannot be read"):
+        about = parsed((folder / "align.json").read_bytes())
+        config = folder / "adapter_config.json"
+        lora = _plain(json.loads(config.read_text("utf-8"))) if config.is_file() else None
+        for file in sorted(folder.glob("*.safetensors")):
+            there |= load_file(file)
     if about is None:
         raise UserError(f"{KEY}: {folder / 'align.json'} is damaged")
-    config = folder / "adapter_config.json"
-    lora = _plain(json.loads(config.read_text("utf-8"))) if config.is_file() else None
     terms = {"fingerprint": about.get("fingerprint"), "lora": lora, "labels": about.get("labels")}
     _check_terms(folder, terms, terms_of(trunk, labels))
-    there: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        there |= load_file(file)
     saved = get_peft_model_state_dict(trunk.causal, save_embedding_layers=False) if trunk.adapted else {}
     places = {p.data_ptr(): name for name, p in named.items()}
     names = {places[t.data_ptr()]: key for key, t in saved.items() if t.data_ptr() in places} or {
@@ -116,7 +114,7 @@ def _start_from_result(folder: Path, trunk: Trunk, named: Named, labels: list[st
         raise UserError(f"{KEY}: {folder} has weights that this recipe does not train: {min(lost)}")
     taken = _taken(folder, {_bare(n): t for n, t in of_trunk.items()}, {_bare(n): p for n, p in named.items()})
     own = {name: p for name, p in named.items() if _bare(name) in taken}
-    put_back(of_trunk, {}, own, None)
+    put_back(folder, of_trunk, {}, own, None)
     return f"starting from {folder}: its weights; AdamW's moments begin at zero, for a result has none"
 
 
