@@ -74,7 +74,7 @@ def test_settings_that_do_not_fit(refused, sections, message):
             {"adapter": "nowhere"},
             "ppo.rewards.0.adapter: nowhere has no align.json; give the `final/` folder of a finished reward run",
         ),
-        ({"model": "./nowhere"}, "ppo.rewards.0.model: model.base: there is no model './nowhere'"),
+        ({"model": "./nowhere"}, "ppo.rewards.0.model: there is no model './nowhere'"),
         ({"function": "nowhere:at_all"}, "ppo.rewards.0.function: nowhere cannot be imported (ModuleNotFoundError"),
         ({"function": "ppo_start:no_such"}, "ppo.rewards.0.function: ppo_start has no function 'no_such'"),
     ],
