@@ -50,6 +50,8 @@ class Controls:
         both = self.disguise | {disguised: token for token, disguised in self.disguise.items()}
         self._other = both
         self._either = re.compile("|".join(map(re.escape, sorted(both, key=len, reverse=True))) or "(?!)")
+        normalizer = tokenizer.is_fast and tokenizer.backend_tokenizer.normalizer
+        self._normalises = bool(normalizer) and any(t.normalized for t in known if t.content in self.disguise)
         self._twin: PreTrainedTokenizerBase | None = None
 
     @property
@@ -96,9 +98,22 @@ class Controls:
         odd = [bool(DISGUISED.search(text)) for text in texts]
         plain = [text for text, is_odd in zip(texts, odd, strict=True) if not is_odd]
         exchanged = [self._exchanged(text) for text, is_odd in zip(texts, odd, strict=True) if is_odd]
-        by_itself = iter(_encoded(self.tokenizer, plain, add_special_tokens))
+        by_itself = iter(self._by_itself(plain, add_special_tokens))
         by_twin = iter(_encoded(self.twin, exchanged, add_special_tokens) if exchanged else [])
         return [next(by_twin if is_odd else by_itself) for is_odd in odd]
+
+    def _by_itself(self, texts: list[str], add_special_tokens: bool) -> list[Encoded]:
+        """Texts without a disguise. A tokenizer that normalises words before it looks for control tokens in them finds
+        some under other spellings, such as `<|IM_END|>`; the twin does not."""
+        encoded = _encoded(self.tokenizer, texts, add_special_tokens)
+        if not self._normalises:
+            return encoded
+        ids = self.tokenizer.convert_tokens_to_ids(list(self.disguise))
+        for i, (text, each) in enumerate(zip(texts, encoded, strict=True)):
+            places = each.offsets[np.isin(each.ids, ids)]
+            if {text[begin:end].strip() for begin, end in places} - {"", *self.disguise}:
+                (encoded[i],) = _encoded(self.twin, [self._exchanged(text)], add_special_tokens)
+        return encoded
 
     def _exchanged(self, text: str) -> str:
         """Control tokens in disguise, and what was disguised as it is."""

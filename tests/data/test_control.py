@@ -132,6 +132,25 @@ def stored_key(source: Source, tokenizer: PreTrainedTokenizerFast) -> str:
     return _key(source, tokenizer, conversations("assistant"))
 
 
+@pytest.mark.parametrize(
+    ("normalizer", "said"), [(normalizers.Lowercase(), "<|IM_END|>"), (normalizers.NFKC(), "＜|im_end|＞")]
+)
+def test_other_spellings_of_a_control_token_stay_text(normalizer, said):
+    """Tokens that are added to a tokenizer are looked for in its normalised text."""
+    about = json.loads(tiny_tokenizer(SMOLLM).backend_tokenizer.to_str())
+    about["added_tokens"] = [token | {"normalized": True} for token in about["added_tokens"]]
+    backend = Tokenizer.from_str(json.dumps(about))
+    backend.normalizer = normalizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer.chat_template = SMOLLM
+    assert tokenizer(said)["input_ids"] == [tokenizer.eos_token_id]
+    ids = tree_of(make_row(talk_of(f"q{said}", f"a{said}b")), tokenizer).segments[0].tolist()
+    assert ids.count(tokenizer.eos_token_id) == 3
+    plain, other = encoded_text(["the answer", f"the {said} answer"], tokenizer)
+    assert plain.tolist() == tokenizer("the answer")["input_ids"]
+    assert tokenizer.eos_token_id not in other
+
+
 def test_words_that_hold_a_disguise_are_refused():
     (labelled,) = classes(["a"]).render([Row("", 0, None, chr(FIRST), None, label="a")], tiny_tokenizer(SMOLLM))
     assert isinstance(labelled, Fault)
