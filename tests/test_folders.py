@@ -55,12 +55,14 @@ def test_two_starts_at_once(whole, here, times):
     for number in range(times):
         run, told = two_starts(whole[1], here, number)
         assert_one_trained(whole, run, told)
+        if number % 10 > 1:
+            continue
         kept = tree(run)
         again = [Child(here / f"{name}{number}", whole[1], f"run={run}") for name in ("first", "second")]
         for child in again:
             told = child.wait()
             assert "nothing to do" in told.out or "another process is writing to" in told.err
-        assert tree(run) == kept
+        assert tree(run) == kept  # finished, it is left as it is
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])

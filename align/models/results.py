@@ -63,8 +63,8 @@ class About(Known):
     base: str
     fingerprint: str
     trunk: list[Link] = []
-    score_mean: float | None = None  # of a reward model's scores
-    score_std: Annotated[float | None, Field(ge=0)] = None
+    score_mean: Annotated[float | None, Field(ge=-3e38, le=3e38)] = None  # float32 holds it
+    score_std: Annotated[float | None, Field(ge=0, le=3e38)] = None
     labels: Annotated[list[str], Field(min_length=2)] | None = None  # of a classifier
     threshold: float | None = None
     max_length: Count | None = None

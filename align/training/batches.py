@@ -62,7 +62,7 @@ class Batches:
         mine: dict[int, Tensor] = {}
         training = self.trunk.training
         self.trunk.eval()
-        with torch.no_grad():
+        with torch.no_grad(), screen.at_once():
             for row in screen.track(self.rows(examples, chosen), what):
                 forest = self.plant(examples, row)
                 lines, owner = function(self.trunk, forest).float().cpu(), forest.owner.cpu()

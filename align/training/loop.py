@@ -111,6 +111,8 @@ class Loop:
         with self.session.signals.deferred(), Screen(self.session.console, self.plan.steps, self.step) as screen:
             self.screen = screen
             screen.heed = self.session.heed
+            if self.accelerator.num_processes == 1:  # several stop together, between two rows
+                screen.at_once = self.session.signals.at_once
             try:
                 self._train()
                 about = self.algorithm.conclude(self)

@@ -160,7 +160,7 @@ def scored(
     rows = [row for group in groups for row in batches.rows(episodes, group)]
     kept = to_learn is not None and len(rows) == batches.world == 1
     mine: dict[int, tuple[Tensor, ...]] = {}
-    with torch.no_grad():
+    with torch.no_grad(), screen.at_once():
         for row in screen.track(rows, "scoring"):
             forest = batches.plant(episodes, row)
             with torch.set_grad_enabled(kept):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -25,6 +26,7 @@ class Screen:
     def __init__(self, console: Console, steps: int | None = None, done: int = 0) -> None:
         self.console, self.steps = console, steps
         self.heed: Callable[[], None] = lambda: None  # called between items; what it raises ends the tracking
+        self.at_once: Callable[[], AbstractContextManager] = nullcontext  # around what a signal may break off anywhere
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),

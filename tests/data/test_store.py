@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import time
 from pathlib import Path
 
+import pytest
 from models.tiny import tiny_tokenizer
 from world import write_rows
 
@@ -16,6 +18,7 @@ from align.data.store import stored
 from align.data.templates import chat_tokenizer
 from align.recipe.schema import Source
 
+CHANCE = random.Random()
 FORK = multiprocessing.get_context("fork")
 
 
@@ -35,17 +38,19 @@ def ask(folder: Path, distance: float) -> None:
     os._exit(0 if len(store.line) == 5 else 1)
 
 
-def test_runs_that_ask_at_once_wait_for_the_first(tmp_path):
-    for number, distance in enumerate((0, 0.005, 0.03)):
-        folder = tmp_path / str(number)
+@pytest.mark.parametrize("times", [3, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+def test_runs_that_ask_at_once_wait_for_the_first(tmp_path, times):
+    for number in range(times):
+        folder, distance = tmp_path / str(number), (0, 0.005, 0.03, CHANCE.uniform(0, 0.1))[min(number, 3)]
         folder.mkdir()
         write_rows(folder / "d.jsonl", [{"prompt": f"Say {i}", "completion": "yes"} for i in range(5)])
-        asking = [FORK.Process(target=ask, args=(folder, i * distance)) for i in range(4)]
+        runs = 4 if number < 3 else 2
+        asking = [FORK.Process(target=ask, args=(folder, i * distance)) for i in range(runs)]
         for process in asking:
             process.start()
         for process in asking:
             process.join()
-        assert [process.exitcode for process in asking] == [0] * 4
+        assert [process.exitcode for process in asking] == [0] * runs
         assert (folder / "rendered").read_text() == "row\n" * 5
         (store,) = (folder / "tokens").iterdir()  # no lock, and nothing half built
         assert not store.name.startswith(".")

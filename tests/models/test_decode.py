@@ -38,6 +38,21 @@ def generated(trunk, prompt: np.ndarray, **options) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+def test_an_answer_can_be_ended_in_any_layout():
+    """Also where transformers' own `generate` gives it."""
+    for family in ("llama", "mamba"):
+        told = []
+
+        def heed(tokens, told=told):
+            told.append(tokens)
+            if len(told) == 3:
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            answer(tiny_trunk(family, None), "a", 40, "text", heed)
+        assert len(told) == 3
+
+
 @pytest.mark.parametrize("family", ATTENTION)
 def test_greedy_is_that_of_generate(family):
     trunk = tiny_trunk(family, Lora(r=4, alpha=8))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -14,6 +16,7 @@ import pytest
 from align.recipe.errors import UserError
 from align.tools.judging import LOST, Endpoint, EndpointJudge, Pair
 from align.tools.statistics import Draws
+from align.training.stops import Signals, Stopped
 
 OVER = threading.Event()  # the test, for which a slow answer waits
 
@@ -126,6 +129,15 @@ def test_what_did_not_get_through_is_tried_again_and_a_lost_judge_is_left(server
     gone = EndpointJudge(Endpoint(url=url, model="m", retries=0, parallel=1), "k")
     found = gone(pairs(*[("yes", "no")] * (LOST + 3)))
     assert found.excluded == {"unreachable": LOST, "not_asked": 3}
+
+
+def test_a_signal_waits_for_no_answer(server):
+    started = time.monotonic()
+    ask = judge(server, timeout=15.0, parallel=2)
+    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    with Signals(), pytest.raises(Stopped):
+        ask(pairs(("slow", "no"), ("slow", "so")))
+    assert time.monotonic() - started < 10
 
 
 def test_the_key_is_sent_and_has_to_be_there(server, monkeypatch):

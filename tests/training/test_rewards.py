@@ -18,7 +18,7 @@ from align.recipe.schema import Lora
 from align.training.foreign import SHARED
 from align.training.rewards import Answered, RewardPart, Rewards
 from align.training.rules import VALENCES, exact_answer, one_sentence, sentiment
-from align.training.stops import Signals
+from align.training.stops import Signals, Stopped
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +168,24 @@ def test_a_function_that_goes_wrong(trunk, mine, body, said):
     (problem,) = error.value.problems
     assert problem.startswith(f"the reward function mine:score {said}")
     assert "\n" not in problem
+
+
+def test_a_signal_ends_a_function_where_it_is(mine):
+    """However long it takes; and where it swallows that, what it gives is not gone on with."""
+    mine("""
+import signal, time
+def f(prompts, responses, rows):
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(60)
+    finally:
+        if "swallow" in responses:
+            return [0.0]
+""")
+    rewards = Rewards(parts({"function": "mine:f"}), None)
+    for response in ("x", "swallow"):
+        with Signals() as signals, signals.deferred(), pytest.raises(Stopped):
+            rewards.of_texts(answered(response), 0, 1, signals)
 
 
 def test_what_a_function_changes_is_put_back(trunk, mine, here, monkeypatch):

@@ -30,6 +30,22 @@ def test_it_is_kept_while_it_would_lose_something():
                 found.heed("news")
 
 
+def test_within_what_may_be_broken_off_it_is_raised_at_once():
+    went_on = []
+    with Signals() as found, found.deferred():
+        for begins in (True, False):  # the second time it came before
+            with suppress(Stopped), found.at_once():
+                went_on += ["began"]
+                signal.raise_signal(signal.SIGTERM)
+                went_on += ["ended"]
+            assert went_on == ["began"], begins
+
+
+def test_code_that_swallows_it_is_not_gone_on_with():
+    with Signals() as found, found.deferred(), pytest.raises(Stopped), found.at_once(), suppress(BaseException):
+        signal.raise_signal(signal.SIGTERM)
+
+
 def test_a_later_one_ends_the_process():
     with signals() as asked:
         signal.raise_signal(signal.SIGINT)
