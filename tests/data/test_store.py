@@ -19,7 +19,8 @@ from align.data.templates import chat_tokenizer
 from align.recipe.schema import Source
 
 CHANCE = random.Random()
-FORK = multiprocessing.get_context("fork")
+# Not forked off the tests' own process, whose threads would be gone in the child, and what they hold locked for ever.
+FORK = multiprocessing.get_context("forkserver")
 
 
 def ask(folder: Path, distance: float) -> None:
