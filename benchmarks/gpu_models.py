@@ -81,7 +81,7 @@ def random_trunk(shape: Shape, device: torch.device, checkpointing: bool = False
 
 def adapted(model: nn.Module, shape: Shape, checkpointing: bool = False, outputs: int | None = None) -> Trunk:
     """A model as a trunk; it has no tokenizer but an end of text."""
-    base = Base(model, SimpleNamespace(eos_token_id=END), "random", shape.name, shape.name)
+    base = Base(model, SimpleNamespace(eos_token_id=END, chat_template=None), "random", shape.name, shape.name)
     section = Model(base=shape.name, gradient_checkpointing=checkpointing)
     trunk = Trunk(base, section, LORA, outputs=outputs).train()
     if not trunk.packed:

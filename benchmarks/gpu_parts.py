@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from gpu_models import END, LORA, Drawn, Shape, adapted, conversations, pairs, prompts, random_model, random_trunk
+from peft import get_peft_model_state_dict
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import GenerationConfig
@@ -28,7 +29,6 @@ from align.data.examples import Ledger
 from align.data.mixture import Prepared
 from align.data.trees import Forest
 from align.models.decode import sample
-from align.models.lora import lora_config
 from align.models.roles import CRITIC, Roles, Scorer
 from align.models.sampling import Sampling
 from align.models.trunk import Trunk
@@ -37,7 +37,8 @@ from align.training.loop import Loop
 from align.training.meters import causal_attended, flops_per_token, matmul_params, mfu, peak_flops, peak_memory
 from align.training.reference import Reference
 from align.training.rewards import Rewards
-from align.training.rollout import Generation, check_samples
+from align.training.rollout import check_samples
+from align.training.run import Standing
 from align.training.screen import Screen
 from align.training.session import Session
 from align.training.watch import Watch
@@ -114,7 +115,7 @@ def sampling(shape: Shape, scale: Scale, device: torch.device) -> Iterator[Row]:
     model, examples = random_model(shape, device).eval(), prompts(shape, max(scale.prompts))
     theirs = yield from generation(model, examples, shape, scale)
     trunk = adapted(model, shape)
-    check_samples(trunk, [examples], Generation(max_new=scale.new))
+    check_samples(trunk)
     how, ids = Sampling(scale.new, min_new=scale.new), [tree.segments[0] for tree in examples.trees]
     for count in scale.prompts:
         keys = [(0, i) for i in range(count)]
@@ -196,15 +197,18 @@ def update(shape: Shape, scale: Scale, device: torch.device) -> Iterator[Row]:
 
 def ppo_loop(recipe: ppo.Recipe, trunk: Trunk, examples: Drawn) -> Loop:
     """What `ppo.train` builds, with a random reward model on the trunk."""
-    check_samples(trunk, [examples], recipe.ppo.generation)
+    check_samples(trunk)
     head = torch.randn(1, trunk.plain.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    scorer = Scorer(None, 0.0, 1.0, lora_config(recipe.lora, trunk.plain), {}, head / head.shape[1] ** 0.5)
+    start = get_peft_model_state_dict(trunk.causal, adapter_name="default", save_embedding_layers=False)
+    scorer = Scorer(None, 0.0, 1.0, recipe.lora, start, head / head.shape[1] ** 0.5)
     scores = Rewards([], trunk)
     scores.parts, scores.scorers = {"reward": recipe.ppo.rewards[0]}, {"reward": scorer}
     roles = Roles(trunk, recipe.lora, scores.scorers, scores.leading, recipe.ppo.generation.temperature, recipe.seed)
-    algorithm = ppo.Algorithm(recipe, roles, scores, Watch(scores, trunk.tokenizer), None)
+    algorithm = ppo.Algorithm(recipe, roles, scores, Watch(scores, trunk), None)
     session = Session(recipe, process(trunk.device), Console(quiet=True), fresh=True, show=False)
-    run = SimpleNamespace(checkpoints=recipe.folder / "checkpoints")  # it saves none
+    run = SimpleNamespace(  # it saves and records nothing
+        checkpoints=recipe.folder / "checkpoints", standing=Standing(), records=lambda name: []
+    )
     data = Prepared(examples, examples, Ledger(), [])
     loop = Loop(session, run, trunk, data, algorithm, roles, {CRITIC: recipe.ppo.critic_rate(recipe.optim)})
     loop.screen = Screen(session.console, loop.plan.steps)
