@@ -185,6 +185,6 @@ def test_damaged_results(data, results, trunk, here):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @given(data=st.data())
-@settings(FUZZ, max_examples=4000)
+@settings(FUZZ, max_examples=1000)
 def test_thousands_of_damaged_results(data, results, trunk, here):
     damaged_results(data, results, trunk, here)

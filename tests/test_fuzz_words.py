@@ -75,7 +75,8 @@ def test_any_words(place, command, words):
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, **FUZZ)
+@pytest.mark.timeout(3600)
+@settings(max_examples=2000, **FUZZ)
 @given(command=st.sampled_from(COMMANDS), words=WORDS)
 def test_any_words_at_length(place, command, words):
     check(place, command, words)

@@ -137,7 +137,8 @@ def test_any_function(body):
 
 
 @pytest.mark.slow
-@settings(max_examples=6000, **FUZZ)
+@pytest.mark.timeout(3600)
+@settings(max_examples=3000, **FUZZ)
 @given(body=BODIES)
 def test_any_function_at_length(body):
     check_any(body)

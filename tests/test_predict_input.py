@@ -202,7 +202,8 @@ def test_any_input(final, here, rows, name):
 
 
 @pytest.mark.slow
-@settings(max_examples=4000, **FUZZ)
+@pytest.mark.timeout(3600)
+@settings(max_examples=2000, **FUZZ)
 @given(rows=st.lists(ANY, max_size=5), name=names)
 def test_any_input_at_length(final, here, rows, name):
     check_any(final, here, rows, name)
