@@ -52,7 +52,7 @@ def test_long_rows(here):
     assert (told.status, len(told.err.splitlines())) == (2, 1)
     assert told.err.startswith(f"{rows}:3: ")
     assert (
-        "gpt2 has 64 positions, and 2 of 3 rows do not fit; set data.max_length=64 with data.overlong=drop" in told.err
+        "gpt2 has 64 positions, and 1 of 3 rows do not fit; set data.max_length=64 with data.overlong=drop" in told.err
     )
     told = align("s.yaml", "data.max_length=64", "data.overlong=truncate", "run=t", stage=sft)
     assert (told.status, told.err) == (0, "")
