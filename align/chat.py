@@ -22,14 +22,14 @@ from typing import NamedTuple
 from accelerate import Accelerator
 from transformers.utils import logging
 
-from align.models.sampling import Sampling
+from align.models.sampling.choice import Sampling
 from align.recipe.errors import UserError, printable
 from align.recipe.paths import expanded, location
 from align.recipe.records import to_json
-from align.tools.talk import Answer, Talk
-from align.tools.talker import load_talker
-from align.training.border import Parser, border
-from align.training.stops import signals
+from align.tools.chat.talk import Answer, Talk
+from align.tools.chat.talker import load_talker
+from align.training.borders.border import Parser, border
+from align.training.borders.stops import signals
 
 TEMPERATURE, TOP_P, MAX_NEW = 0.7, 0.95, 512
 HELP = """/system TEXT  what the model is told before all turns, from now on; without TEXT, nothing

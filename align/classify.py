@@ -26,8 +26,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from align.data.classes import Sides, class_numbers, counts, find_labels, prepare_classes
 from align.data.examples import Examples
+from align.data.formats.classes import Sides, class_numbers, counts, find_labels, prepare_classes
 from align.data.mixture import counting
 from align.data.trees import Forest
 from align.models.base import load_base
@@ -37,8 +37,8 @@ from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.records import to_json
 from align.recipe.schema import BaseRecipe, Eval, Fraction, PositiveInt, Section
-from align.training.checkpoint import write_atomic
-from align.training.classification import (
+from align.training.borders.processes import first_then_others
+from align.training.labelling.measures import (
     at_threshold,
     measured,
     mistakes,
@@ -47,11 +47,11 @@ from align.training.classification import (
     threshold_for,
     threshold_of_best_f1,
 )
+from align.training.labelling.predict import predict_command
 from align.training.launch import run_stage
 from align.training.loop import Loop, Metrics
 from align.training.meters import Sums, interval
-from align.training.predict import predict_command
-from align.training.processes import first_then_others
+from align.training.runs.checkpoint import write_atomic
 from align.training.session import SHOWN, Session
 from align.training.supervised import fit
 

@@ -3,9 +3,9 @@
     python -m align.compare RECIPE [key.path=value …] [--fresh]
 
 Reads folders that `align.evaluate` wrote over the same prompts; writes `report.html`, `compare.md`, `costs.json` and
-`compare.json`. The statistics are in `tools/statistics.py`. What is shown follows Rafailov et al. 2023 (the reward-KL
-frontier, arXiv 2305.18290) and Gao et al. 2022 (over-optimisation, arXiv 2210.10760). Left out on purpose: a ranking
-of all runs in one number.
+`compare.json`. The statistics are in `tools/comparison/statistics.py`. What is shown follows Rafailov et al. 2023 (the
+reward-KL frontier, arXiv 2305.18290) and Gao et al. 2022 (over-optimisation, arXiv 2210.10760). Left out on purpose: a
+ranking of all runs in one number.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from align.recipe.locks import claimed
 from align.recipe.paths import Location
 from align.recipe.schema import PositiveInt, Section
 from align.recipe.streams import safe_streams
-from align.tools.comparison import compare
-from align.tools.comparison_page import costs, figures, markdown, page
-from align.tools.comparison_summary import cost, headlines, summary
-from align.tools.evaluated import Evaluated, check_alike, read_run
-from align.tools.statistics import Draws
-from align.training.border import border
-from align.training.checkpoint import write_atomic
-from align.training.removal import is_written, run_recipe
+from align.tools.comparison.evaluated import Evaluated, check_alike, read_run
+from align.tools.comparison.figures import compare
+from align.tools.comparison.page import costs, figures, markdown, page
+from align.tools.comparison.statistics import Draws
+from align.tools.comparison.summary import cost, headlines, summary
+from align.training.borders.border import border
+from align.training.runs.checkpoint import write_atomic
+from align.training.runs.removal import is_written, run_recipe
 
 
 class Source(Section):

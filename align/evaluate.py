@@ -22,20 +22,20 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, model_validator
 
+from align.data.formats.prompts import Asked, asked, prompts
+from align.data.formats.reading import Reading
 from align.data.mixture import Prepared
-from align.data.preferences import preferences
-from align.data.prompts import Asked, asked, prompts
-from align.data.reading import Reading
-from align.data.render import conversations
+from align.data.templates.preferences import preferences
+from align.data.templates.render import conversations
 from align.models.roles import Roles
 from align.recipe.errors import UserError
 from align.recipe.paths import Location
 from align.recipe.records import to_json
 from align.recipe.schema import Data, Eval, Model, PositiveInt, Section, Source
-from align.tools.drawn_pairs import Preferences, check_conversations, drawn_pairs
-from align.tools.evaluated import Evaluated, read_run
-from align.tools.evaluation import accuracies, measures, perplexity
-from align.tools.evaluation_folder import (
+from align.tools.comparison.evaluated import Evaluated, read_run
+from align.tools.comparison.statistics import Draws
+from align.tools.evaluation.drawn_pairs import Preferences, check_conversations, drawn_pairs
+from align.tools.evaluation.folder import (
     PREFERENCES,
     RESULT,
     check_folder,
@@ -47,19 +47,19 @@ from align.tools.evaluation_folder import (
     source_names,
     tokenizer_hash,
 )
-from align.tools.generation import Answering, Prompts, distinct_prompts, respond
-from align.tools.harness import LmEval, check_installed, harness
-from align.tools.judging import Endpoint, EndpointJudge, judged
-from align.tools.policy import NO_UPDATE, load_policy, read_policy, trained
-from align.tools.statistics import Draws
-from align.tools.whole_texts import read_whole, whole_perplexity
-from align.tools.written import gathering
+from align.tools.evaluation.generation import Answering, Prompts, distinct_prompts, respond
+from align.tools.evaluation.harness import LmEval, check_installed, harness
+from align.tools.evaluation.judging import Endpoint, EndpointJudge, judged
+from align.tools.evaluation.measures import accuracies, measures, perplexity
+from align.tools.evaluation.policy import NO_UPDATE, load_policy, read_policy, trained
+from align.tools.evaluation.whole_texts import read_whole, whole_perplexity
+from align.tools.pipeline.written import gathering
 from align.training.batches import Batches
-from align.training.checkpoint import write_atomic
-from align.training.foreign import foreign
+from align.training.borders.foreign import foreign
 from align.training.launch import run_stage
 from align.training.meters import environment
-from align.training.rewards import RewardPart, Rewards
+from align.training.rollouts.rewards import RewardPart, Rewards
+from align.training.runs.checkpoint import write_atomic
 from align.training.screen import Screen
 from align.training.session import Session
 

@@ -30,15 +30,15 @@ from align.recipe.locks import claimed
 from align.recipe.paths import Location, expanded
 from align.recipe.schema import PositiveInt, Section
 from align.recipe.streams import safe_streams
-from align.tools.board import Board
-from align.tools.jobs import FORKS, Job, Launcher, ask_to_stop, devices
-from align.tools.records import Records
-from align.tools.stage import Stage
-from align.tools.stages import stages_of
-from align.training.border import Parser, border
-from align.training.checkpoint import write_atomic
-from align.training.removal import is_written, run_recipe
-from align.training.stops import signals
+from align.tools.pipeline.board import Board
+from align.tools.pipeline.jobs import FORKS, Job, Launcher, ask_to_stop, devices
+from align.tools.pipeline.records import Records
+from align.tools.pipeline.stage import Stage
+from align.tools.pipeline.stages import stages_of
+from align.training.borders.border import Parser, border
+from align.training.borders.stops import signals
+from align.training.runs.checkpoint import write_atomic
+from align.training.runs.removal import is_written, run_recipe
 
 LAST_LINES = 12  # of a stage that failed
 OWN = "pipeline.yaml"  # marks a folder as a pipeline's

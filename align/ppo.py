@@ -31,7 +31,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from align.data.prompts import prompts
+from align.data.formats.prompts import prompts
 from align.data.trees import Forest
 from align.models.base import load_base
 from align.models.roles import CRITIC, Entropy, Roles, Said
@@ -39,15 +39,15 @@ from align.models.trunk import Trunk
 from align.objectives import advantages as adv
 from align.objectives.losses import clipped_policy_loss, clipped_value_loss
 from align.recipe.schema import BaseRecipe, Optim, PositiveInt, Section
-from align.training.experience import Experience
 from align.training.launch import run_stage
 from align.training.loop import Learnt, Loop, Metrics
 from align.training.meters import Sums, mean_interval
-from align.training.pretraining import Pretraining, Ptx
-from align.training.rewards import RewardPart, Rewards, stands_on
-from align.training.rollout import Generation, Rollout, Targets, check_samples, explained, figures, minibatches
+from align.training.rollouts.experience import Experience
+from align.training.rollouts.pretraining import Pretraining, Ptx
+from align.training.rollouts.rewards import RewardPart, Rewards, stands_on
+from align.training.rollouts.rollout import Generation, Rollout, Targets, check_samples, explained, figures, minibatches
+from align.training.rollouts.watch import Watch, check_unmoved
 from align.training.session import Session
-from align.training.watch import Watch, check_unmoved
 
 ESTIMATORS = {"k1": adv.k1, "k2": adv.k2, "k3": adv.k3}
 SAMPLING, ORDER = 5, 6  # tell the streams of random numbers apart

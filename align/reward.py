@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from align.data.examples import Examples
-from align.data.preferences import demonstrations, preferences
+from align.data.templates.preferences import demonstrations, preferences
 from align.data.trees import Forest
 from align.models.base import load_base
 from align.models.trunk import Trunk

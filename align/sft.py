@@ -18,8 +18,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from align.data.chats import chat_of
-from align.data.render import conversations
+from align.data.templates.chats import chat_of
+from align.data.templates.render import conversations
 from align.data.trees import Forest
 from align.models.base import load_base
 from align.models.trunk import Trunk

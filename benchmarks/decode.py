@@ -107,8 +107,8 @@ def run_arm(spec: dict) -> dict:
 
 
 def prompts_of(spec: dict) -> tuple[object, list[list[int]]]:
+    from align.data.formats.prompts import prompts
     from align.data.mixture import prepare
-    from align.data.prompts import prompts
     from align.models.base import load_tokenizer
     from align.models.demo import cache_folder
     from align.recipe.schema import Data, Model
@@ -127,8 +127,8 @@ def align_side(spec: dict, tokenizer: object, ids: list[list[int]]):
     import torch
 
     from align.models.base import load_base
-    from align.models.decode import sample
-    from align.models.sampling import Sampling
+    from align.models.sampling.choice import Sampling
+    from align.models.sampling.decode import sample
     from align.models.trunk import Trunk
     from align.recipe.schema import Lora, Model
 

@@ -28,20 +28,20 @@ from align import reward as reward_stage
 from align.data.examples import Ledger
 from align.data.mixture import Prepared
 from align.data.trees import Forest
-from align.models.decode import sample
 from align.models.roles import CRITIC, Roles, Scorer
-from align.models.sampling import Sampling
+from align.models.sampling.choice import Sampling
+from align.models.sampling.decode import sample
 from align.models.trunk import Trunk
 from align.training.batches import Batches
 from align.training.loop import Loop
 from align.training.meters import causal_attended, flops_per_token, matmul_params, mfu, peak_flops, peak_memory
 from align.training.reference import Reference
-from align.training.rewards import Rewards
-from align.training.rollout import check_samples
-from align.training.run import Standing
+from align.training.rollouts.rewards import Rewards
+from align.training.rollouts.rollout import check_samples
+from align.training.rollouts.watch import Watch
+from align.training.runs.run import Standing
 from align.training.screen import Screen
 from align.training.session import Session
-from align.training.watch import Watch
 
 WARM_STEPS, ENOUGH_SECONDS = 3, 10  # steps at least that are not counted; no further round after so long
 

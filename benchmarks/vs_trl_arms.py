@@ -71,11 +71,11 @@ def examples_of(spec: dict) -> tuple[BaseRecipe, object, list[Tree]]:
     recipe = schema.model_validate(recipe_of(spec, Path(spec["work"]) / "unused"))
     tokenizer = load_tokenizer(recipe.model)
     if spec["stage"] == "sft":
-        from align.data.render import conversations
+        from align.data.templates.render import conversations
 
         reading = conversations("assistant")
     else:
-        from align.data.preferences import preferences
+        from align.data.templates.preferences import preferences
 
         reading = preferences()
     data = prepare(recipe.data, tokenizer, reading, SEED, cache_folder()).train

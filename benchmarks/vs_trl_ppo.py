@@ -145,8 +145,8 @@ def measured(spec: dict, threads: int) -> dict:
 def prepared(spec: dict) -> dict:
     """The prompts of the right length as a file, and a reward model on the trunk, of one step."""
     from align import reward
+    from align.data.formats.prompts import asked, prompts
     from align.data.mixture import prepare
-    from align.data.prompts import asked, prompts
     from align.models.base import load_tokenizer
     from align.models.demo import cache_folder
     from align.recipe.schema import Data, Model
@@ -221,8 +221,8 @@ def run_trl(spec: dict) -> dict:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     from align import ppo
+    from align.data.formats.prompts import prompts
     from align.data.mixture import prepare
-    from align.data.prompts import prompts
     from align.models.base import base_folder, load_tokenizer
     from align.models.demo import cache_folder
     from align.training.plan import Plan

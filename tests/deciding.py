@@ -7,10 +7,10 @@ import os
 import torch
 
 from align.recipe.errors import UserError
-from align.training.border import border
+from align.training.borders.border import border
+from align.training.borders.processes import any_asked, decided, first_then_others
+from align.training.borders.stops import Stopped
 from align.training.launch import MEMORY, _among_processes, _processes
-from align.training.processes import any_asked, decided, first_then_others
-from align.training.stops import Stopped
 
 
 def main(argv: list[str]) -> None:

@@ -19,10 +19,10 @@ from policies import make_policy
 from world import Told, align, tree, write_rows
 
 from align import chat
-from align.models.decode import sample
-from align.models.sampling import Sampling
-from align.tools.talk import Answer, Stream, Talk
-from align.tools.talker import load_talker
+from align.models.sampling.choice import Sampling
+from align.models.sampling.decode import sample
+from align.tools.chat.talk import Answer, Stream, Talk
+from align.tools.chat.talker import load_talker
 
 ASKED = ["Name the capital of France", "And?", "你好"]
 WARM = ("--temperature", 1.5, "--top-p", 0.9, "--max-new", 12, "--seed", 5)

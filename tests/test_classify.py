@@ -30,8 +30,8 @@ from world import align as world_align
 
 from align import classify
 from align.classify import class_weights, loss
-from align.training.classification_plots import classification_section
 from align.training.loop import Loop
+from align.training.report.classification_plots import classification_section
 
 ROWS = [
     {"label": "spam" if said == "Name" else "ham", "text": f"{said} the {thing} {n}"}
@@ -417,7 +417,7 @@ def test_rows_without_text_come_out_without_label(run, here):
 
 def test_prediction_streams(run, monkeypatch):
     """The first labels are out before the last text is read."""
-    from align.training import predict
+    from align.training.labelling import predict
 
     monkeypatch.setattr(predict, "WINDOW", 4)
     seen = []

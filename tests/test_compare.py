@@ -12,9 +12,9 @@ import pytest
 from evaluations import compare_sweeps, evaluated, make_sweeps, recipe, result, rows_of, trained, write_rows
 
 from align.compare import main
-from align.tools.comparison import Pair
-from align.tools.statistics import Estimate
-from align.training.plots import duration
+from align.tools.comparison.figures import Pair
+from align.tools.comparison.statistics import Estimate
+from align.training.report.plots import duration
 
 
 def turned(e: dict, whole: float) -> dict:

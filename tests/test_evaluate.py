@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import align, lines, metrics, tree, write_rows
 
 from align import compare, evaluate, reward
-from align.data.answers import COMPARED
-from align.data.formats import read_records
+from align.data.formats.answers import COMPARED
+from align.data.formats.formats import read_records
 from align.recipe.schema import Source
-from align.tools.whole_texts import Windows
+from align.tools.evaluation.whole_texts import Windows
 
 ASKED = {"a": 3, "b": 4, "c": 5, "ask": 6}  # prompts of one word, and its token
 SHORT = {"steps": 2, "eval_every": None, "save_every": None}

@@ -23,9 +23,9 @@ from align.models.roles import read_scorer
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
-from align.tools.policy import load_policy, read_policy
-from align.tools.talker import load_talker
-from align.training.predict import Classifier
+from align.tools.chat.talker import load_talker
+from align.tools.evaluation.policy import load_policy, read_policy
+from align.training.labelling.predict import Classifier
 
 CPU = torch.device("cpu")
 FOREST = plant([tree(6, 4, 3), tree(9, seed=1)])

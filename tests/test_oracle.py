@@ -8,8 +8,8 @@ from data.voices import make_row
 from models.tiny import tiny_model, tiny_tokenizer, tiny_trunk
 from oracle import assert_equal, ours, theirs, trained
 
-from align.data.render import render_rows
-from align.data.templates import chat_tokenizer
+from align.data.templates.render import render_rows
+from align.data.templates.templates import chat_tokenizer
 from align.data.trees import Tree
 from align.recipe.schema import Lora
 

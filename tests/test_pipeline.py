@@ -22,12 +22,12 @@ from align import pipeline
 from align.recipe.document import Document
 from align.recipe.errors import UserError
 from align.recipe.load import load_recipe
-from align.tools.board import Board
-from align.tools.inputs import digests
-from align.tools.jobs import Job, Launcher, holders
-from align.tools.records import Records
-from align.tools.stages import stages_of
-from align.training.removal import HEADER
+from align.tools.pipeline.board import Board
+from align.tools.pipeline.inputs import digests
+from align.tools.pipeline.jobs import Job, Launcher, holders
+from align.tools.pipeline.records import Records
+from align.tools.pipeline.stages import stages_of
+from align.training.runs.removal import HEADER
 
 ROOT = Path(__file__).parents[1]
 SHARED = {

@@ -13,10 +13,10 @@ from ppo_start import MOST, UNEVALUATED, make_start, recipe_of
 from world import align
 
 from align import ppo
-from align.data.prompts import Asked
+from align.data.formats.prompts import Asked
 from align.recipe.errors import UserError
-from align.training.rewards import Answered, RewardPart, Rewards
-from align.training.stops import Signals
+from align.training.borders.stops import Signals
+from align.training.rollouts.rewards import Answered, RewardPart, Rewards
 
 
 @pytest.fixture(scope="module")

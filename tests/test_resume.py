@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from world import Child, align, lines, metrics, tree, weights
 
 from align.models.trunk import Trunk
-from align.training.checkpoint import newest_checkpoint
+from align.training.runs.checkpoint import newest_checkpoint
 
 LOG = {"samples": ["Name the capital of Peru"], "sample_tokens": 4, "trackers": []}
 TRAIN = {"steps": 12, "eval_every": 4, "save_every": 2}

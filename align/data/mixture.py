@@ -20,10 +20,10 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from align.data.examples import Examples, Ledger, Part, joined
+from align.data.files.paths import is_hub_id, survey
 from align.data.fitting import NAMED, chunked, counted, fitted
-from align.data.paths import is_hub_id, survey
-from align.data.reading import Reading
-from align.data.shown import shown
+from align.data.formats.reading import Reading
+from align.data.formats.shown import shown
 from align.data.store import Progress, stored
 from align.recipe.errors import UserError, printable
 from align.recipe.schema import Data, Source

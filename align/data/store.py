@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from align.data.chats import chat_of
-from align.data.formats import find, read_rows
-from align.data.paths import data_files, is_hub_id
-from align.data.reading import Reading
-from align.data.render import prompt_key
-from align.data.rows import Fault, Row
+from align.data.files.paths import data_files, is_hub_id
+from align.data.formats.formats import find, read_rows
+from align.data.formats.reading import Reading
+from align.data.formats.rows import Fault, Row
+from align.data.templates.chats import chat_of
+from align.data.templates.render import prompt_key
 from align.data.trees import Tree
 from align.recipe.errors import UserError
 from align.recipe.locks import alone

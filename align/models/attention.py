@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from align.models import native
-from align.models.blocks import ForestMask, Places
-from align.models.compiled import WIDEST_HEAD, serve
+from align.models.cpu import native
+from align.models.cpu.blocks import ForestMask, Places
+from align.models.cpu.compiled import WIDEST_HEAD, serve
 
 NAME = "align_forest"
 KEPT = 8  # stacks and probabilities stay for the backward pass while no larger than so many tensors like the queries

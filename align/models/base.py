@@ -21,11 +21,10 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from align.data.templates import chat_tokenizer
-from align.models.adapters import Merged, merge, plain_tokenizer, with_rows
-from align.models.results import CONFIG, SCORING, Link, read_about, read_result
-from align.models.scoring import is_encoder, with_head
-from align.models.sources import (
+from align.data.templates.templates import chat_tokenizer
+from align.models.checkpoints.adapters import Merged, merge, plain_tokenizer, with_rows
+from align.models.checkpoints.results import CONFIG, SCORING, Link, read_about, read_result
+from align.models.checkpoints.sources import (
     base_folder,
     check_weights,
     first_line,
@@ -34,6 +33,7 @@ from align.models.sources import (
     is_folder,
     read_config,
 )
+from align.models.scoring import is_encoder, with_head
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
 

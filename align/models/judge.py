@@ -12,14 +12,13 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from align.data.chat import Unwritable
-from align.data.chats import chat_of
-from align.data.control import controls_of
-from align.models.adapters import plain_tokenizer, put, stranger, token_without_row, trunk_of
+from align.data.templates.chat import Unwritable
+from align.data.templates.chats import chat_of
+from align.data.templates.control import controls_of
 from align.models.base import load_base
-from align.models.limits import positions_of
-from align.models.results import CONFIG, SCORING, read_about, read_result
-from align.models.sources import (
+from align.models.checkpoints.adapters import plain_tokenizer, put, stranger, token_without_row, trunk_of
+from align.models.checkpoints.results import CONFIG, SCORING, read_about, read_result
+from align.models.checkpoints.sources import (
     base_folder,
     check_weights,
     folder_on_disk,
@@ -28,6 +27,7 @@ from align.models.sources import (
     read_config,
     speaking_of,
 )
+from align.models.limits import positions_of
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
 

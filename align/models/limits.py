@@ -20,10 +20,10 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from align.data.examples import Examples
-from align.models.adapters import token_names
 from align.models.base import base_config, empty_model
+from align.models.checkpoints.adapters import token_names
+from align.models.checkpoints.results import read_result
 from align.models.lora import check_targets
-from align.models.results import read_result
 from align.models.scoring import is_encoder
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model

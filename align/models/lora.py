@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from align.models.native import Small
-from align.models.packed import Fixed, Ready
+from align.models.cpu.native import Small
+from align.models.cpu.packed import Fixed, Ready
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora
 
@@ -41,7 +41,7 @@ class Product(NamedTuple):
 class LoraLinear(lora.Linear):
     """peft's layer with `product` for its forward where one plain adapter is active."""
 
-    group = None  # of layers that are computed together (see align.models.joined)
+    group = None  # of layers that are computed together (see align.models.cpu.joined)
     fixed: Fixed | None = None  # its product prepared, while nothing trains
     ready: Ready | None = None  # those with its frozen weight, for a training
 

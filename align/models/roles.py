@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from align.data.trees import Forest
-from align.models.adapters import put, stranger
+from align.models.checkpoints.adapters import put, stranger
+from align.models.checkpoints.results import META, read_result
 from align.models.lora import check_targets, lora_config
-from align.models.results import META, read_result
 from align.models.trunk import Trunk
 from align.objectives.logprobs import linear_entropy, linear_logprobs
 from align.recipe.errors import UserError

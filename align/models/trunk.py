@@ -23,18 +23,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from align.data.ends import turn_ends
-from align.data.texts import said
+from align.data.templates.ends import turn_ends
+from align.data.templates.texts import said
 from align.data.trees import FLEX_BLOCK, Forest
-from align.models import compiled
 from align.models.attention import NAME as FOREST
 from align.models.base import Base, compute_dtype
-from align.models.blocks import ForestMask
-from align.models.fused import fuse, spare
+from align.models.checkpoints.results import META
+from align.models.cpu import compiled
+from align.models.cpu.blocks import ForestMask
+from align.models.cpu.fused import fuse, spare
+from align.models.gpu.replay import Replayed
 from align.models.layout import layout_of
 from align.models.lora import check_targets, lora_config
-from align.models.replay import Replayed
-from align.models.results import META
 from align.objectives.logprobs import linear_logprobs
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model

@@ -23,10 +23,10 @@ from align.recipe.errors import UserError
 from align.recipe.load import parse_command
 from align.recipe.schema import BaseRecipe
 from align.recipe.streams import safe_streams
-from align.training.border import border
-from align.training.processes import PATIENCE, FirstFailed, FirstRefused
+from align.training.borders.border import border
+from align.training.borders.processes import PATIENCE, FirstFailed, FirstRefused
+from align.training.borders.stops import Signals, Stopped
 from align.training.session import Session
-from align.training.stops import Signals, Stopped
 
 TOGETHER = 2.0  # seconds: of one Ctrl-C, a stage hears from the terminal and from its launcher
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h

@@ -23,20 +23,20 @@ from torch import Tensor, nn
 from align.data.examples import Examples
 from align.data.mixture import Prepared
 from align.data.trees import Forest
-from align.models.joined import prepare_products
+from align.models.cpu.joined import prepare_products
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.training import telling
 from align.training.batches import Batches, Planted
-from align.training.checkpoint import CheckpointWriter, published
+from align.training.borders.stops import Stopped
 from align.training.meters import Sums, Throughput
 from align.training.plan import Plan, learning_rate
-from align.training.run import Run
+from align.training.runs.checkpoint import CheckpointWriter, published
+from align.training.runs.run import Run
+from align.training.runs.start import find_start, start_from, terms_of
+from align.training.runs.state import adamw, capture, restore, trained_parameters, whole
 from align.training.screen import Screen
 from align.training.session import Session
-from align.training.start import find_start, start_from, terms_of
-from align.training.state import adamw, capture, restore, trained_parameters, whole
-from align.training.stops import Stopped
 
 LONG = 60.0  # seconds of an evaluation before which a checkpoint is due
 MILDER = "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"

@@ -13,23 +13,23 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from align.data.examples import Examples
-from align.data.marking import show
+from align.data.formats.reading import Reading
 from align.data.mixture import Prepared, counting, prepare
-from align.data.reading import Reading
+from align.data.templates.marking import show
 from align.models.base import load_tokenizer
-from align.models.decode import asked_ids
+from align.models.checkpoints.results import SCORING
+from align.models.checkpoints.sources import foreign
 from align.models.demo import cache_folder
 from align.models.limits import Wanted, check, check_prompt, limits_of
-from align.models.results import SCORING
-from align.models.sources import foreign
+from align.models.sampling.decode import asked_ids
 from align.recipe.errors import UserError, printable
 from align.recipe.locks import claimed
 from align.recipe.schema import BaseRecipe, Data
-from align.training.identity import identity_of
-from align.training.processes import any_asked, decided, first_then_others
-from align.training.run import Run
-from align.training.start import find_start
-from align.training.stops import Signals, Stopped
+from align.training.borders.processes import any_asked, decided, first_then_others
+from align.training.borders.stops import Signals, Stopped
+from align.training.runs.identity import identity_of
+from align.training.runs.run import Run
+from align.training.runs.start import find_start
 
 SHOWN = 3  # examples that --show prints
 T = TypeVar("T")

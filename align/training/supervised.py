@@ -13,7 +13,7 @@ from align.data.mixture import Prepared
 from align.models.trunk import Trunk
 from align.training.loop import Learnt, Loop, Loss
 from align.training.meters import Sums
-from align.training.run import Run
+from align.training.runs.run import Run
 from align.training.session import Session
 
 

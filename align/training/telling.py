@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from align.models.decode import answer
+from align.models.sampling.decode import answer
 from align.training.meters import costs
-from align.training.report import write_report
-from align.training.run import open_trackers
+from align.training.report.page import write_report
+from align.training.runs.run import open_trackers
 
 if TYPE_CHECKING:
     from align.training.loop import Loop

@@ -7,14 +7,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from data.voices import VOICES
 from rich.console import Console
-from voices import VOICES
 
 from align.data.examples import Ledger
-from align.data.formats import read_rows
+from align.data.formats.formats import read_rows
 from align.data.mixture import counting, prepare
-from align.data.render import conversations, render
 from align.data.store import COLUMNS, Store, stored
+from align.data.templates.render import conversations, render
 from align.recipe.errors import UserError
 from align.recipe.schema import Data, Source
 

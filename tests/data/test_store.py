@@ -12,10 +12,10 @@ import pytest
 from models.tiny import tiny_tokenizer
 from world import write_rows
 
-from align.data.reading import Reading
-from align.data.render import conversations
+from align.data.formats.reading import Reading
 from align.data.store import stored
-from align.data.templates import chat_tokenizer
+from align.data.templates.render import conversations
+from align.data.templates.templates import chat_tokenizer
 from align.recipe.schema import Source
 
 CHANCE = random.Random()

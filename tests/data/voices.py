@@ -9,8 +9,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from align.data.formats import Fault, Row
-from align.data.render import render
+from align.data.formats.formats import Fault, Row
+from align.data.templates.render import render
 
 LINES = [
     "What is the capital of France? The capital of France is Paris.",

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from align.data.trees import Forest, TreeMask, plant
-from align.models import attention, blocks
+from align.models import attention
 from align.models.attention import forest_attention
-from align.models.blocks import ForestMask
+from align.models.cpu import blocks
+from align.models.cpu.blocks import ForestMask
 
 FORESTS = {
     "one text": [tree(13)],

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.data.trees import plant
 from align.models.base import compute_dtype, load_base, load_tokenizer, weights_fingerprint
-from align.models.results import META
+from align.models.checkpoints.results import META
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from data.voices import SMOLLM, tiny_tokenizer
 
-from align.data.marking import show
 from align.data.mixture import prepare
-from align.data.render import conversations
+from align.data.templates.marking import show
+from align.data.templates.render import conversations
 from align.recipe.errors import UserError
 from align.recipe.schema import Data, Source
 

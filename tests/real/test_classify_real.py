@@ -11,8 +11,8 @@ import pytest
 from world import align, metrics
 
 from align import classify
-from align.data.classes import counts, find_labels, formats, prepare_classes
-from align.data.formats import Row, read_rows
+from align.data.formats.classes import counts, find_labels, formats, prepare_classes
+from align.data.formats.formats import Row, read_rows
 from align.models.base import load_tokenizer
 from align.recipe.schema import Data, Eval, Model, Source
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from align.data.formats import Fault, Row, describe, read_rows
+from align.data.formats.formats import Fault, Row, describe, read_rows
 from align.recipe.schema import Source
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -13,8 +13,8 @@ import torch
 from oracle import assert_equal, ours, theirs, trained
 from transformers import AutoModelForCausalLM
 
-from align.data.formats import Row, read_rows
-from align.data.render import render_rows
+from align.data.formats.formats import Row, read_rows
+from align.data.templates.render import render_rows
 from align.data.trees import Tree
 from align.models.base import load_base, load_tokenizer
 from align.models.demo import NAMES, cache_folder

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from align.data.formats import Fault, Row, find, read_rows
-from align.data.preferences import labelled, preferences
-from align.data.render import conversations
-from align.data.templates import chat_tokenizer
+from align.data.formats.formats import Fault, Row, find, read_rows
+from align.data.templates.preferences import labelled, preferences
+from align.data.templates.render import conversations
+from align.data.templates.templates import chat_tokenizer
 from align.models.demo import cache_folder
 from align.recipe.schema import Source
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from align.data.formats import Row, read_rows
+from align.data.formats.formats import Row, read_rows
 from align.data.mixture import prepare
-from align.data.render import conversations, render_rows
-from align.data.templates import chat_tokenizer
+from align.data.templates.render import conversations, render_rows
+from align.data.templates.templates import chat_tokenizer
 from align.recipe.errors import UserError
 from align.recipe.schema import Data, Source
 

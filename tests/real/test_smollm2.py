@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from align.data.trees import Tree, plant
 from align.models.base import load_base, load_tokenizer
-from align.models.decode import answer
 from align.models.demo import NAMES, cache_folder, demo_model
+from align.models.sampling.decode import answer
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model

@@ -14,8 +14,8 @@ from align import chat, pipeline, sft
 from align.recipe.errors import UserError
 from align.recipe.help import arms, sections
 from align.recipe.paths import Location, expanded
-from align.tools.stage import KINDS, recipe_type
-from align.training.predict import predict_command
+from align.tools.pipeline.stage import KINDS, recipe_type
+from align.training.labelling.predict import predict_command
 
 PATHS = {"run", "path", "base", "adapter", "chat_template", "policy", "against", "baseline", "folder", "recipe"}
 

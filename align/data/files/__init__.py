@@ -1,0 +1,1 @@
+"""Files of rows: which there are, and their records."""

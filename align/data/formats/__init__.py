@@ -1,0 +1,1 @@
+"""Rows of every format as canonical rows."""

@@ -1,0 +1,1 @@
+"""Canonical rows as text and token trees, through a chat template."""

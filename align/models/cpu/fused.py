@@ -1,0 +1,181 @@
+"""Norms and gated MLPs in one autograd step each: the same numbers, fewer passes over memory, less of it kept.
+
+The stock modules keep a float32 copy of every normalised input and four tensors of the MLP's width for the backward
+pass; these keep the input, gate and up (and, where C kernels do it, silu(gate) * up), and compute the rest again. Which
+modules qualify is tried, not looked up: a module that looks right is run both ways on random input, and is left alone
+unless value and gradient agree.
+
+Shapes: n tokens, d hidden size, h the MLP's width, r a LoRA's rank.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.activations import SiLUActivation
+
+from align.models.cpu import native
+from align.models.cpu.compiled import LANES, serve
+from align.models.cpu.joined import join
+from align.models.cpu.rotary import fuse_rotary
+from align.models.lora import LoraLinear, product, product_backward
+
+
+def fuse(model: nn.Module) -> None:
+    """Give every module that qualifies its fused forward."""
+    fuse_rotary(model)
+    verdicts: dict[tuple[type, type | None], bool] = {}
+    for module in model.modules():
+        join(module, ("q_proj", "k_proj", "v_proj"))
+        join(module, ("gate_proj", "up_proj"))
+        forward = _norm_forward if _is_norm(module) else _mlp_forward if _is_gated_mlp(module) else None
+        if forward is None:
+            continue
+        kind = (type(module), type(getattr(module, "act_fn", None)))
+        if kind not in verdicts:
+            verdicts[kind] = _agrees(module, forward)
+        if verdicts[kind]:
+            module.forward = MethodType(forward, module)
+
+
+def spare(last: nn.Module) -> None:
+    """Give the last layer's MLP, where it is fused, only the positions whose states are read."""
+    attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)
+    if attention is None or mlp is None or "forward" not in vars(mlp):
+        return
+    whole, read = mlp.forward, None
+
+    def forward(x: Tensor) -> Tensor:
+        if read is None or len(read) == x.shape[1]:
+            return whole(x)
+        return torch.zeros_like(x).index_copy(1, read, whole(x.index_select(1, read)))
+
+    def note(_attention: nn.Module, _args: tuple, given: dict) -> None:  # told again where the layer is recomputed
+        nonlocal read
+        read = given["forest"].read if "forest" in given else None
+
+    mlp.forward = forward
+    attention.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    silu = isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
+    return silu and all(isinstance(part, LoraLinear) for part in parts)
+
+
+@torch.enable_grad()
+def _agrees(module: nn.Module, forward) -> bool:
+    """Whether the fused forward gives the module's own value and input gradient, in the module's own dtype."""
+    weight = next(module.parameters())
+    width = module.gate_proj.in_features if hasattr(module, "gate_proj") else weight.shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 5, width, generator=generator).to(weight.device, weight.dtype).requires_grad_()
+    results = []
+    for run in (type(module).forward, forward):
+        out = run(module, x)
+        results.append((out.detach().float(), torch.autograd.grad(out.float().square().sum(), x)[0].float()))
+    for stock, fused in zip(*results, strict=True):
+        tolerance = 1e-5 if weight.dtype == torch.float32 else 0.03
+        if stock.shape != fused.shape or (stock - fused).norm() > tolerance * stock.norm():
+            return False
+    return True
+
+
+def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    return _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """y = w * x / rms(x) (Zhang & Sennrich 2019, arXiv 1910.07467), statistics in float32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        if serve(x, weight):
+            out, scale = native.norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, scale)
+            return out
+        wide = x.to(torch.float32, copy=True)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # (…, 1)
+        scale = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+        ctx.save_for_backward(x, weight, scale)
+        return weight * wide.mul_(scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        x, weight, scale = ctx.saved_tensors
+        if serve(x, weight) and not ctx.needs_input_grad[1]:
+            return native.norm_backward(upstream, x, weight, scale), None, None
+        unit = x.to(torch.float32, copy=True).mul_(scale)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (upstream.float() * unit).flatten(0, -2).sum(0).to(weight.dtype)
+        slope = (upstream * weight).to(torch.float32, copy=True)
+        along = (slope * unit).mean(-1, keepdim=True)
+        slope.sub_(unit.mul_(along)).mul_(scale)
+        return slope.to(x.dtype), grad_weight, None
+
+
+def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
+    group = getattr(self.gate_proj, "group", None)
+    if group is None:
+        return type(self).forward(self, x)
+    if not torch.is_grad_enabled() and (both := group.settled(x)) is not None:
+        return self.down_proj(_gated(both.flatten(0, -2)).view(*x.shape[:-1], -1))
+    both, down = group.plain_product(), self.down_proj.plain_product()
+    if both is None or down is None:
+        return type(self).forward(self, x)
+    return _GatedMlp.apply(x, both, down, *both.trained, *down.trained)
+
+
+def _gated(both: Tensor) -> Tensor:
+    """Gate and up side by side, (n, 2h) -> silu(gate) * up."""
+    if _in_kernels(both):
+        return native.gated(both)
+    gate, up = both.chunk(2, -1)
+    return nn.functional.silu(gate) * up
+
+
+def _in_kernels(both: Tensor) -> bool:
+    return serve(both) and not both.shape[1] % (2 * LANES)
+
+
+class _GatedMlp(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202), each with its LoRA; gate and up as one product."""
+
+    @staticmethod
+    def forward(ctx, x, gate_and_up, down, *_trained):
+        rows = x.reshape(-1, x.shape[-1])
+        both, both_kept = product(rows, gate_and_up)  # (n, 2h): gate, up
+        middle = _gated(both)
+        kept = middle if _in_kernels(both) else None  # elsewhere memory is dearer than computing it again
+        out, down_kept = product(middle, down)
+        ctx.save_for_backward(rows, both, kept, *both_kept, *down_kept)
+        ctx.operands, ctx.shape, ctx.count = (gate_and_up, down), x.shape, len(both_kept)
+        return out.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        rows, both, kept, *of_products = ctx.saved_tensors
+        (gate_and_up, down), both_kept, down_kept = ctx.operands, of_products[: ctx.count], of_products[ctx.count :]
+        above = upstream.reshape(-1, upstream.shape[-1])
+        if kept is not None:
+            grad_mid, of_down = product_backward(above, kept, down_kept, down)
+            grads = native.gated_backward(both, grad_mid)
+        else:
+            (gate, up), grads = both.chunk(2, -1), torch.empty_like(both)
+            active, (grad_gate, grad_up) = nn.functional.silu(gate), grads.chunk(2, -1)
+            grad_mid, of_down = product_backward(above, active * up, down_kept, down)
+            torch.mul(active, grad_mid, out=grad_up)
+            torch.ops.aten.silu_backward.grad_input(grad_mid.mul_(up), gate, grad_input=grad_gate)
+        grad_x, of_both = product_backward(grads, rows, both_kept, gate_and_up)
+        return grad_x.view(ctx.shape), None, None, *of_both, *of_down

@@ -1,0 +1,173 @@
+"""Layers that are given one input computed as one product, and frozen weights prepared for many products.
+
+Shapes: n tokens, i and o a layer's input and output size, r a LoRA's rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+from transformers.pytorch_utils import Conv1D
+
+from align.models.cpu.native import Small
+from align.models.cpu.packed import Fixed, Ready, arranges, both_ways, prepared
+from align.models.lora import LoraLinear, Product, plain, product, product_backward, rounded, usable
+
+COPIES = 2**31  # bytes that prepared copies for a training may take; of a larger trunk none are made
+TRAINED_ROWS = 1024  # tokens that copies for a training are prepared for; with others they serve as well
+
+
+def join(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Compute layers of these names together, where the module has them and they allow it."""
+    layers = [getattr(module, name, None) for name in names]
+    if not all(type(layer) is LoraLinear for layer in layers):
+        return
+    bases = [layer.get_base_layer() for layer in layers]
+    like = {(b.weight.shape[1], b.weight.dtype, b.bias is None, type(b)) for b in bases}
+    if len(like) == 1 and type(bases[0]) is nn.Linear:
+        group = Joined(layers)
+        for layer in layers:
+            layer.group = group
+
+
+class Joined:
+    """Layers that are given one input, such as query, key and value: their weights stacked, computed as one product.
+
+    The first of them that is called computes all; each of the others takes its part if it is given the same tensor.
+    The layers' own weights become views of the stacked ones.
+    """
+
+    def __init__(self, layers: list[LoraLinear]) -> None:
+        self.layers = layers
+        bases = [layer.get_base_layer() for layer in layers]
+        self.weight = torch.cat([base.weight.data for base in bases])
+        self.bias = None if bases[0].bias is None else torch.cat([base.bias.data for base in bases])
+        self.sizes = [len(base.weight) for base in bases]
+        for base, rows in zip(bases, self.weight.split(self.sizes), strict=True):
+            base.weight.data = rows
+        self.fixed: Fixed | None = None  # as a layer's
+        self.ready: Ready | None = None
+        self.given: Tensor | None = None
+        self.waiting: dict[LoraLinear, Tensor] = {}
+
+    def plain_product(self) -> Product | None:
+        """Of all layers; None if they cannot be joined now."""
+        names = {layer.plain_adapter() for layer in self.layers}
+        if len(names) != 1 or None in names:
+            return None
+        (name,) = names
+        scales = {layer.scaling[name] for layer in self.layers}
+        if len(scales) != 1:
+            return None
+        trained = tuple(part[name].weight for layer in self.layers for part in (layer.lora_A, layer.lora_B))
+        return Product(self.weight, self.bias, trained, scales.pop(), self.ready)
+
+    def settled(self, x: Tensor) -> Tensor | None:
+        """All outputs side by side, where no adapter of theirs is to learn; else None."""
+        if self.fixed is not None and not torch.is_grad_enabled():
+            return self.fixed(x)
+        if all(part.disable_adapters and not part.merged for part in self.layers):
+            return plain(x, self.weight, self.bias, usable(self.ready))
+        return None
+
+    def of(self, layer: LoraLinear, x: Tensor) -> Tensor | None:
+        """The layer's output for x; None if it has to be computed alone."""
+        if self.given is not x or layer not in self.waiting:
+            self.given, self.waiting = x, {}
+            if (whole := self.settled(x)) is not None:
+                outputs = whole.split(self.sizes, -1)
+            elif operands := self.plain_product():
+                outputs = _JoinedProduct.apply(x, operands, self.sizes, *operands.trained)
+            else:
+                return None
+            self.waiting = dict(zip(self.layers, outputs, strict=True))
+        out = self.waiting.pop(layer)
+        if not self.waiting:
+            self.given = None
+        return out
+
+
+@contextmanager
+def fixed_products(model: nn.Module, rows: int) -> Iterator[None]:
+    """While nothing trains: products with what acts now, joined and prepared once, for about so many rows."""
+    known = fix_products(model, rows)
+    try:
+        yield
+    finally:
+        for part in known:
+            part.fixed = None
+
+
+@torch.no_grad()
+def fix_products(model: nn.Module, rows: int) -> list[LoraLinear | Joined]:
+    """The same for good; what was prepared."""
+    parts = _products(model)
+    for part in parts:
+        part.fixed = _fixed(part, rows)
+    return parts
+
+
+def prepare_products(model: nn.Module) -> None:
+    """For a training: products with frozen weights in both directions, with copies of them that are prepared once."""
+    parts = {part: _frozen(part) for part in _products(model) if part.plain_product()}
+    sizes = [weight.nbytes for weight, _ in parts.values() if arranges(weight)]
+    if 2 * sum(sizes) <= COPIES:
+        for part, (weight, bias) in parts.items():
+            if arranges(weight):
+                part.ready = both_ways(weight, bias, TRAINED_ROWS)
+
+
+def _products(model: nn.Module) -> list[LoraLinear | Joined]:
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    groups = {id(layer.group): layer.group for layer in layers if layer.group is not None}
+    return [*groups.values(), *(layer for layer in layers if layer.group is None)]
+
+
+def _frozen(part: LoraLinear | Joined) -> tuple[Tensor, Tensor | None]:
+    base = part if isinstance(part, Joined) else part.get_base_layer()
+    return base.weight.T if isinstance(base, Conv1D) else base.weight, base.bias
+
+
+def _fixed(part: LoraLinear | Joined, rows: int) -> Fixed | None:
+    """None where a layer does not multiply plainly."""
+    layers = part.layers if isinstance(part, Joined) else [part]
+    if all(layer.disable_adapters and not layer.merged for layer in layers):
+        return Fixed(prepared(*_frozen(part), rows))
+    operands = part.plain_product()
+    if operands is None:
+        return None
+    weight, bias, trained, scale, _ = operands
+    if Small.serves(weight, trained):
+        small = Small(trained, scale)
+        a, add = small.stacked().to(weight.dtype), partial(small.up, small.packed())
+    else:
+        a, b = rounded(trained, weight.dtype)
+        a, add = scale * a, lambda low, out: out.addmm_(low, b.T)
+    if not arranges(weight):
+        return Fixed(prepared(weight, bias, rows), add, a=a)
+    bias = None if bias is None else pad(bias, (0, len(a)))  # the weight is copied anyway, so A goes with it
+    return Fixed(prepared(torch.cat([weight, a]), bias, rows), add, len(a))
+
+
+class _JoinedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, operands, sizes, *_trained):
+        rows = x.reshape(-1, x.shape[-1])
+        out, kept = product(rows, operands)
+        ctx.save_for_backward(rows, *kept)
+        ctx.operands, ctx.shape = operands, x.shape
+        return out.view(*x.shape[:-1], -1).split(sizes, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        rows, *kept = ctx.saved_tensors
+        above = torch.cat([part.reshape(len(rows), -1) for part in upstream], -1)
+        grad_x, gradients = product_backward(above, rows, kept, ctx.operands, ctx.needs_input_grad[0])
+        return None if grad_x is None else grad_x.view(ctx.shape), None, None, *gradients

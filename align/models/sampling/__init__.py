@@ -1,0 +1,1 @@
+"""The sampling engine: many responses at once, exact and repeatable."""

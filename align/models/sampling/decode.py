@@ -1,0 +1,202 @@
+"""Sampling from the trunk: prompts computed once in packed rows, then one token a step for all rows still going on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
+
+from align.data.formats.prompts import prompts as prompting
+from align.data.formats.rows import Fault, Row
+from align.models.cpu.joined import fixed_products
+from align.models.cpu.packed import Linear, prepared
+from align.models.sampling.beams import search
+from align.models.sampling.cache import NAME as DECODE
+from align.models.sampling.choice import Sampling, draw, filtered, uniforms
+from align.models.sampling.rows import Response, Rows
+from align.models.trunk import Trunk
+from align.recipe.errors import UserError
+
+Heed = Callable[[list[int]], None]
+KEPT_TOKENS = {"cpu": 32_768, "cuda": 1_048_576}  # of all rows that are sampled at once
+FEW_ROWS = 16  # that products are prepared for
+LEAVE = {"cpu": 0.75, "cuda": 0.5}  # rows that are done leave when no more than this share goes on
+
+
+def sample(
+    trunk: Trunk,
+    prompts: Sequence[np.ndarray],
+    sampling: Sampling,
+    keys: Sequence[tuple[int, ...]],
+    samples: int = 1,
+    heed: Heed | None = None,
+) -> list[list[Response]]:
+    """`samples` responses to each prompt, (l,) int32 token ids, one or more; with beams the best, best first.
+
+    A response depends on the prompt, its key and its number among the samples, not on the other prompts: its draws
+    are `uniforms((*key, number))`. `heed` is told at each step what the rows that go on have just said, none if that
+    is not certain yet; what it raises ends the sampling.
+    """
+    assert len(prompts) == len(keys)
+    assert all(len(prompt) for prompt in prompts)
+    assert sampling.beams == 1 or sampling.temperature == 0, "a search draws nothing"
+    assert sampling.beams == 1 or samples <= sampling.beams, (samples, sampling.beams)
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    responses: list[list[Response]] = [[] for _ in prompts]
+    with torch.no_grad(), _evaluating(trunk), fixed_products(trunk, FEW_ROWS):
+        project = _projection(trunk)
+        for group in _groups(order, prompts, sampling.max_new, max(samples, sampling.beams), trunk.device.type):
+            asked = [prompts[i] for i in group]
+            if sampling.beams > 1:
+                rows = Rows(trunk, project, asked, 1, sampling)
+                with trunk.attending(DECODE):
+                    found = search(rows, len(asked), heed)
+            else:
+                numbers = [(i, number) for i in group for number in range(samples)]
+                drawn = np.stack([uniforms((*keys[i], number), sampling.max_new) for i, number in numbers])
+                draws = _Draws(Rows(trunk, project, asked, samples, sampling), drawn, heed)
+                with trunk.attending(DECODE):
+                    flat = draws.run()
+                found = [flat[first : first + samples] for first in range(0, len(flat), samples)]
+            for i, own in zip(group, found, strict=True):
+                responses[i] = own[:samples]
+    return responses
+
+
+def answer(trunk: Trunk, prompt: str, most: int, written_as: Literal["chat", "text"], heed: Heed | None = None) -> str:
+    """The greedy answer to one user turn, or continuation of a text, of at most `most` tokens. `heed`: see `sample`.
+
+    Raises UserError for a prompt that cannot be written.
+    """
+    ids = asked_ids(trunk.tokenizer, prompt, written_as)
+    if trunk.packed:
+        ((response,),) = sample(trunk, [ids], Sampling(most, temperature=0), [(0,)], heed=heed)
+        return trunk.said(ids, response.tokens).strip()
+    with trunk.generating() as model:  # layers that keep another state than keys and values
+        inputs = torch.tensor(ids[None], dtype=torch.long, device=trunk.device)
+        out = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=most,
+            do_sample=False,
+            pad_token_id=trunk.tokenizer.pad_token_id,
+            tokenizer=trunk.tokenizer,
+            stopping_criteria=[_Heeding(heed)] if heed else None,
+        )
+    return trunk.said(ids, out[0, len(ids) :].tolist()).strip()
+
+
+class _Heeding(StoppingCriteria):
+    """Lets `heed` end transformers' own sampling; ends nothing by itself."""
+
+    def __init__(self, heed: Heed) -> None:
+        self.heed = heed
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_more: object) -> Tensor:  # (B, l) -> (B,) bool
+        self.heed(input_ids[:, -1].tolist())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def asked_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, written_as: Literal["chat", "text"]) -> np.ndarray:
+    """One user turn, up to where the answer begins, or a text that is continued: (l,) int32.
+
+    Raises UserError for one that cannot be written.
+    """
+    asked = [{"role": "user", "content": prompt}] if written_as == "chat" else None
+    (tree,) = prompting().render([Row("", 0, asked, None if asked else prompt, None)], tokenizer)
+    if isinstance(tree, Fault):
+        raise UserError(f"log.samples: {tree.reason}")
+    return tree.segments[0]
+
+
+class _Draws:
+    """The responses that are drawn at once; `active` are those that go on."""
+
+    def __init__(self, rows: Rows, drawn: np.ndarray, heed: Heed | None) -> None:
+        """`drawn`: (B, max_new) float64."""
+        self.rows, self.sampling, self.heed = rows, rows.sampling, heed
+        device = rows.logits.device
+        self.drawn = torch.from_numpy(drawn).to(device)
+        self.active = torch.arange(len(drawn), device=device)  # rows of `said`
+        self.said = torch.zeros(len(drawn), self.sampling.max_new, dtype=torch.long, device=device)
+        self.lengths = [self.sampling.max_new] * len(drawn)
+        self.ended = [False] * len(drawn)
+
+    def run(self) -> list[Response]:
+        """Every row to its end."""
+        for t in range(self.sampling.max_new):
+            tokens = self._next(t)
+            self.said[self.active, t] = tokens
+            if self.heed:
+                self.heed(tokens.tolist())
+            going = torch.tensor(self._unfinished(tokens, t), device=tokens.device, dtype=torch.bool)
+            if not going.any() or t + 1 == self.sampling.max_new:
+                break
+            leaving = going.float().mean() <= LEAVE.get(self.active.device.type, LEAVE["cuda"])
+            rows = going.nonzero()[:, 0] if leaving else None
+            if leaving:
+                self.active, tokens = self.active[rows], tokens[rows]
+            self.rows.step(tokens, rows)
+        said = self.said.cpu().numpy().astype(np.int32)
+        return [
+            Response(row[:length], ended) for row, length, ended in zip(said, self.lengths, self.ended, strict=True)
+        ]
+
+    def _next(self, t: int) -> Tensor:
+        logits = self.rows.admitted(self.rows.logits, t)
+        if self.sampling.temperature == 0:
+            return logits.argmax(-1)
+        return draw(filtered(logits, self.sampling), self.drawn[self.active, t])
+
+    def _unfinished(self, tokens: Tensor, t: int) -> list[bool]:
+        """For every active row whether it goes on; notes where the others ended."""
+        going = []
+        over = torch.isin(tokens, self.rows.ends).tolist()
+        for row, done in zip(self.active.tolist(), over, strict=True):
+            if not self.ended[row] and (done or (self.rows.stop and self.rows.stopped(self.said[row, : t + 1]))):
+                self.ended[row], self.lengths[row] = True, t + 1
+            going.append(not self.ended[row])
+        return going
+
+
+def _projection(trunk: Trunk) -> Linear:
+    """Final hidden states (B, d) -> logits (B, V) float32."""
+    head = trunk.projection()
+    product, scale, cap = prepared(head["weight"], head["bias"], FEW_ROWS), head["scale"], head["softcap"]
+
+    def project(hidden: Tensor) -> Tensor:
+        logits = product(hidden.to(trunk.dtype)).float() * scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return project
+
+
+def _groups(
+    order: list[int], prompts: Sequence[np.ndarray], max_new: int, samples: int, device: str
+) -> Iterator[list[int]]:
+    """Prompts of like length together, as many as there is room for."""
+    budget, group, room = KEPT_TOKENS.get(device, KEPT_TOKENS["cuda"]), [], 0
+    for i in order:
+        room = room or len(prompts[i]) + max_new  # the first of a group is its longest
+        if group and (len(group) + 1) * samples * room > budget:
+            yield group
+            group, room = [], len(prompts[i]) + max_new
+        group.append(i)
+    if group:
+        yield group
+
+
+@contextmanager
+def _evaluating(trunk: Trunk) -> Iterator[None]:
+    training = trunk.training
+    trunk.eval()
+    try:
+        yield
+    finally:
+        trunk.replayed.renew()  # what was recorded holds memory
+        trunk.train(training)

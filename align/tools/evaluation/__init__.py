@@ -1,0 +1,1 @@
+"""A policy's responses and what is measured of them."""

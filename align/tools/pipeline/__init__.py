@@ -1,0 +1,1 @@
+"""Stages that stand on each other."""

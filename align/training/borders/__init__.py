@@ -1,0 +1,1 @@
+"""Where a command meets what it cannot trust: errors, signals, processes, the user's own code."""

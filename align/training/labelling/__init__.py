@@ -1,0 +1,1 @@
+"""A classifier's measures, and labels for new texts."""

@@ -1,0 +1,1 @@
+"""Responses to prompts, what they are worth, and what is learnt from them."""

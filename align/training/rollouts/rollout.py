@@ -1,0 +1,249 @@
+"""Rollouts: responses to prompts, and what every role says of them.
+
+Every process samples and scores its share, and then holds the numbers of all: what follows from them (rewards,
+advantages, whitening) is computed everywhere alike.
+
+Shapes: E episodes (responses, those of one prompt side by side), T tokens of the longest; a response of k tokens has
+k + 1 steps: before each token, and after the last. n labels, P paths and S = n + P steps of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from pydantic import Field
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from align.data.templates.texts import decoded
+from align.data.trees import Forest, Tree
+from align.models.roles import Entropy, Roles, Said
+from align.models.sampling.choice import Sampling
+from align.models.sampling.decode import Heed, Response, sample
+from align.models.trunk import Trunk
+from align.objectives.losses import path_counts
+from align.recipe.errors import UserError
+from align.recipe.schema import PositiveInt, Section
+from align.training.batches import Batches
+from align.training.borders.processes import gathered
+from align.training.screen import Screen
+
+
+class Generation(Section):
+    """How responses are drawn."""
+
+    max_new: PositiveInt = 64
+    """Most tokens of a response, its end-of-turn token included."""
+    min_new: Annotated[int, Field(ge=0)] = 0
+    """No end before so many."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Logits are divided by it, for policy and reference alike."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Only the k likeliest tokens; 0 takes all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Only the likeliest tokens that together hold this share (arXiv 1904.09751)."""
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Only tokens with this share of the likeliest's probability (arXiv 2407.01082)."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Logits of what was said are divided by it (arXiv 1909.05858)."""
+    stop: list[str] = Field(default_factory=list)
+    """Texts that end a response; they stay in it."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """The same for the sampling engine."""
+        return Sampling(**{**self.model_dump(), "stop": tuple(self.stop)})
+
+
+class Episodes:
+    """Prompts with their responses, as examples of which rows are made: one tree a prompt."""
+
+    def __init__(self, prompts: Sequence[np.ndarray], responses: Sequence[Sequence[Response]]) -> None:
+        """Prompts (l,) int32; of each as many responses, which are numbered prompt by prompt."""
+        self.prompts, self.responses = prompts, responses
+        self.samples = len(responses[0])
+        said = [[len(response.tokens) for response in own] for own in responses]
+        self.lengths = np.array([len(p) + sum(k) for p, k in zip(prompts, said, strict=True)], np.int64)
+        self.longest = np.array([len(p) + max(k) for p, k in zip(prompts, said, strict=True)], np.int64)
+        self.paths = np.full(len(prompts), self.samples, np.int64)
+        self.room = self.lengths + self.paths - 1
+        self.flat = [response for own in responses for response in own]  # by number
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def numbers(self, group: np.ndarray) -> np.ndarray:
+        """The episodes of a group of prompts, (k,) -> (k * samples,) int64."""
+        return (group[:, None] * self.samples + np.arange(self.samples)).ravel()
+
+    def tree(self, i: int) -> Tree:
+        """Prompt `i` with its responses as branches, all of their tokens labels; targets are episodes' numbers."""
+        stem, branches = self.prompts[i], [response.tokens for response in self.responses[i]]
+        marks = (np.zeros(len(stem), bool), *(np.ones(len(branch), bool) for branch in branches))
+        return Tree((stem, *branches), marks, tuple(float(i * self.samples + s) for s in range(self.samples)))
+
+
+class Rollout(NamedTuple):
+    """What the roles say of all episodes; float32 and 0 where masked, on the CPU."""
+
+    logprobs: Tensor  # (E, T) of the actor that sampled
+    ref_logprobs: Tensor  # (E, T)
+    entropies: Tensor  # (E, T) of the actor, in nats
+    values: Tensor  # (E, T + 1) of the critic; 0 where it was not asked
+    tokens: Tensor  # (E, T) bool, the policy's mask
+    steps: Tensor  # (E, T + 1) bool, the values' mask: one longer
+    lengths: Tensor  # (E,) int64, tokens of each
+    ended: Tensor  # (E,) bool, by an end of turn or a stop text
+    scores: dict[str, Tensor]  # by the reward roles, (E,) each
+    said: Said | None = None  # of the only row there is, with its graph: nothing has to be said again to learn from it
+
+
+def check_samples(trunk: Trunk) -> None:
+    """UserError where the trunk cannot sample."""
+    if not trunk.packed:
+        why = trunk.layout_reason or "model.layout is padded"
+        raise UserError(f"model.base: responses are sampled in the tree layout, which is not to be had: {why}")
+
+
+def sampled(
+    trunk: Trunk,
+    batches: Batches,
+    prompts: Sequence[np.ndarray],
+    keys: Sequence[tuple[int, ...]],
+    how: Sampling,
+    n: int,
+    heed: Heed | None = None,
+) -> Episodes:
+    """n responses to each prompt by the trunk's acting adapter; a response depends on its prompt and key alone.
+
+    Where `heed` raises Stopped in one process, all raise it.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    mine = order[batches.rank :: batches.world]
+
+    def own() -> dict[int, list[Response]]:
+        said = sample(trunk, [prompts[i] for i in mine], how, [keys[i] for i in mine], n, heed) if mine else []
+        return dict(zip(mine, said, strict=True))
+
+    found = {i: said for part in gathered(own) for i, said in part.items()}
+    return Episodes(prompts, [found[i] for i in range(len(prompts))])
+
+
+def texts(trunk: Trunk, episodes: Episodes) -> list[tuple[str, str]]:
+    """Prompt and response of every episode, (E,), as text; an end of turn and special tokens are no part of it."""
+    return [
+        (decoded(trunk.tokenizer, prompt), trunk.said(prompt, response.tokens))
+        for prompt, responses in zip(episodes.prompts, episodes.responses, strict=True)
+        for response in responses
+    ]
+
+
+def scored(
+    roles: Roles,
+    batches: Batches,
+    episodes: Episodes,
+    groups: Sequence[np.ndarray],
+    scorers: Sequence[str],
+    screen: Screen,
+    to_learn: Entropy | None = None,
+) -> Rollout:
+    """Actor, critic, reference and reward over packed trees, each prompt once.
+
+    `groups` of prompts, (k,) int64 each, share rows as they will when they are trained on, so that the actor says
+    again, to the bit, what it says here. `to_learn`: they are trained on next, with this entropy: the critic is asked
+    too, and if there is but one row, `Rollout.said` is kept.
+    """
+    rows = [row for group in groups for row in batches.rows(episodes, group)]
+    kept = to_learn is not None and len(rows) == batches.world == 1
+    mine: dict[int, tuple[Tensor, ...]] = {}
+    with torch.no_grad(), screen.at_once():
+        for row in screen.track(rows, "scoring"):
+            forest = batches.plant(episodes, row)
+            with torch.set_grad_enabled(kept):
+                said = roles(forest, to_learn is not None, to_learn or "known")
+            numbers = _numbers(roles, forest, said, scorers)
+            mine |= dict(zip(forest.targets.long().tolist(), numbers, strict=True)) if row else {}
+    known = {number: parts for part in gather_object([mine]) for number, parts in part.items()}
+    columns = list(zip(*(known[number] for number in range(len(episodes.flat))), strict=True))
+    logprobs, ref_logprobs, entropies, values = (pad_sequence(column, batch_first=True) for column in columns[:4])
+    lengths = torch.tensor([len(response.tokens) for response in episodes.flat])
+    steps = torch.arange(logprobs.shape[1] + 1) <= lengths[:, None]
+    scores = {name: torch.cat(column) for name, column in zip(scorers, columns[4:], strict=True)}
+    ended = torch.tensor([response.ended for response in episodes.flat])
+    numbers = Rollout(logprobs, ref_logprobs, entropies, values, steps[:, 1:], steps, lengths, ended, scores)
+    return numbers._replace(said=said) if kept else numbers
+
+
+def _numbers(roles: Roles, forest: Forest, said: Said, scorers: Sequence[str]) -> list[tuple[Tensor, ...]]:
+    """Of each path: log-probabilities (k,), the reference's (k,), entropies (k,), values (k + 1,), scores (1,) each."""
+    counts = path_counts(forest.path, forest.paths).tolist()
+    reference = roles.reference(forest)
+    values = reference.new_zeros(len(reference) + forest.paths) if said.values is None else said.values
+    columns = [part.detach().cpu().split(counts) for part in (said.logprobs, reference, said.entropy)]
+    columns.append(values.detach().cpu().split([k + 1 for k in counts]))
+    columns += [roles.scores(name, forest, forest.ends).cpu().split(1) for name in scorers]
+    return list(zip(*columns, strict=True))
+
+
+def minibatches(prompts: int, count: int, key: Sequence[int]) -> list[np.ndarray]:
+    """The prompts of a pass in an order that the key fixes, as so many groups."""
+    return np.array_split(np.random.default_rng(list(key)).permutation(prompts), min(count, prompts))
+
+
+def figures(rollout: Rollout, parts: dict[str, Tensor], score: Tensor, kl_coef: float) -> dict[str, float]:
+    """Means over a rollout's episodes, or over their real tokens; `parts` and `score` (E,) each."""
+    kl, tokens = float((rollout.logprobs - rollout.ref_logprobs).sum()), float(rollout.lengths.sum())
+    return {
+        "score": float(score.mean()),
+        **{f"score/{name}": float(part.mean()) for name, part in parts.items()},
+        "kl": kl / len(score),
+        "kl_per_token": kl / tokens,
+        "kl_coef": kl_coef,
+        "reward": float(score.mean()) - kl_coef * kl / len(score),
+        "entropy": float(rollout.entropies.sum()) / tokens,
+        "response_tokens": tokens / len(score),
+        "ended": float(rollout.ended.float().mean()),
+    }
+
+
+def explained(rollout: Rollout, returns: Tensor) -> dict[str, float | None]:
+    """Of the returns (E, T + 1), what the critic knew before it learns from them; where they do not vary beyond
+    rounding there is nothing to explain, and the share is None."""
+    real, values = returns[rollout.steps].double(), rollout.values[rollout.steps].double()
+    rounding = 1e-6 * max(1e-6, float(real.abs().max()), float(values.abs().max()))  # returns are sums in float32
+    spread = float(real.var(correction=0)) ** 0.5
+    return {
+        "explained_variance": 1 - float((real - values).var(correction=0)) / spread**2 if spread > rounding else None,
+        "value/return": float(real.mean()),
+        "value/critic": float(values.mean()),
+    }
+
+
+class Targets:
+    """What a minibatch learns from, found for each batch by the numbers of its episodes."""
+
+    def __init__(self, rollout: Rollout, advantages: Tensor, returns: Tensor, device: torch.device) -> None:
+        """advantages (E, T), returns (E, T + 1)."""
+        grids = (rollout.logprobs, advantages, rollout.values, returns)
+        self.grids = [grid.to(device) for grid in grids]
+        self.masks = [mask.to(device) for mask in (rollout.tokens, rollout.steps)]
+        self.lengths = rollout.lengths
+        self.token_count = self.step_count = 1
+        self.actor_learns = 1.0
+
+    def minibatch(self, episodes: np.ndarray, actor_learns: bool) -> Targets:
+        """For these episodes, (e,) int64: the losses are means over their tokens and steps."""
+        self.token_count = int(self.lengths[episodes].sum())
+        self.step_count = self.token_count + len(episodes)
+        self.actor_learns = float(actor_learns)
+        return self
+
+    def of(self, batch: Forest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Old log-probabilities (n,), advantages (n,), old values (S,) and returns (S,)."""
+        episode = batch.targets.long()
+        tokens, steps = (mask[episode] for mask in self.masks)
+        return tuple(grid[episode][mask] for grid, mask in zip(self.grids, (tokens, tokens, steps, steps), strict=True))

@@ -1,0 +1,55 @@
+"""Rewards that are rules (`function: align.training.rollouts.rules:…` in `ppo.rewards`), and patterns for your own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+PRAISE = {  # valence -> words, the more common first
+    1.5: "superb dazzling unforgettable masterly sublime flawless exquisite",
+    1.0: "clever charming moving gripping elegant inventive graceful",
+    0.5: "good pleasant decent warm neat lively tidy",
+    -0.5: "weak slow thin tired uneven bland clumsy",
+    -1.0: "dull silly tedious hollow lifeless muddled shallow",
+    -1.5: "awful dreadful unbearable atrocious wretched abysmal insufferable",
+}
+VALENCES = {word: valence for valence, words in PRAISE.items() for word in words.split()}
+ADVERBS = {"very": 2.0, "not": -1.0}
+
+
+def one_sentence(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """1 for a single whole sentence of at most 25 words, 0 for more or less than that."""
+    return [
+        float(bool(re.fullmatch(r"[^.!?\n]*\w[^.!?\n]*[.!?]", response.strip())) and len(response.split()) <= 25)
+        for response in responses
+    ]
+
+
+def exact_answer(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """1 where the last number of the response is the last one of the row's `answer`, as in GSM8K (arXiv 2110.14168)."""
+    return [
+        float((said := _last(response)) is not None and said == _last(str(row.get("answer", ""))))
+        for response, row in zip(responses, rows, strict=True)
+    ]
+
+
+def sentiment(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """The sum of the `VALENCES` of a response's words, each counted where it comes first: twice right after "very",
+    negated right after "not". "A very dull plot, but not awful, not awful at all." is -2 + 1.5.
+    """
+    return [_valence(re.findall(r"[a-z]+", response.lower())) for response in responses]
+
+
+def _valence(words: list[str]) -> float:
+    found: dict[str, float] = {}
+    for before, word in zip(["", *words], words, strict=False):
+        if word in VALENCES:
+            found.setdefault(word, VALENCES[word] * ADVERBS.get(before, 1.0))
+    return sum(found.values())
+
+
+def _last(text: str) -> float | None:
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None

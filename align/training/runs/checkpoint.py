@@ -1,0 +1,277 @@
+"""Checkpoints that are whole or absent.
+
+A checkpoint is a folder: safetensors files, `state.json` and, written last, `manifest.json` with every file's
+size and SHA-256. It is written as `.writing-step-000020`, fsynced and renamed to `step-000020`, so a kill at
+any moment leaves what was there before. A folder that has to go is first renamed to `.old-step-000020`.
+Nothing here reads a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from align.models.checkpoints.sources import foreign
+from align.recipe.errors import UserError
+from align.recipe.records import parsed, to_json
+
+FORMAT = 1
+Tensors = dict[str, dict[str, Tensor]]  # file name without suffix -> name -> tensor
+
+
+def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int) -> Path:
+    """Write `folder/step-XXXXXX` durably, replacing one of the same step, then leave only the newest `keep`.
+
+    `tensors`: one safetensors file per entry, of any dtype and layout; `state`: what JSON can hold. Returns
+    the checkpoint's path. Raises UserError when the disk is full or refuses; earlier ones then stay whole.
+    """
+    return _write(folder, step, snapshot(tensors), to_json(state), keep)
+
+
+def newest_checkpoint(folder: Path, only: str | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint, or the one of that name, whose sizes and hashes hold; and a sentence on each newer one,
+    passed over."""
+    passed_over = []
+    for _, in_place, path in sorted(_checkpoints(folder), reverse=True):
+        if only not in (None, path.name):
+            continue
+        if (fault := _fault(path)) is None:
+            return path, passed_over
+        if in_place:  # one that was being deleted needs no excuse
+            passed_over.append(f"{path} is passed over: {fault}.")
+    return None, passed_over
+
+
+def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors, on the CPU, and the state of a checkpoint that `newest_checkpoint` found.
+
+    A manifest says that nothing has changed since, not who wrote it: raises UserError for what align does not write.
+    """
+    with foreign(f"{path} cannot be read"):
+        names = [Path(name) for name in json.loads((path / "manifest.json").read_text())["files"]]
+        tensors = {name.stem: load_file(path / name) for name in names if name.suffix == ".safetensors"}
+    return tensors, load_state(path)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint that `newest_checkpoint` found. Raises UserError where it is damaged."""
+    with foreign(f"{path} cannot be read"):
+        state = parsed((path / "state.json").read_bytes())
+    if state is None:
+        raise UserError(f"{path} cannot be read (state.json holds no JSON object)")
+    return state
+
+
+def tidy_checkpoints(folder: Path) -> None:
+    """Put back what a kill left aside of a checkpoint that was being replaced, and delete all else it left."""
+    for stale in folder.glob(".writing-step-*"):
+        shutil.rmtree(stale)
+    for aside in folder.glob(".old-step-*"):
+        home = folder / aside.name.removeprefix(".old-")
+        if _fault(aside) is None and _fault(home) is not None:
+            shutil.rmtree(home, ignore_errors=True)
+            aside.rename(home)
+        else:
+            shutil.rmtree(aside)
+
+
+class CheckpointWriter:
+    """Saves in a background thread while training goes on, one checkpoint at a time."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")  # joined when the interpreter exits, so no save is cut off
+        self._last: Future[float] | None = None
+
+    def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> float:
+        """Copy everything to the CPU, start writing, and return the seconds that training was held up.
+
+        Waits for the previous save first, and raises its error.
+        """
+        start = time.perf_counter()
+        self.wait()
+        begun = time.perf_counter()
+        copy, text = snapshot(tensors), to_json(state)
+
+        def write() -> float:
+            _write(self.folder, step, copy, text, self.keep)
+            return time.perf_counter() - begun
+
+        self._last = self._thread.submit(write)
+        return time.perf_counter() - start
+
+    def wait(self) -> float:
+        """Wait for the last save; the seconds from its start until it was durable (0.0 if there was none).
+
+        Raises the UserError of a save that failed, once.
+        """
+        if self._last is None:
+            return 0.0
+        try:
+            return self._last.result()
+        except UserError:
+            self._last = None
+            raise
+
+
+def snapshot(tensors: Tensors) -> Tensors:
+    """Contiguous copies on the CPU that share no storage: with each other, or with the originals."""
+    return {
+        part: {
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in named.items()
+        }
+        for part, named in tensors.items()
+    }
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace the file at `path` in one step: a kill leaves the old content or the new, never a part.
+
+    Makes the folder where there is none. Half a surrogate pair, which UTF-8 lacks, is written as its escape. Raises
+    UserError when the disk is full or refuses.
+    """
+    beside = path.with_name(f".writing-{path.name}")
+    raw = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    with speaking(path, len(raw)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.write_bytes(raw)
+            sync(beside)
+            beside.replace(path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def _write(folder: Path, step: int, tensors: Tensors, state: str, keep: int) -> Path:
+    assert step >= 0, step
+    assert keep > 0, keep
+    path, writing, old = (folder / f"{prefix}step-{step:06d}" for prefix in ("", ".writing-", ".old-"))
+    size = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+    with speaking(path, size):
+        tidy_checkpoints(folder)  # a run may have been killed while it saved
+        try:
+            writing.mkdir(parents=True)
+            for part, named in tensors.items():
+                save_file(named, writing / f"{part}.safetensors")
+            (writing / "state.json").write_text(state, "utf-8")
+            files = {file.name: _measure(file) for file in sorted(writing.iterdir())}
+            manifest = {"format": FORMAT, "step": step, "files": files}
+            (writing / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            for file in (*writing.iterdir(), writing):
+                sync(file)
+        except (OSError, SafetensorError):
+            shutil.rmtree(writing, ignore_errors=True)
+            raise
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)  # until the next line it is `.old-…` that newest_checkpoint finds
+        writing.rename(path)
+        sync(folder)
+        _prune(folder, path, keep)
+    return path
+
+
+def _prune(folder: Path, saved: Path, keep: int) -> None:
+    """Delete all but the newest `keep` whole ones (by size: hashing would read them all); `saved` stays."""
+    for old in folder.glob(".old-step-*"):
+        shutil.rmtree(old)
+    others = [path for *_, path in sorted(_checkpoints(folder), reverse=True) if path != saved]
+    kept = [path for path in others if _fault(path, hashes=False) is None][: keep - 1]
+    for path in set(others) - set(kept):
+        shutil.rmtree(path.rename(path.with_name(f".old-{path.name}")))
+
+
+def _checkpoints(folder: Path) -> Iterator[tuple[int, bool, Path]]:
+    """Step, whether in place (not renamed to `.old-…`), path: the last in sorting order is the best."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := re.fullmatch(r"(\.old-)?step-([0-9]{6,})", path.name):
+            yield int(match[2]), not match[1], path
+
+
+def _fault(path: Path, hashes: bool = True) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']}, this version of align reads {FORMAT}"
+        if manifest["step"] != int(path.name.rpartition("-")[2]):
+            return f"its manifest is that of step {manifest['step']}"
+        for name, expected in manifest["files"].items():
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} holds {size} bytes, its manifest says {expected['bytes']}"
+            if hashes and _measure(path / name) != expected:
+                return f"{name} has changed since it was written (its SHA-256 differs)"
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "manifest.json is damaged"
+    return None
+
+
+def _measure(file: Path) -> dict[str, int | str]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file's content, or a folder's names, before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def published(folder: Path, size: int) -> Iterator[Path]:
+    """A folder to write into that takes the place of `folder` when it is whole and on the disk; a link there goes, and
+    what it points to stays."""
+    beside, old = (folder.with_name(f".{word}-{folder.name}") for word in ("writing", "old"))
+    with speaking(folder, size):
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
+        for file in (*beside.iterdir(), beside):
+            sync(file)
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)  # until the next line there is none, and a run that is killed here writes it anew
+        beside.rename(folder)
+        sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def speaking(path: Path, size: int) -> Iterator[None]:
+    """Say what the disk refused, when `size` bytes were to be written at `path`, in words that help."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else re.sub(r".*error: | \(os error.*", "", str(error))
+        near = next((folder for folder in path.parents if folder.is_dir()), Path("/"))
+        free = shutil.disk_usage(near).free
+        room = f"{size / 1e6:,.1f} MB to write, {free / 1e6:,.1f} MB free in {near}"
+        raise UserError(
+            f"{path}: cannot be written: {reason} ({room}); make room there or choose another `run` folder. "
+            "What was saved before is still whole."
+        ) from error

@@ -1,0 +1,134 @@
+"""What a run is, besides its recipe: its examples in their order, how they were written as tokens, and the weights that
+it stands on. It is kept with the run and in each checkpoint, so that a resume on something else is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+
+from align.data.examples import Examples
+from align.data.formats.prompts import asked
+from align.data.store import writer_of
+from align.models.base import base_folder, result_fingerprint, weights_fingerprint
+from align.recipe.errors import UserError
+from align.recipe.schema import BaseRecipe
+
+Identity = dict[str, Any]  # as JSON holds it
+NAMED = 5  # files that a message names one by one
+
+
+def identity_of(
+    recipe: BaseRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    sides: Mapping[str, Examples],
+    results: Mapping[str, str] | None = None,
+    records: bool = False,
+) -> Identity:
+    """What the run with these `sides`, by name, is.
+
+    `results`: recipe key -> folder of another result that it uses, such as a reward. With `records` the rows count as
+    their files have them, because something reads more of them than their tokens.
+    """
+    writer = writer_of(tokenizer)
+    folder = base_folder(recipe.model)
+    adapters = recipe.model.adapter or []
+    adapters = [adapters] if isinstance(adapters, str) else adapters
+    folders = {f"model.adapter {name}": name for name in adapters} | dict(results or {})
+    return {
+        "sides": {name: _side(examples, records) for name, examples in sides.items() if len(examples)},
+        "template": _hash(writer.pop("chat")),
+        "tokenizer": _hash(writer),
+        "base": _base(folder, recipe.model.init == "random"),
+        "results": {key: _result(Path(name)) for key, name in folders.items()},
+    }
+
+
+def changes(there: Identity, here: Identity) -> list[str]:
+    """What is different here, in words; nothing where all is the same."""
+    found = []
+    for key, what in (("template", "the chat template has changed"), ("tokenizer", "the tokenizer has changed")):
+        if there[key] != here[key]:
+            found.append(what)
+    for side in dict.fromkeys([*there["sides"], *here["sides"]]):
+        found += _side_changes(side, there["sides"].get(side, NONE), here["sides"].get(side, NONE), bool(found))
+    if there["base"] != here["base"]:
+        found.append(f"the weights of model.base have changed (fingerprint {there['base']} there, {here['base']} here)")
+    for key in dict.fromkeys([*there["results"], *here["results"]]):
+        if there["results"].get(key) != here["results"].get(key):
+            found.append(f"{key}: its weights or its configuration have changed")
+    return found
+
+
+NONE = {"examples": 0, "hash": "", "files": {}}
+
+
+def _side(examples: Examples, records: bool) -> dict[str, Any]:
+    """The examples of one side: how many, the hash of all in their order, and the same of each file."""
+    whole, files = sha256(), {}
+    for part in examples.parts:
+        content, owner = part.store.content[part.rows], part.store.file_id[part.rows]
+        whole.update(content.tobytes())
+        for number in np.unique(owner):
+            name, own = part.store.files[number], content[owner == number]
+            known = files.setdefault(name, {"examples": 0, "bytes": _size(name), "hash": ""})
+            known["examples"] += len(own)
+            known["hash"] = _hash([known["hash"], own.tobytes().hex()])
+    if records:
+        for row in asked(examples):
+            whole.update(json.dumps(row.record, sort_keys=True, default=str).encode())
+    return {"examples": len(examples), "hash": whole.hexdigest()[:16], "files": files}
+
+
+def _side_changes(side: str, there: dict[str, Any], here: dict[str, Any], explained: bool) -> Iterator[str]:
+    """`explained`: another template or tokenizer already is why the same rows have other tokens."""
+    if there["hash"] == here["hash"]:
+        return
+    old, new = there["files"], here["files"]
+    told = []
+    for name in dict.fromkeys([*old, *new]):
+        if name not in new:
+            told.append(f"no row of {name} here")
+        elif name not in old:
+            told.append(f"no row of {name} there")
+        elif old[name] != new[name]:
+            sizes = f"{old[name]['bytes']:,} bytes there, {new[name]['bytes']:,} here" if new[name]["bytes"] else ""
+            rows = f"{old[name]['examples']:,} rows there, {new[name]['examples']:,} here"
+            same = old[name]["bytes"] == new[name]["bytes"]
+            if not (explained and same):
+                told.append(f"{name} has changed ({'of the same size' if same and sizes else sizes or rows})")
+    if explained and not told and there["examples"] == here["examples"]:
+        return
+    counts = f"{there['examples']:,} examples there, {here['examples']:,} here"
+    if there["examples"] == here["examples"]:
+        counts = f"{here['examples']:,} examples there and here, but others or in another order"
+    more = [f"and {len(told) - NAMED:,} more files"] if len(told) > NAMED else []
+    yield f"{side}: " + ", ".join([counts, *told[:NAMED], *more])
+
+
+def _base(folder: Path, of_config: bool) -> str:
+    """The fingerprint of the base's weights, or where they are new, the hash of what they are made from."""
+    try:
+        return _hash((folder / "config.json").read_text("utf-8")) if of_config else weights_fingerprint(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"model.base: {folder} cannot be loaded ({str(error).splitlines()[0][:200]})") from None
+
+
+def _result(folder: Path) -> str | None:
+    """None for what is no folder here: a hub id."""
+    return result_fingerprint(folder) if folder.is_dir() else None
+
+
+def _size(name: str) -> int | None:
+    path = Path(name)
+    return path.stat().st_size if path.is_file() else None
+
+
+def _hash(value: Any) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

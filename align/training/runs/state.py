@@ -1,0 +1,138 @@
+"""What a checkpoint holds of a training run, by name and whole, however the weights are sharded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from typing_extensions import TypedDict
+
+from align.recipe.errors import UserError
+from align.recipe.schema import Optim
+from align.training.runs.checkpoint import Tensors, load_checkpoint
+
+Named = dict[str, nn.Parameter]
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
+
+
+def trained_parameters(model: nn.Module) -> Named:
+    """What trains, under the names it has without the wrappers of DDP, FSDP and torch.compile."""
+    return {
+        name.removeprefix("module.").replace("_orig_mod.", ""): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def adamw(model: nn.Module, optim: Optim, rates: dict[str, float]) -> torch.optim.AdamW:
+    """Over what trains; vectors (norms, biases) are not decayed.
+
+    Parameters whose name has a name in `rates` in it form a group with that multiple of the learning rate.
+    """
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, p in trained_parameters(model).items():
+        own = next((group for group in rates if group in name), "")
+        members.setdefault((own, p.ndim >= 2), []).append(p)
+    groups = [
+        {"params": params, "weight_decay": optim.weight_decay * decayed, "name": own, "share": rates.get(own, 1.0)}
+        for (own, decayed), params in members.items()
+    ]
+    betas = (optim.beta1, optim.beta2)
+    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=betas, eps=optim.eps, fused=True)
+
+
+def capture(named: Named, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Weights and AdamW moments; with shards, every process must call it."""
+    return {
+        "model": {name: whole(p) for name, p in named.items()},
+        "optimizer": {
+            f"{name}/{key}": whole(value)
+            for name, p in named.items()
+            for key, value in optimizer.state.get(p, {}).items()
+        },
+    }
+
+
+class _State(TypedDict):
+    """What the loop goes on from, besides tensors; JSON holds it."""
+
+    step: Annotated[int, Field(ge=0)]
+    place: Annotated[int, Field(ge=0)]
+    tokens_seen: int
+    elapsed_seconds: float
+    memory: dict[str, Any]
+    identity: dict[str, Any]
+    fingerprint: str
+    lora: dict[str, Any] | None
+    labels: list[str] | None
+
+
+STATE = TypeAdapter(_State)
+
+
+def state_of(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a checkpoint at `path`. Raises UserError where it is not as align writes it."""
+    try:
+        STATE.validate_python(state)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise UserError(f"{path} is no checkpoint of a run (state.json: {where}: {fault['msg']})") from None
+    return state
+
+
+def restore(path: Path, named: Named, optimizer: torch.optim.Optimizer, fingerprint: str) -> dict[str, Any]:
+    """Put a checkpoint's tensors back; its `state`. Raises UserError if it is of another trunk or other weights."""
+    tensors, state = load_checkpoint(path)
+    state_of(path, state)
+    if state["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{path} was trained on a trunk with fingerprint {state['fingerprint']}, but model.base now has "
+            f"{fingerprint}; restore the base, or start over with --fresh"
+        )
+    if tensors.get("model", {}).keys() != named.keys():
+        raise UserError(f"{path} holds other weights than this recipe trains; start over with --fresh")
+    put_back(path, tensors["model"], tensors.get("optimizer", {}), named, optimizer)
+    return state
+
+
+def put_back(
+    path: Path,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    named: Named,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """Whole tensors into the parameters of these names, and `name/key` ones into the optimizer's state.
+
+    Raises UserError for tensors, which came from `path`, that do not fit.
+    """
+    wanted = {name: p.shape for name, p in named.items()}
+    of_moments = {f"{name}/{key}": () if key == "step" else p.shape for name, p in named.items() for key in MOMENTS}
+    for shapes, given in ((wanted, weights), (of_moments, moments)):
+        for name, t in given.items():
+            if shapes.get(name) != t.shape or not t.is_floating_point():
+                raise UserError(f"{path} does not fit this run: its {name} is of {t.dtype}, {[*t.shape]}")
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(_like(weights[name], p))
+    for key, value in moments.items():
+        name, _, moment = key.rpartition("/")
+        p = named[name]
+        own = value.clone()  # else it would go on to be a part of the file
+        optimizer.state[p][moment] = own.to(p.device) if own.ndim == 0 else _like(own, p)  # the former its step
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(full: Tensor, p: Tensor) -> Tensor:
+    if isinstance(p, DTensor):
+        return distribute_tensor(full.to(p.device), p.device_mesh, p.placements)
+    return full.to(p.device)

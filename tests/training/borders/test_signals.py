@@ -1,0 +1,54 @@
+"""A signal raises Stopped where it comes, or is kept until it is looked for; a later one ends the process."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import suppress
+
+import pytest
+
+from align.training.borders.stops import Signals, Stopped, signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_is_raised_at_once_past_all_that_catches_exceptions(number):
+    before = signal.getsignal(number)
+    with Signals() as found, pytest.raises(Stopped), suppress(Exception):
+        signal.raise_signal(number)
+    assert found.asked == [number]
+    assert signal.getsignal(number) is before
+
+
+def test_it_is_kept_while_it_would_lose_something():
+    with Signals(together=60) as found:
+        found.heed()
+        with found.deferred() as asked:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)  # a launcher passes on what the terminal has sent already
+            assert asked == [signal.SIGTERM]
+            with pytest.raises(Stopped):
+                found.heed("news")
+
+
+def test_within_what_may_be_broken_off_it_is_raised_at_once():
+    went_on = []
+    with Signals() as found, found.deferred():
+        for begins in (True, False):  # the second time it came before
+            with suppress(Stopped), found.at_once():
+                went_on += ["began"]
+                signal.raise_signal(signal.SIGTERM)
+                went_on += ["ended"]
+            assert went_on == ["began"], begins
+
+
+def test_code_that_swallows_it_is_not_gone_on_with():
+    with Signals() as found, found.deferred(), pytest.raises(Stopped), found.at_once(), suppress(BaseException):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_later_one_ends_the_process():
+    with signals() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
