@@ -22,8 +22,7 @@ from transformers.utils import logging as transformers_logging
 from align.recipe.errors import UserError
 from align.recipe.load import parse_command
 from align.recipe.schema import BaseRecipe
-from align.recipe.streams import safe_streams
-from align.training.borders.border import border
+from align.training.borders.border import border, shows
 from align.training.borders.processes import PATIENCE, FirstFailed, FirstRefused
 from align.training.borders.stops import Signals, Stopped
 from align.training.session import Session
@@ -43,8 +42,9 @@ def run_stage(
     left is a fault of ours, with exit status 1."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|peft|accelerate")
-    with safe_streams(), border(MEMORY), _among_processes():
-        command = parse_command(sys.argv[1:] if argv is None else argv, recipe_type, program)
+    words = sys.argv[1:] if argv is None else argv
+    with border(MEMORY, result=shows(words)), _among_processes():
+        command = parse_command(words, recipe_type, program)
         if argv is None:
             _join_processes(program)
         with Signals(TOGETHER) as signals, ExitStack() as held:
