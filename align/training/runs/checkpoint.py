@@ -213,7 +213,11 @@ def _fault(path: Path, hashes: bool = True) -> str | None:
             return f"its format is {manifest['format']}, this version of align reads {FORMAT}"
         if manifest["step"] != int(path.name.rpartition("-")[2]):
             return f"its manifest is that of step {manifest['step']}"
+        if "state.json" not in manifest["files"]:
+            return "its manifest has no state.json"
         for name, expected in manifest["files"].items():
+            if Path(name).name != name or not (path / name).is_file():  # else it may name a device, which has no end
+                return f"{name} is no file in it"
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} holds {size} bytes, its manifest says {expected['bytes']}"
