@@ -22,7 +22,7 @@ Keys = tuple[str | int, ...]  # ("data", "train", 0, "path")
 
 FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+")
 MAX_BYTES, MAX_DEPTH, MAX_VALUES = 2**18, 32, 20_000
-UNQUOTED = re.compile(r"alias|anchor|cannot start any token|\btag\b")  # what YAML takes their first character for
+UNQUOTED = re.compile(r"alias|anchor|cannot start any token")  # what YAML takes their first character for
 LONG = 64  # characters of a text that count as one value more
 Pair = tuple[yaml.Node, yaml.Node]
 

@@ -435,6 +435,9 @@ REFUSED = [
     ("labelled", {"prompt": "q", "completion": "a", "label": 0.5}, "label: expected true or false"),
     ("labelled", {"prompt": "q", "completion": "a", "label": "spam"}, "label: expected true or false, 1 or 0 or"),
     ("labelled", {"prompt": "q", "completion": "a", "label": 7}, "label: expected true or false, 1 or 0 or -1, des"),
+    ("labelled", {"prompt": "q", "completion": "a", "kto_tag": "spam"}, "kto_tag: expected true or false, 1 or 0"),
+    ("labelled", {"prompt": "q", "completion": "a", "kto_tag": None}, "kto_tag: expected true or false, 1 or 0"),
+    ("labelled", {"prompt": "q", "completion": "a", "kto_tag": True, "label": "spam"}, "label: expected true or fals"),
     (
         "labelled",
         {"prompt": "q", "completion": "a", "label": True, "kto_tag": False},
