@@ -197,7 +197,6 @@ def conclude(loop: Loop, labels: list[str], test: Examples) -> dict[str, Any]:
         write_atomic(loop.run.folder / RESULTS, to_json(results))
     config, names = loop.trunk.plain.config, dict(enumerate(labels))
     config.update({"id2label": names, "label2id": {label: i for i, label in names.items()}})
-    config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
     if config.pad_token_id is None:  # without it, transformers classifies one text at a time
         config.pad_token_id = loop.trunk.tokenizer.pad_token_id
     return {

@@ -250,5 +250,5 @@ def test_a_template_in_gos_language():
         "{{ end }}{{ end }}<|im_start|>assistant\n"
     )
     tokenizer.chat_template = "{% for m in messages %}{{ loop.index }} {{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="otherwise|more"):
+    with pytest.raises(ValueError, match=r"otherwise|more"):
         go_template(tokenizer)
