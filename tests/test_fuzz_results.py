@@ -179,7 +179,11 @@ def damaged_results(data, results: dict, trunk: Trunk, here: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *((key, value) for key in ("score_mean", "score_std") for value in (1e39, -1e39, math.nan, math.inf, "1", [], True)),
+        *(
+            (key, value)
+            for key in ("score_mean", "score_std")
+            for value in (1e39, -1e39, math.nan, math.inf, "1", [], True)
+        ),
         ("score_std", -1.0),
     ],
 )

@@ -76,7 +76,9 @@ with standard_streams():
 def test_a_closed_stream_leads_nowhere_and_its_number_is_no_files(closed, tmp_path):
     """A file would get it, and all that is printed; what is started has it too."""
     words = f'exec "{sys.executable}" -c "$1" "$2" {closed}'
-    told = subprocess.run(["sh", "-c", words, "sh", CLOSED, tmp_path / "file"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    told = subprocess.run(
+        ["sh", "-c", words, "sh", CLOSED, tmp_path / "file"], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert told.returncode == 0, told.stderr
     number, said = (tmp_path / "file").read_text().split()
     assert int(number) > 2
@@ -118,6 +120,7 @@ def test_a_reader_that_has_enough_of_a_result_is_no_fault():
 
 def test_a_refused_result_is_refused_again():
     """A loop that tells its errors on stdout does not go on without it."""
+
     class Full(io.StringIO):
         def write(self, text):
             raise OSError(28, "No space left on device")

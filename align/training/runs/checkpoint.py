@@ -256,7 +256,7 @@ def published(folder: Path, size: int) -> Iterator[Path]:
             yield beside
             for file in (*beside.iterdir(), beside):
                 sync(file)
-        except Exception:
+        except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
         if folder.is_symlink():
