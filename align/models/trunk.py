@@ -55,8 +55,9 @@ class Trunk(nn.Module):
             self.causal.active_peft_config.base_model_name_or_path = base.source
         self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, self.device)
         self.acts_as: str | None = "default"  # the adapter in use; None: the bare trunk
-        self.switch = Switch(self.causal)
-        self._act("default")
+        if self.adapted:
+            self.switch = Switch(self.causal)
+            self._act("default")
         if model.gradient_checkpointing:
             # The backward pass computes again what some role has computed, whatever role acts by then.
             again = {"context_fn": lambda: (nullcontext(), self.acting(self.acts_as))} if self.adapted else {}
