@@ -121,12 +121,14 @@ class Roles(nn.Module):
             states = self.trunk.hidden(forest, where)
         return self.heads[role](states.float())[:, 0]
 
+    def saved(self) -> dict[str, nn.Parameter]:
+        """What a result holds, by name: the actor."""
+        own = self.named_parameters()
+        return {name: p for name, p in own if p.requires_grad and name.startswith("trunk.") and CRITIC not in name.split(".")}
+
     def save(self, folder: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
         """The actor, as `Trunk.save` writes it."""
-        own = {
-            name.removeprefix("trunk."): tensor for name, tensor in weights.items() if name.startswith("trunk.causal.")
-        }
-        self.trunk.save(folder, {name: t for name, t in own.items() if f".{CRITIC}." not in name}, about)
+        self.trunk.save(folder, {name.removeprefix("trunk."): tensor for name, tensor in weights.items()}, about)
 
     def _add(self, role: str, lora: Lora, seed: int, start: Scorer | None = None) -> None:
         """A role of its own, which begins as `start`."""
