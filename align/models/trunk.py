@@ -90,6 +90,12 @@ class Trunk(nn.Module):
             acceleration.adopt(self)
         self.forest_attention, self.attention_reason = faster_attention(self, acceleration.attention(self.device))
 
+    def let_go(self) -> None:
+        """Of embeddings, last norm and head, where they are sharded: a pass leaves them whole for the next. Its parameters
+        are the shards again."""
+        if self.sharded:
+            self.reshard()
+
     @property
     def packed(self) -> bool:
         """Whether batches are to be planted as trees (else padded)."""

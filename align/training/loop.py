@@ -91,6 +91,7 @@ class Loop:
         self.recipe, self.accelerator = session.recipe, session.accelerator
         self.plan = Plan(self.recipe, data.train, run.standing.step, run.standing.place)
         self.module = module or trunk
+        trunk.let_go()
         self.model, self.optimizer = self.module, adamw(self.module, self.recipe.optim, rates or {})
         if not trunk.sharded:
             self.model = self.accelerator.prepare(self.model)
@@ -245,6 +246,7 @@ class Loop:
         started = time.perf_counter()
         record = {"step": self.step, "split": "eval", **self.algorithm.evaluate(self)}
         self.model.train()
+        self.trunk.let_go()
         if not math.isfinite(record.get("loss", 0.0)):
             if self.step:
                 self.save_state()

@@ -42,6 +42,8 @@ class Reference:
             states = model.states(forest)
             logprobs = linear_logprobs(states, labels=forest.labels, **model.projection())
         self._states = states if keep else None
+        if self.copy and not keep:
+            self.copy.let_go()
         return path_sums(logprobs, forest.path, forest.paths)
 
     def divergence(self, forest: Forest) -> dict[str, tuple[Tensor | float, float]]:
@@ -51,6 +53,8 @@ class Reference:
             head = model.projection()["weight"], model.projection()["bias"]
         kl = linear_kl(self.policy.states(forest), self._states, **self.policy.projection(), other_head=head)
         self._states = None
+        if self.copy:
+            self.copy.let_go()
         return {"kl_per_token": (kl.sum(), len(kl))}
 
     @contextmanager
