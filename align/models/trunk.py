@@ -50,9 +50,8 @@ class Trunk(nn.Module):
         lora: Lora | None,
         seed: int = 0,
         outputs: int | None = None,
-        shard: Callable[[Trunk], Whole] | None = None,
+        shard: Callable[[Trunk], Whole] | None = None,  # leaves a part of each of the base's weights on this process
     ) -> None:
-        """`shard` leaves a part of each weight of the base on this process, before anything is computed."""
         super().__init__()
         self.fingerprint, self.base_name, self.tokenizer = base.fingerprint, base.name, base.tokenizer
         self.links, self.added = base.links, base.added
@@ -89,12 +88,6 @@ class Trunk(nn.Module):
         else:
             acceleration.adopt(self)
         self.forest_attention, self.attention_reason = faster_attention(self, acceleration.attention(self.device))
-
-    def let_go(self) -> None:
-        """Of embeddings, last norm and head, where they are sharded: a pass leaves them whole for the next. Its parameters
-        are the shards again."""
-        if self.sharded:
-            self.reshard()
 
     @property
     def packed(self) -> bool:
@@ -177,9 +170,7 @@ class Trunk(nn.Module):
             return self._scores(forest)
         return linear_logprobs(Trunk.states(self, forest), labels=forest.labels, **self.projection())
 
-    # Where the trunk is sharded, an instance's own `forward`, `states` and `hidden` first bring its weights together.
-    # That must not be done twice, so they call each other through the class.
-
+    # Where it is sharded, an instance's `forward`, `states` and `hidden` gather weights: within each other they must not.
     def states(self, forest: Forest) -> Tensor:
         """Final hidden state of the position that predicts each label, (n, d), in `dtype`."""
         with self.autocast():

@@ -37,7 +37,7 @@ from align.training.runs.start import find_start, start_from, terms_of
 from align.training.runs.state import adamw, capture, gathered, restore, trained_parameters, whole
 from align.training.screen import Screen
 from align.training.session import Session
-from align.training.shards import agree, average_gradients
+from align.training.shards import agree, average_gradients, let_go
 
 LONG = 60.0  # seconds of an evaluation before which a checkpoint is due
 MILDER = "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"
@@ -91,7 +91,7 @@ class Loop:
         self.recipe, self.accelerator = session.recipe, session.accelerator
         self.plan = Plan(self.recipe, data.train, run.standing.step, run.standing.place)
         self.module = module or trunk
-        trunk.let_go()
+        let_go(trunk)
         self.model, self.optimizer = self.module, adamw(self.module, self.recipe.optim, rates or {})
         if not trunk.sharded:
             self.model = self.accelerator.prepare(self.model)
@@ -246,7 +246,7 @@ class Loop:
         started = time.perf_counter()
         record = {"step": self.step, "split": "eval", **self.algorithm.evaluate(self)}
         self.model.train()
-        self.trunk.let_go()
+        let_go(self.trunk)
         if not math.isfinite(record.get("loss", 0.0)):
             if self.step:
                 self.save_state()
