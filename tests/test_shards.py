@@ -6,6 +6,8 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +15,17 @@ import pytest
 import several
 import torch
 from ppo_start import make_start, recipe_of
-from test_classify import predicted
+from test_classify import ROWS, predicted
 from test_classify import recipe as classes
 from test_processes import free_port
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from world import Child, align, flat, lines, metrics, weights
 
 from align import dpo, reward
@@ -57,7 +66,8 @@ def together(here: Path, jobs: list[Job]) -> list[int]:
     assert [one.status for one in told] == [0, 0], told[0].err + told[1].err
     assert (told[0].err, told[1].err) == ("", "")
     held = [[json.loads(line)["held"] for line in one.out.splitlines() if line.startswith('{"held')] for one in told]
-    assert told[0].out.count("sharded: ") == sum(LAYERS in job.words or FSDP in job.words for job in jobs)
+    for job, said in zip(jobs, told[0].out.split('{"held'), strict=False):
+        assert ("\nsharded: " in said) == (LAYERS in job.words or FSDP in job.words), said
     return [max(both) for both in zip(*held, strict=True)]
 
 
@@ -154,12 +164,12 @@ def test_what_a_launcher_asks_for_and_what_does_not_go_together(world, here, mon
 
 def every_stage(world, wide, here: Path) -> dict[str, Job]:
     """By name."""
-    small = {"base": str(world.base), "dtype": "float32"}
+    small, more = {"base": str(world.base), "dtype": "float32"}, STEPS["train"]
     made: dict[str, Job] = {}
 
     def add(stage: str, name: str, make, **sections: Any) -> None:
         os.chdir(place(here, name).parent)
-        made[name] = Job(stage, make(here / name / "recipe.yaml", **STEPS, **sections))
+        made[name] = Job(stage, make(here / name / "recipe.yaml", **STEPS | sections))
 
     def preferences(module):
         return lambda path, **sections: world.preferences(path, module, **sections)
@@ -167,6 +177,7 @@ def every_stage(world, wide, here: Path) -> dict[str, Job]:
     def labelled(path, **sections):
         return classes(world, path, data={"train": [{"path": str(path.parent / "rows.jsonl")}]}, **sections)
 
+    add("sft", "whole", world.recipe, model=small | {"base": wide}, lora=None, **GENTLE)
     add("sft", "recomputed", world.recipe, model=small | {"gradient_checkpointing": True})
     add("sft", "padded", world.recipe, model=small | {"layout": "padded"}, **SAYS)
     add("sft", "dora", world.recipe, lora={"r": 4, "dora": True})
@@ -180,8 +191,15 @@ def every_stage(world, wide, here: Path) -> dict[str, Job]:
     add("reward", "all scores", preferences(reward), lora=None, **GENTLE)
     add("classify", "classes", labelled)
     add("classify", "blocks", labelled, lora=None, classify={"train": "last_blocks"})
+    add("classify", "both directions", labelled, model={"base": str(bert(here)), "dtype": "float32"})
     add("classify", "head", labelled, lora=None, classify={"train": "head"})
     add("sft", "bfloat16", world.recipe, model={"base": wide, "dtype": "bfloat16"})
+    add("reward", "bfloat16 scores", preferences(reward), model={"base": wide, "dtype": "bfloat16"})
+    for name, start in (("from a checkpoint", "one"), ("from a result", "one/final")):
+        folder = here / "whole" / start
+        add(
+            "sft", name, world.recipe, model=small | {"base": wide}, lora=None, train=more | {"start_from": str(folder)}
+        )
     return made
 
 
@@ -191,9 +209,11 @@ def test_every_stage(world, wide, here, monkeypatch):
     monkeypatch.setattr("world.WAIT", 900)
     jobs = every_stage(world, wide, here)
     known = {name: alone(job) for name, job in jobs.items()}
-    together(here, [*jobs.values()])
+    full = jobs["whole"]._replace(words=(), run="copies")
+    *_, shards, copies = together(here, [*jobs.values(), jobs["whole"]._replace(run="again"), full])
+    assert shards <= 0.6 * copies
     for name, job in jobs.items():
-        assert_same(job.folder, known[name], 3e-2 if name == "bfloat16" else 1e-5)
+        assert_same(job.folder, known[name], 3e-2 if "bfloat16" in name else 1e-5)
     asked = write_texts(here / "texts.txt", ["Name the city 3", "Say the capital 7"])
     ours, theirs = (
         [(row["label"], float(row["p_spam"])) for row in predicted(folder / "final", str(asked))]
@@ -201,6 +221,43 @@ def test_every_stage(world, wide, here, monkeypatch):
     )
     assert [label for label, _ in ours] == [label for label, _ in theirs]
     assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=1e-4)
+
+
+def bert(here: Path) -> Path:
+    """An encoder of two layers that knows the words of the texts."""
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *sorted({w for row in ROWS for w in row["text"].lower().split()}),
+    ]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertForMaskedLM(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(here / "bert")
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(here / "bert")
+    return here / "bert"
+
+
+@pytest.mark.slow
+def test_a_launcher_configured_for_fsdp(world, here):
+    """As `accelerate config` writes it."""
+    recipe = world.recipe(here / "recipe.yaml", **STEPS)
+    (here / "fsdp.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nmixed_precision: 'no'\nmachine_rank: 0\n"
+        "num_machines: 1\nnum_processes: 2\nrdzv_backend: static\nsame_network: true\nuse_cpu: false\n"
+        "fsdp_config:\n  fsdp_version: 2\n  fsdp_offload_params: false\n  fsdp_cpu_ram_efficient_loading: true\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "fsdp.yaml"]
+    command += ["--main_process_port", str(free_port()), "-m", "align.sft", str(recipe), f"run={here / 'two'}"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    told = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("sharded: ") == 1
+    assert align(recipe).status == 0
+    assert_same(here / "two", here / "run")
 
 
 def write_texts(path: Path, texts: list[str]) -> Path:
