@@ -22,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from align.models.cpu.native import Small
 from align.models.cpu.packed import Fixed, Ready
+from align.models.kept import keeps
+from align.models.quantized import is_quantized
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora
 
@@ -165,10 +167,9 @@ class _LoraProduct(torch.autograd.Function):
         return grad_x.view(ctx.shape), None, *gradients
 
 
-def lora_config(
-    section: Lora, model: nn.Module, quantized: bool = False, scores: bool = False, added: Sequence[int] = ()
-) -> LoraConfig:
-    """peft's configuration for a recipe's `lora` section; a quantised trunk keeps peft's own layers.
+def lora_config(section: Lora, model: nn.Module, scores: bool = False, added: Sequence[int] = ()) -> LoraConfig:
+    """peft's configuration for a recipe's `lora` section. A trunk that is quantised or keeps adapters has peft's own
+    layers.
 
     `scores`: the model has a score or class head, which is trained whole beside the adapter. `added`: tokens whose
     rows train in the embedding, and in the output head where there is one.
@@ -190,7 +191,7 @@ def lora_config(
         task_type="SEQ_CLS" if scores else "CAUSAL_LM",
         trainable_token_indices=tables or None,
     )
-    if not quantized:
+    if not (is_quantized(model) or keeps(model)):
         config._register_custom_module({nn.Linear: LoraLinear, Conv1D: LoraLinear})
     return config
 

@@ -57,7 +57,7 @@ class Trunk(nn.Module):
         causal.requires_grad_(not self.adapted)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.causal = _adapt(causal, lora, base, bool(model.quantize), bool(outputs)) if self.adapted else causal
+            self.causal = _adapt(causal, lora, base, bool(outputs)) if self.adapted else causal
         if self.adapted:
             self.causal.active_peft_config.base_model_name_or_path = base.source
         if not model.compile:
@@ -262,7 +262,7 @@ class Trunk(nn.Module):
         if not self.outputs:  # over what save_pretrained of a whole model wrote
             self.generation_config().save_pretrained(folder)
         role = "adapter" if self.adapted else "model"
-        trunk = [link.model_dump() for link in self.links]
+        trunk = [link.model_dump(exclude_none=True) for link in self.links]
         meta = {"role": role, "base": self.base_name, "fingerprint": self.fingerprint, "trunk": trunk, **about}
         (folder / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -294,12 +294,12 @@ def acts(tokens: TrainableTokensLayer) -> bool:
     return bool(tokens.active_adapters) and not tokens.disable_adapters
 
 
-def _adapt(causal: nn.Module, lora: Lora, base: Base, quantized: bool, scores: bool) -> PeftModel:
+def _adapt(causal: nn.Module, lora: Lora, base: Base, scores: bool) -> PeftModel:
     check_targets(causal, lora, bool(base.added), scores)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied weights: merging unties them
-            adapted = get_peft_model(causal, lora_config(lora, causal, quantized, scores, base.added))
+            adapted = get_peft_model(causal, lora_config(lora, causal, scores, base.added))
     except ValueError as error:  # one that cannot take an adapter
         raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
     return adapted
