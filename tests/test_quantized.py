@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import pytest
 from ppo_start import make_start, recipe_of
-from world import align, lines
+from world import align
 
-from align import chat, classify, dpo, evaluate, ppo, reward, sft
+from align import classify, dpo, ppo, reward, sft
 
 pytest.importorskip("bitsandbytes")
 
