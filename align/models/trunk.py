@@ -32,6 +32,7 @@ from align.models.base import Base, compute_dtype
 from align.models.checkpoints.results import META
 from align.models.layout import faster_attention, layout_of
 from align.models.lora import Switch, check_targets, lora_config
+from align.models.memory import budgets
 from align.objectives.logprobs import linear_logprobs
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
@@ -78,6 +79,7 @@ class Trunk(nn.Module):
             again = {"context_fn": lambda: (nullcontext(), self.acting(self.acts_as))} if self.adapted else {}
             causal.gradient_checkpointing_enable({"use_reentrant": False, **again})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
+        self.budgets = budgets(config, self.dtype, self.device)
         self.forest_attention: Attention = dense_attention
         self.layout, self.layout_reason = layout_of(self, model.layout)
         self.attend(FOREST if self.packed else self.own_attention)
@@ -179,7 +181,7 @@ class Trunk(nn.Module):
         with self.autocast():
             return Trunk.hidden(self, forest, forest.where).to(self.dtype)
 
-    def projection(self, temperature: float = 1.0) -> dict[str, Tensor | float | None]:
+    def projection(self, temperature: float = 1.0) -> dict[str, Any]:
         """What makes logits of `states`, divided by the temperature."""
         layer = beneath(self.head)
         bias = layer.bias
@@ -190,6 +192,7 @@ class Trunk(nn.Module):
             "bias": None if bias is None else bias.to(self.dtype),
             "scale": self.scale / temperature,
             "softcap": None if self.softcap is None else self.softcap / temperature,
+            "chunk_bytes": self.budgets.logits_bytes,
         }
 
     def _scores(self, forest: Forest) -> Tensor:
