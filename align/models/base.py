@@ -99,12 +99,23 @@ def base_config(section: Model, scores: bool) -> PreTrainedConfig:
     return config
 
 
-def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int = 0, outputs: int | None = None) -> Base:
-    """Load the model onto `device`. A frozen trunk is held in the dtype it computes in, a trained one in float32.
+def load_base(
+    section: Model,
+    device: torch.device,
+    *,
+    frozen: bool,
+    seed: int = 0,
+    outputs: int | None = None,
+    loaded_on: torch.device | None = None,
+) -> Base:
+    """Load the model that computes on `device`. A frozen trunk is held in the dtype it computes in, a trained one in
+    float32.
 
     Adapters of earlier runs are merged into it, or kept beside its layers where it is quantised. With `outputs` it has
-    a head of as many scores in place of the output projection.
+    a head of as many scores in place of the output projection. `loaded_on`: where it stays for now, if not on the
+    device.
     """
+    place, dtype = loaded_on or device, compute_dtype(section.dtype, device)
     results = [read_result(name, "model.adapter") for name in section.adapters]
     folder, config = base_folder(section), base_config(section, outputs is not None)
     kind = AutoModelForCausalLM
@@ -113,7 +124,7 @@ def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int =
     if section.init == "random":
         model, fingerprint = _new_model(section, config, seed, kind)
     else:
-        model = _load_model(section, folder, config, device, seed, kind)
+        model = _load_model(section, folder, config, place, dtype, seed, kind)
         fingerprint = weights_fingerprint(folder, section.base)
     bits = section.quantize
     link = Link(name=section.base, path=str(folder.resolve()), fingerprint=fingerprint, quantize=bits)
@@ -124,9 +135,9 @@ def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int =
     added = tuple(sorted(tokenizer.convert_tokens_to_ids(section.add_tokens)))
     if added:
         trunk = with_rows(trunk, added, partial(len, tokenizer), "model.add_tokens")
-    model = _cast(trunk.model, section, compute_dtype(section.dtype, device) if frozen else torch.float32, device)
+    model = _cast(trunk.model, section, dtype if frozen else torch.float32, place)
     if outputs and kind is AutoModelForCausalLM:
-        model = with_head(model, outputs, seed).to(device)
+        model = with_head(model, outputs, seed).to(place)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.max_length = None
     local = section.base.startswith("demo/") or is_folder(Path(section.base))
@@ -166,14 +177,20 @@ def _cast(model: PreTrainedModel, section: Model, dtype: torch.dtype, device: to
 
 
 def _load_model(
-    section: Model, folder: Path, config: PreTrainedConfig, device: torch.device, seed: int, kind: type
+    section: Model,
+    folder: Path,
+    config: PreTrainedConfig,
+    place: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    kind: type,
 ) -> PreTrainedModel:
-    options, dtype = {}, compute_dtype(section.dtype, device)
+    options = {}
     if section.quantize:
         check_finite_files(folder, f"model.base: {section.base}")  # rounding would hide it
         with torch.device("meta"):
             skeleton = empty_model(section, config, kind)
-        options = loading(section.quantize, dtype, device, skeleton)
+        options = loading(section.quantize, dtype, place, skeleton)
     with foreign(f"model.base: {section.base} cannot be loaded"), torch.random.fork_rng():
         torch.manual_seed(seed)  # an encoder's new head is drawn here
         model, told = kind.from_pretrained(

@@ -128,13 +128,12 @@ def _kinds(trunk: Trunk, forest: Forest) -> set[_Kind]:
         found.add(_Kind(tuple(part.shape for part in states), states[0].dtype, tuple(more)))
         return dense_attention(*parts)
 
-    with torch.no_grad(), trunk.autocast():
-        trunk.decoder(
-            input_ids=forest.tokens,
-            position_ids=forest.positions,
-            use_cache=False,
-            forest=ForestMask(forest, attend=attend),
-        )
+    before, trunk.forest_attention = trunk.forest_attention, attend
+    try:
+        with torch.no_grad():
+            trunk.states(forest)
+    finally:
+        trunk.forest_attention = before
     return found
 
 

@@ -69,7 +69,8 @@ def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
             model.set_submodule(name, _eight_bit_layer(layer))
         else:
-            layer.weight.quant_state.dtype = dtype  # of the weights in a backward pass
+            layer.quant_state = layer.weight.quant_state  # a shard of the weight has none
+            layer.quant_state.dtype = dtype  # of the weights in a backward pass
             layer.support_avx512bf16_for_cpu = False  # which rounds anew where nothing trains, and for good
 
 

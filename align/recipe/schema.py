@@ -74,7 +74,7 @@ class Model(Section):
     @model_validator(mode="after")
     def _rows_are_whole(self) -> Model:
         if self.add_tokens and self.quantize:
-            raise ValueError("`add_tokens` trains embedding rows, which `quantize` cannot have yet; leave one out")
+            raise ValueError("`add_tokens` trains embedding rows, which `quantize` cannot have; leave one out")
         return self
 
     @property
@@ -188,6 +188,9 @@ class Batch(Section):
     """Examples in one optimizer step, over all processes: a number of the experiment, not of the hardware."""
     row_tokens: PositiveInt | Literal["auto"] = "auto"
     """Most tokens in one packed row (one forward pass on one device). Changes speed and memory, never the update."""
+    cache_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Most tokens of prompts and responses whose keys and values are kept at once, where a run samples. `auto` follows
+    the free memory. Changes speed and memory, never what is drawn."""
 
 
 class Optim(Section):
@@ -226,6 +229,9 @@ class Train(Section):
     """Steps between checkpoints; there is always one at the end, and one when the run is stopped."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay on disk."""
+    shard: Literal["none", "layers"] = "none"
+    """With several processes: `layers` leaves a part of each weight on every process, and gathers a layer's while it
+    computes, so that a trunk need not fit on one device. The numbers stay the same. A launcher's FSDP means this."""
     start_from: Location | None = None
     """Weights to train on: an earlier run's folder, one of its checkpoints, or its `final/` or `best/`, with the same
     trunk and the same `lora`. Steps, schedule and order are this run's own. Default: new weights."""
@@ -283,6 +289,8 @@ class BaseRecipe(Section):
                 "new weights are trained whole: with `model.init: random` set `lora: null`, and no `model.quantize` "
                 "or `model.adapter`"
             )
+        if self.train.shard == "layers" and self.model.compile:
+            raise ValueError("`train.shard: layers` does not go with `model.compile`; leave one of them out")
         if self.model.config and self.model.init != "random":
             raise ValueError("`model.config` needs `model.init: random`")
         return self
