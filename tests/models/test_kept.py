@@ -13,8 +13,8 @@ from torch import nn
 
 from align.models.base import Base, load_base, load_tokenizer
 from align.models.checkpoints.adapters import Merged, merge
-from align.models.checkpoints.results import Link, read_result
-from align.models.kept import Kept, cast, keeps
+from align.models.checkpoints.results import read_result
+from align.models.kept import Kept, cast
 from align.models.trunk import Trunk
 from align.recipe.schema import Lora, Model
 
@@ -68,18 +68,16 @@ def test_kept_adapters_are_merged_ones_to_float_tolerance(chain):
     assert (bare - trunk_on(base)(FOREST)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"compile": True}])
-def test_other_ways_to_compute_keep_them(chain, settings):
+def test_recomputing_a_layer_keeps_them(chain):
     base, first, second = chain
-    usual, other = (stir(kept_trunk(base, first, second, **more)) for more in ({}, settings))
-    found = [gradients(trunk.train(), trunk(FOREST)) for trunk in (usual, other)]
+    usual, again = (stir(kept_trunk(base, first, second, gradient_checkpointing=on)) for on in (False, True))
+    found = [gradients(trunk.train(), trunk(FOREST)) for trunk in (usual, again)]
     for name in found[0]:
-        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-5)
-    assert keeps(other)
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_of_them_trains_or_is_saved_again(chain, tmp_path):
-    base, first, second = chain
+    base, first, _ = chain
     kept = stir(kept_trunk(base, first))
     assert not [name for name, _ in kept.named_parameters() if "kept" in name]
     final = saved(kept, tmp_path / "final")
