@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+import yaml
 from ppo_start import make_start, recipe_of
+from test_processes import assert_close, pair
 from world import align
 
-from align import classify, dpo, ppo, reward, sft
+from align import chat, classify, dpo, evaluate, ppo, reward, sft
+from align.models.base import load_base
+from align.models.checkpoints.adapters import put
+from align.models.checkpoints.results import read_result
+from align.models.trunk import Trunk
+from align.recipe.schema import Model
+from align.training.labelling.predict import Classifier
 
 pytest.importorskip("bitsandbytes")
 
@@ -69,3 +80,62 @@ def test_every_stage_runs_and_says_what_it_stands_on(chain):
         assert (first["name"], first["quantize"]) == (str(chain.base), chain.bits)
         assert [Path(link["name"]).parent.name for link in more] == names
         assert all("quantize" not in link for link in more)
+
+
+def test_evaluation_finds_the_numbers_of_the_run(chain, world, here):
+    """On the trunk that the recipe names; and by itself, from what the result tells."""
+    recipe = {
+        "stage": "evaluate",
+        "run": "seen",
+        "model": {"base": str(chain.base), "dtype": "float32", "quantize": chain.bits,
+                  "adapter": [str(chain.sft), str(chain.dpo)]},
+        "policy": str(chain.ppo),
+        "data": {"train": [{"path": str(world.held_pairs), "limit": 3}]},
+        "evaluate": {"samples": 2, "generation": {"max_new": 4},
+                     "scores": [{"adapter": str(chain.reward), "name": "own"},
+                                {"model": str(chain.reward), "name": "apart"}]},
+    }  # fmt: skip
+    (here / "e.yaml").write_text(yaml.safe_dump(recipe))
+    told = align("e.yaml", stage=evaluate)
+    assert (told.status, told.err) == (0, "")
+    rows = [json.loads(line) for line in (here / "seen" / "responses.jsonl").read_text().splitlines()]
+    assert any(row["logprob"] != row["ref_logprob"] for row in rows)
+    for row in rows:
+        assert set(row["scores"]) == {"own", "apart"}
+    told = align("e.yaml", "run=other", "model.quantize=null", stage=evaluate)
+    assert told.status == 2
+    assert told.err.rstrip().endswith("; set model.quantize: " + chain.bits)
+
+
+def test_chat_finds_the_trunk_by_itself(chain, here, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Name the capital of France\n")))
+    told = align(chain.ppo, "--max-new", 6, stage=chat)
+    assert (told.status, told.err) == (0, "")
+
+
+def test_prediction_has_the_numbers_of_the_run(chain, here):
+    """The trunk and its bits come from the result."""
+    classifier = Classifier(chain.classify)
+    assert classifier.trunk.links[0].quantize == chain.bits
+    texts = ["yes 1", "no 4"]
+    shares = classifier.probabilities(texts)
+    section = Model(base=str(chain.base), dtype="float32", quantize=chain.bits)
+    result = read_result(str(chain.classify), "model.adapter")
+    base = load_base(section, torch.device("cpu"), frozen=True, outputs=2)
+    trunk = Trunk(base, section, result.config.section, outputs=2).eval()
+    put(trunk.causal, result.weights, "default", "")
+    ids = [trunk.tokenizer(text)["input_ids"] for text in texts]
+    with torch.no_grad(), trunk.attending(trunk.own_attention):
+        logits = [trunk.plain(input_ids=torch.tensor([row])).logits[0] for row in ids]
+    assert shares == pytest.approx(torch.stack(logits).softmax(-1).numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("shard", ["none", "layers"])
+def test_two_processes_are_as_one(chain, world, here, shard):
+    """With all weights on each, and with a part of them."""
+    model = {"base": str(chain.base), "quantize": chain.bits, "dtype": "float32", "adapter": [str(chain.sft)]}
+    recipe = world.recipe(here / "recipe.yaml", model=model, train={"steps": 3, "eval_every": 2, "save_every": None})
+    assert align(recipe, "run=one").status == 0
+    said = pair(here, recipe, "run=two", f"train.shard={shard}")
+    assert ("sharded: " in said) == (shard == "layers")
+    assert_close(here / "two", here / "one")

@@ -21,6 +21,7 @@ from align.data.trees import plant
 from align.models import quantized
 from align.models.base import load_base
 from align.models.checkpoints.fingerprints import weights_fingerprint
+from align.models.judge import read_judge
 from align.models.quantized import is_quantized, numbers
 from align.models.roles import CRITIC, Roles, read_scorer
 from align.models.sampling.choice import Sampling
@@ -176,6 +177,9 @@ def test_every_role_stands_on_what_is_kept(folder, chains, bits, tmp_path):
         assert torch.equal(actor, reference)
         expected = trunk_on(folder, quantize=bits, adapter=str(first))(FOREST)
         torch.testing.assert_close(reference, expected, rtol=1e-5, atol=1e-5)
+        judge = read_judge(str(tmp_path / "reward"), None, "key", CPU, torch.float32)  # the same as a model of its own
+        apart = judge.model(input_ids=torch.from_numpy(TREE.segments[0]).long()[None]).logits[0]
+        torch.testing.assert_close(scored(plant([TREE]))[0], apart, rtol=1e-5, atol=1e-5)
     assert {type(m).__name__ for m in roles.modules() if hasattr(m, "lora_A")} == {
         "Linear4bit" if bits == "4bit" else "Linear8bitLt"
     }
