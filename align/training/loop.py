@@ -101,6 +101,7 @@ class Loop:
         self.model.train()
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
         acceleration.for_training(trunk)
+        trunk.budgets = trunk.budgets.asked(self.recipe.batch.cache_tokens)
         self.batches = Batches(trunk, self.accelerator, self.recipe.batch.row_tokens)
         self.step, self.tokens_seen, self.elapsed = 0, 0, 0.0
         self.memory: dict[str, Any] = {}  # what the algorithm has to know of earlier steps; JSON can hold it
