@@ -95,6 +95,7 @@ class Roles(nn.Module):
             self._add(CRITIC, first.lora, seed, first)
             spread = first.std or 1.0
             self.heads[CRITIC] = _head(first.head / spread, trunk, -first.mean / spread)
+        trunk.take_in()
         for name, parameter in self.named_parameters():
             part = name.split(".")
             parameter.requires_grad_(CRITIC in part or ("default" in part and "lora" in name))
@@ -137,7 +138,6 @@ class Roles(nn.Module):
             causal.add_adapter(role, lora_config(lora, self.trunk.plain))
         if start:
             put(causal, start.weights, role, f"the adapter {start.folder}")
-        self.trunk._act("default")
 
 
 def steps(forest: Forest) -> Tensor:

@@ -19,22 +19,19 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from align.data.templates.ends import turn_ends
 from align.data.templates.texts import said
-from align.data.trees import FLEX_BLOCK, Forest
+from align.data.trees import GPU_MULTIPLE, Forest
+from align.models import acceleration
 from align.models.attention import NAME as FOREST
+from align.models.attention import Attention, ForestMask, dense_attention
 from align.models.base import Base, compute_dtype
 from align.models.checkpoints.results import META
-from align.models.cpu import compiled
-from align.models.cpu.blocks import ForestMask
-from align.models.cpu.fused import fuse, spare
-from align.models.gpu.replay import Replayed
-from align.models.layout import layout_of
-from align.models.lora import check_targets, lora_config
+from align.models.layout import faster_attention, layout_of
+from align.models.lora import Switch, check_targets, lora_config
 from align.models.memory import budgets
 from align.objectives.logprobs import linear_logprobs
 from align.recipe.errors import UserError
@@ -58,27 +55,30 @@ class Trunk(nn.Module):
         causal.requires_grad_(not self.adapted)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.causal = _adapt(causal, lora, base, bool(model.quantize), bool(outputs)) if self.adapted else causal
+            self.causal = _adapt(causal, lora, base, bool(outputs)) if self.adapted else causal
         if self.adapted:
             self.causal.active_peft_config.base_model_name_or_path = base.source
-        if not model.compile:
-            fuse(causal)
-            spare(self.layers[-1])
-        device = next(causal.parameters()).device
-        self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, device)
+        self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, self.device)
         self.acts_as: str | None = "default"  # the adapter in use; None: the bare trunk
+        self.switch = Switch(self.causal)
+        self._act("default")
         if model.gradient_checkpointing:
             # The backward pass computes again what some role has computed, whatever role acts by then.
             again = {"context_fn": lambda: (nullcontext(), self.acting(self.acts_as))} if self.adapted else {}
             causal.gradient_checkpointing_enable({"use_reentrant": False, **again})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
-        self.replayed = Replayed(device.type)  # one for all samplings: it knows what could not be recorded
-        self.budgets = budgets(config, self.dtype, device)
+        self.budgets = budgets(config, self.dtype, self.device)
+        self.forest_attention: Attention = dense_attention
         self.layout, self.layout_reason = layout_of(self, model.layout)
         self.attend(FOREST if self.packed else self.own_attention)
+        # The plain trunk stands. What is faster comes in its place where it agrees.
+        self.replayed = acceleration.replayed(self.device)  # one for all samplings: it knows what cannot be recorded
         if model.compile:
             for layer in self.layers:
                 layer.compile(dynamic=True)
+        else:
+            acceleration.adopt(self)
+        self.forest_attention, self.attention_reason = faster_attention(self, acceleration.attention(self.device))
 
     @property
     def packed(self) -> bool:
@@ -88,7 +88,7 @@ class Trunk(nn.Module):
     @property
     def row_multiple(self) -> int:
         """What the length of a planted row is rounded up to."""
-        return 1 if self.device.type == "cpu" else FLEX_BLOCK
+        return 1 if self.device.type == "cpu" else GPU_MULTIPLE
 
     @property
     def plain(self) -> nn.Module:
@@ -126,10 +126,9 @@ class Trunk(nn.Module):
         remarks = [f"padded layout, for {self.layout_reason}"] if self.layout_reason else []
         if not self.outputs and (remark := turn_ends(self.tokenizer).remark):
             remarks.append(remark)
-        wants = self.adapted and self.device.type == "cpu" and self.dtype == torch.bfloat16 and compiled.suits()
-        if wants and compiled.library() is None:
-            remarks.append("PyTorch does alone what C kernels do faster: they could not be compiled (is gcc there?)")
-        return remarks
+        if self.attention_reason:
+            remarks.append(f"attention over dense scores, for {self.attention_reason}")
+        return remarks + acceleration.remarks(self)
 
     @property
     def end_tokens(self) -> set[int]:
@@ -193,7 +192,7 @@ class Trunk(nn.Module):
     def hidden(self, forest: Forest, where: Tensor) -> Tensor:
         """Final hidden states of some positions, flat indices (m,) -> (m, d)."""
         if forest.packed:
-            inputs = {"forest": ForestMask(forest, where)}
+            inputs = {"forest": self.mask(forest, where)}
         else:
             inputs = {"attention_mask": forest.tree >= 0}
         states = self.decoder(
@@ -201,12 +200,13 @@ class Trunk(nn.Module):
         ).last_hidden_state
         return states.flatten(0, 1)[where]
 
+    def mask(self, forest: Forest, where: Tensor | None = None) -> ForestMask:
+        """What the layers are told of a packed forest, whose final states are read at `where`, (m,)."""
+        return ForestMask(forest, where, self.forest_attention)
+
     @contextmanager
     def acting(self, role: str | None):
-        """Under another adapter for a while; None: the bare trunk, which is the reference.
-
-        peft's own switches would also decide what trains.
-        """
+        """Under another adapter for a while; None: the bare trunk, which is the reference."""
         assert self.adapted, "without a LoRA the trunk itself is trained, and the reference is a copy"
         before = self.acts_as
         self._act(role)
@@ -217,12 +217,13 @@ class Trunk(nn.Module):
 
     def _act(self, role: str | None) -> None:
         self.acts_as = role
-        for layer in self.causal.modules():
-            if isinstance(layer, BaseTunerLayer):
-                layer._disable_adapters = role is None
-                if role is not None:
-                    brings = not isinstance(layer, TrainableTokensLayer) or role in layer.token_indices
-                    layer._active_adapter = [role] * brings
+        self.switch.turn(role)
+
+    def take_in(self) -> None:
+        """Adapters that were added: under the same switch, and as fast as the first."""
+        self.switch = Switch(self.causal)
+        self._act("default")
+        acceleration.adopt(self)
 
     @contextmanager
     def generating(self):
@@ -297,12 +298,12 @@ def acts(tokens: TrainableTokensLayer) -> bool:
     return bool(tokens.active_adapters) and not tokens.disable_adapters
 
 
-def _adapt(causal: nn.Module, lora: Lora, base: Base, quantized: bool, scores: bool) -> PeftModel:
+def _adapt(causal: nn.Module, lora: Lora, base: Base, scores: bool) -> PeftModel:
     check_targets(causal, lora, bool(base.added), scores)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied weights: merging unties them
-            adapted = get_peft_model(causal, lora_config(lora, causal, quantized, scores, base.added))
+            adapted = get_peft_model(causal, lora_config(lora, causal, scores, base.added))
     except ValueError as error:  # one that cannot take an adapter
         raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
     return adapted

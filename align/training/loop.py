@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from align.data.examples import Examples
 from align.data.mixture import Prepared
 from align.data.trees import Forest
-from align.models.cpu.joined import prepare_products
+from align.models import acceleration
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.training import telling
@@ -95,7 +95,7 @@ class Loop:
         self.model.train()
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
         if not self.recipe.model.compile:  # a compiler makes its own products
-            prepare_products(trunk)
+            acceleration.for_training(trunk)
         trunk.budgets = trunk.budgets.asked(self.recipe.batch.cache_tokens)
         self.batches = Batches(trunk, self.accelerator, self.recipe.batch.row_tokens)
         self.step, self.tokens_seen, self.elapsed = 0, 0, 0.0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-Linear = Callable[[Tensor], Tensor]  # (n, i) -> (n, o)
+from align.models.acceleration import Linear
 
 
 class Fixed(NamedTuple):
