@@ -89,7 +89,6 @@ class KeyValues:
             return False
         for layer, kept in self.layers.items():  # used whole: a part of them would have to be copied at each step
             self.layers[layer] = tuple(pad(buffer, (0, 0, 0, STRETCH)) for buffer in kept)
-            del kept
         self._room += STRETCH
         return True
 
@@ -111,7 +110,6 @@ class KeyValues:
         self.lengths = self.lengths[rows]
         for layer, (keys, values) in self.layers.items():  # one after the other: never half a cache more
             self.layers[layer] = (keys[rows], values[rows])
-            del keys, values
         self._measure()
 
 

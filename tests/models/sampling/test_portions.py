@@ -60,7 +60,7 @@ def test_prompts_in_several_passes_get_the_same_responses(family, monkeypatch):
 def test_looking_every_few_tokens_changes_no_response(trunk, every, stop, monkeypatch):
     sampling = Sampling(30, temperature=3.0, stop=stop, min_new=2)
     expected = said(trunk, sampling)
-    assert len({len(tokens) for tokens, _ in expected}) > 5
+    assert len({len(tokens) for tokens, _ in expected}) > 1
     monkeypatch.setitem(decode.LOOK, "cpu", every)
     assert said(trunk, sampling) == expected
 
