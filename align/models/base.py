@@ -164,10 +164,10 @@ def _no_dropout(config: PreTrainedConfig) -> None:
 def _cast(model: PreTrainedModel, section: Model, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Weights in `dtype` on the device; UserError where one of them is no finite number."""
     if not section.quantize:
-        model = model.to(device)
         for p in model.parameters():  # buffers, such as rotary frequencies, stay in the float32 that they need
             if p.is_floating_point():
                 p.data = p.data.to(dtype)
+        model = model.to(device)  # only now: merged weights are float32, which may not fit there
     for name, p in model.named_parameters():
         if p.is_floating_point() and not torch.isfinite(p).all():
             raise UserError(f"model.base: {section.base}: {name} has values that are not finite numbers in {dtype}")
