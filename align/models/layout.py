@@ -129,13 +129,11 @@ def _kinds(trunk: Trunk, forest: Forest) -> set[_Kind]:
         found.add(_Kind(tuple(part.shape for part in states), states[0].dtype, tuple(more)))
         return dense_attention(*parts)
 
-    with torch.no_grad(), trunk.autocast():
-        trunk.decoder(
-            input_ids=forest.tokens,
-            position_ids=forest.positions,
-            use_cache=False,
-            forest=ForestMask(forest, attend=attend),
-        )
+    training, trunk.forest_attention = trunk.training, attend
+    trunk.eval()
+    with torch.no_grad():
+        trunk.states(forest)
+    trunk.train(training)
     return found
 
 

@@ -9,7 +9,6 @@ Shapes: R rows, L tokens in a row, d hidden size, n labels of the batch.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -31,10 +28,9 @@ from align.models.attention import Attention, ForestMask, dense_attention
 from align.models.base import Base, compute_dtype
 from align.models.checkpoints.results import META
 from align.models.layout import faster_attention, layout_of
-from align.models.lora import Switch, check_targets, lora_config
+from align.models.lora import Switch, acts, adapted, beneath
 from align.models.memory import budgets
 from align.objectives.logprobs import linear_logprobs
-from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
 
 
@@ -55,7 +51,7 @@ class Trunk(nn.Module):
         causal.requires_grad_(not self.adapted)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.causal = _adapt(causal, lora, base, bool(outputs)) if self.adapted else causal
+            self.causal = adapted(causal, lora, bool(outputs), base.added) if self.adapted else causal
         if self.adapted:
             self.causal.active_peft_config.base_model_name_or_path = base.source
         self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, self.device)
@@ -73,11 +69,7 @@ class Trunk(nn.Module):
         self.attend(FOREST if self.packed else self.own_attention)
         # The plain trunk stands. What is faster comes in its place where it agrees.
         self.replayed = acceleration.replayed(self.device)  # one for all samplings: it knows what cannot be recorded
-        if model.compile:
-            for layer in self.layers:
-                layer.compile(dynamic=True)
-        else:
-            acceleration.adopt(self)
+        acceleration.adopt(self)
         self.forest_attention, self.attention_reason = faster_attention(self, acceleration.attention(self.device))
 
     @property
@@ -192,7 +184,7 @@ class Trunk(nn.Module):
     def hidden(self, forest: Forest, where: Tensor) -> Tensor:
         """Final hidden states of some positions, flat indices (m,) -> (m, d)."""
         if forest.packed:
-            inputs = {"forest": self.mask(forest, where)}
+            inputs = {"forest": self.mask(forest)}
         else:
             inputs = {"attention_mask": forest.tree >= 0}
         states = self.decoder(
@@ -200,9 +192,9 @@ class Trunk(nn.Module):
         ).last_hidden_state
         return states.flatten(0, 1)[where]
 
-    def mask(self, forest: Forest, where: Tensor | None = None) -> ForestMask:
-        """What the layers are told of a packed forest, whose final states are read at `where`, (m,)."""
-        return ForestMask(forest, where, self.forest_attention)
+    def mask(self, forest: Forest) -> ForestMask:
+        """What the layers are told of a packed forest."""
+        return ForestMask(forest, self.forest_attention)
 
     @contextmanager
     def acting(self, role: str | None):
@@ -284,26 +276,3 @@ class Trunk(nn.Module):
     def layers(self) -> list[nn.Module]:
         """The decoder's blocks, in order."""
         return max((m for m in self.decoder.modules() if isinstance(m, nn.ModuleList)), key=len)
-
-
-def beneath(layer: nn.Module) -> nn.Module:
-    """A layer of the base, without what peft has put around it."""
-    while hasattr(layer, "token_adapter") or hasattr(layer, "base_layer"):
-        layer = layer.token_adapter if hasattr(layer, "token_adapter") else layer.base_layer
-    return layer
-
-
-def acts(tokens: TrainableTokensLayer) -> bool:
-    """Whether rows of some adapter stand in place of the base's."""
-    return bool(tokens.active_adapters) and not tokens.disable_adapters
-
-
-def _adapt(causal: nn.Module, lora: Lora, base: Base, scores: bool) -> PeftModel:
-    check_targets(causal, lora, bool(base.added), scores)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tied weights: merging unties them
-            adapted = get_peft_model(causal, lora_config(lora, causal, scores, base.added))
-    except ValueError as error:  # one that cannot take an adapter
-        raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
-    return adapted

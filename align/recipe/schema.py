@@ -51,8 +51,6 @@ class Model(Section):
     """How batches are laid out. `auto` tries the packed tree layout on the loaded model and keeps it if it is exact."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, much less memory."""
-    compile: bool = False
-    """`torch.compile` the decoder layers; worth its start-up time on long GPU runs."""
     chat_template: Location | None = None
     """`chatml`, `plain` or a Jinja file. Default: the tokenizer's own; without one, `chatml` if its vocabulary has
     `<|im_start|>`, else `plain`."""

@@ -31,8 +31,8 @@ from align.training.session import Session
 TOGETHER = 2.0  # seconds: of one Ctrl-C, a stage hears from the terminal and from its launcher
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MEMORY = (
-    "lower batch.row_tokens, or batch.cache_tokens where it samples, set model.gradient_checkpointing=true, or choose a "
-    "smaller model"
+    "lower batch.row_tokens, or batch.cache_tokens where it samples, set model.gradient_checkpointing=true, or choose "
+    "a smaller model"
 )
 CUBLAS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with it cuBLAS sums in the same order every time (its manual, 2.1.4)
 

@@ -94,8 +94,7 @@ class Loop:
         self.optimizer, self.named = wrapped.optimizer, trained_parameters(self.model)
         self.model.train()
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
-        if not self.recipe.model.compile:  # a compiler makes its own products
-            acceleration.for_training(trunk)
+        acceleration.for_training(trunk)
         trunk.budgets = trunk.budgets.asked(self.recipe.batch.cache_tokens)
         self.batches = Batches(trunk, self.accelerator, self.recipe.batch.row_tokens)
         self.step, self.tokens_seen, self.elapsed = 0, 0, 0.0

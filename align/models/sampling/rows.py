@@ -113,7 +113,7 @@ class Rows:
                 position_ids=forest.positions,
                 past_key_values=recorder,
                 use_cache=True,
-                forest=trunk.mask(forest, forest.ends),
+                forest=trunk.mask(forest),
             ).last_hidden_state[0, forest.ends]
 
 
