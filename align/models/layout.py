@@ -107,7 +107,8 @@ def faster_attention(trunk: Trunk, faster: Attention | None) -> tuple[Attention,
     try:
         agrees = all(_agrees(faster, kind, forest) for kind in _kinds(trunk, forest))
     except Exception as error:  # of whatever kind: compilers have their own
-        return dense_attention, f"the faster way fails ({(str(error) or repr(error)).splitlines()[0]})"
+        said = " ".join((str(error) or repr(error)).splitlines()[:2])  # compilers name the cause in the second line
+        return dense_attention, f"the faster way fails ({said})"
     return (faster, "") if agrees else (dense_attention, "the numbers of the faster way differ")
 
 

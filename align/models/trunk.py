@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from align.data.templates.ends import turn_ends
 from align.data.templates.texts import said
-from align.data.trees import FLEX_BLOCK, Forest
+from align.data.trees import GPU_MULTIPLE, Forest
 from align.models import acceleration
 from align.models.attention import NAME as FOREST
 from align.models.attention import Attention, ForestMask, dense_attention
@@ -92,7 +92,7 @@ class Trunk(nn.Module):
     @property
     def row_multiple(self) -> int:
         """What the length of a planted row is rounded up to."""
-        return 1 if self.device.type == "cpu" else FLEX_BLOCK
+        return 1 if self.device.type == "cpu" else GPU_MULTIPLE
 
     @property
     def plain(self) -> nn.Module:

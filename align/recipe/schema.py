@@ -44,7 +44,7 @@ class Model(Section):
     """With `init: random`: entries that replace those of the base's config, such as `hidden_size`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen trunk: `auto` is bfloat16 where the device computes it natively, else float32. What trains is
-    float32."""
+    float32. `float16` is for tools that train nothing."""
     quantize: Literal["8bit", "4bit"] | None = None
     """Hold the frozen trunk's linear layers in so many bits: `4bit` is NF4 with double quantisation (QLoRA, Dettmers et
     al. 2023, arXiv 2305.14314). Needs bitsandbytes and a LoRA."""
@@ -286,6 +286,11 @@ class BaseRecipe(Section):
             raise ValueError(
                 "new weights are trained whole: with `model.init: random` set `lora: null`, and no `model.quantize` "
                 "or `model.adapter`"
+            )
+        if self.model.dtype == "float16":
+            raise ValueError(
+                "`model.dtype: float16` cannot train: small gradients become 0 in it; set bfloat16, or float32 where "
+                "the device has no bfloat16"
             )
         if self.model.config and self.model.init != "random":
             raise ValueError("`model.config` needs `model.init: random`")

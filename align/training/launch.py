@@ -31,7 +31,11 @@ from align.training.shards import fsdp_asked
 
 TOGETHER = 2.0  # seconds: of one Ctrl-C, a stage hears from the terminal and from its launcher
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-MEMORY = "lower batch.row_tokens, set model.gradient_checkpointing=true, or choose a smaller model"
+MEMORY = (
+    "lower batch.row_tokens, or batch.cache_tokens where it samples, set model.gradient_checkpointing=true, or choose "
+    "a smaller model"
+)
+CUBLAS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with it cuBLAS sums in the same order every time (its manual, 2.1.4)
 
 
 def run_stage(
@@ -44,6 +48,7 @@ def run_stage(
     left is a fault of ours, with exit status 1."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|peft|accelerate")
+    os.environ.setdefault(*CUBLAS)  # read when CUDA starts
     with safe_streams(), border(MEMORY), _among_processes():
         words, fsdp = sys.argv[1:] if argv is None else argv, fsdp_asked()
         if "train" in recipe_type.model_fields:  # else nothing trains, and each process holds the whole trunk

@@ -221,6 +221,12 @@ def test_a_rule_over_several_sections(problems):
     ]
 
 
+def test_float16_is_refused_where_something_trains(problems):
+    (said,) = problems(VALID, "model.dtype=float16")
+    assert said.startswith("r.yaml:1: `model.dtype: float16` cannot train")
+    assert "bfloat16" in said
+
+
 def test_another_stage_is_the_only_thing_said(problems):
     assert problems("# ours\nstage: dpo\noptim: 3\ndpo: {beta: 0.1}\nrun: x\nrun: y\n") == [
         "r.yaml:2: this is a recipe of stage 'dpo'; run it with: accelerate launch -m align.dpo r.yaml"
