@@ -24,12 +24,15 @@ from align.recipe.load import parse_command
 from align.recipe.schema import BaseRecipe
 from align.recipe.streams import safe_streams
 from align.training.borders.border import border
+from align.training.borders.foreign import reason
+from align.training.borders.peers import Peers
 from align.training.borders.processes import PATIENCE, FirstFailed, FirstRefused
 from align.training.borders.stops import Signals, Stopped
 from align.training.session import Session
 
 TOGETHER = 2.0  # seconds: of one Ctrl-C, a stage hears from the terminal and from its launcher
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+MENDED = (OSError, MemoryError, torch.OutOfMemoryError)  # what the user can mend, besides UserError
 MEMORY = "lower batch.row_tokens, set model.gradient_checkpointing=true, or choose a smaller model"
 
 
@@ -43,7 +46,7 @@ def run_stage(
     left is a fault of ours, with exit status 1."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|peft|accelerate")
-    with safe_streams(), border(MEMORY), _among_processes():
+    with safe_streams(), border(MEMORY), _among_processes() as peers:
         command = parse_command(sys.argv[1:] if argv is None else argv, recipe_type, program)
         if argv is None:
             _join_processes(program)
@@ -59,32 +62,45 @@ def run_stage(
                 stage(session)
             except Stopped:
                 session.say("stopped by a signal; run the same command again to go on")
+                peers.fault("stopped by a signal", 0)
             if torch.distributed.is_initialized():
                 accelerator.end_training()
 
 
 @contextmanager
-def _among_processes() -> Iterator[None]:
-    """What ends one process of several: the first says why, and the others say nothing."""
-    first = os.environ.get("RANK", "0") == "0"
+def _among_processes() -> Iterator[Peers]:
+    """This process among those of its run. What ends one ends all: the first says why, or the one that it happened to."""
+    peers = Peers()
     try:
-        yield
+        peers.join()
+        yield peers
+        peers.leave()
+    except FirstRefused:
+        peers.leave()
+        if peers.elsewhere():
+            raise
+        raise SystemExit(2) from None
     except UserError as error:
-        if not first:
+        peers.fault("; ".join(error.problems), 2)
+        if peers.rank:
             time.sleep(3)  # the first process says the same, and the launcher then ends the others
-        if isinstance(error, FirstRefused):
-            raise SystemExit(2) from None
         raise
     except Stopped:
+        peers.fault("stopped by a signal", 0)
         print("stopped by a signal", file=sys.stderr, flush=True)
         raise SystemExit(0) from None
     except FirstFailed:
+        peers.leave()
         raise SystemExit(1) from None
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):
+    except SystemExit as end:
+        peers.fault(f"exit status {end.code}", 2) if end.code else peers.leave()
+        raise
+    except Exception as error:
+        peers.explain(error)
+        scarce = "can't allocate memory" in str(error)
+        peers.fault(reason(error), 2 if scarce or isinstance(error, MENDED) else 1)
+        if scarce:
             raise MemoryError from error
-        if not first and "by peer" in str(error):
-            raise SystemExit(2) from None  # the first process has ended, and has said why
         raise
 
 
