@@ -69,7 +69,7 @@ def run_stage(
 
 @contextmanager
 def _among_processes() -> Iterator[Peers]:
-    """This process among those of its run. What ends one ends all: the first says why, or the one that it happened to."""
+    """This process among those of its run. What ends one ends all: the first says why, or whom it happened to."""
     peers = Peers()
     try:
         peers.join()

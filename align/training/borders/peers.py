@@ -154,7 +154,7 @@ class Peers:
 
     def _watch(self) -> None:
         """Until one is lost, or all have left. Only the first process hears of all; the others hear it from there."""
-        heard = {rank: b"" for rank in self._lines}
+        heard = dict.fromkeys(self._lines, b"")
         with selectors.DefaultSelector() as ready:
             for rank, line in self._lines.items():
                 ready.register(line, selectors.EVENT_READ, rank)
@@ -167,11 +167,13 @@ class Peers:
                     except OSError as error:
                         lost = DIED if error.errno == errno.ECONNRESET else LOST
                     if lost:
-                        return self._end({"rank": rank, "reason": lost, "status": 2})
+                        self._end({"rank": rank, "reason": lost, "status": 2})
+                        return
                     *lines, heard[rank] = (heard[rank] + data).split(b"\n")
                     for message in map(json.loads, lines):
                         if message["kind"] == "ended":
-                            return self._end(message)
+                            self._end(message)
+                            return
                         ready.unregister(key.fileobj)  # it has left
                         del heard[rank]
 
