@@ -29,6 +29,7 @@ from align.training.borders.peers import Peers
 from align.training.borders.processes import PATIENCE, FirstFailed, FirstRefused
 from align.training.borders.stops import Signals, Stopped
 from align.training.session import Session
+from align.training.shards import fsdp_asked
 
 TOGETHER = 2.0  # seconds: of one Ctrl-C, a stage hears from the terminal and from its launcher
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -47,9 +48,12 @@ def run_stage(
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|peft|accelerate")
     with safe_streams(), border(MEMORY), _among_processes() as peers:
-        command = parse_command(sys.argv[1:] if argv is None else argv, recipe_type, program)
+        words, fsdp = sys.argv[1:] if argv is None else argv, fsdp_asked()
+        if "train" in recipe_type.model_fields:  # else nothing trains, and each process holds the whole trunk
+            words = [*words, *fsdp]
+        command = parse_command(words, recipe_type, program)
         if argv is None:
-            _join_processes(program)
+            _join_processes(program, words)
         with Signals(TOGETHER) as signals, ExitStack() as held:
             accelerator = _processes(program)
             _quiet_libraries()
@@ -115,12 +119,12 @@ def _processes(program: str) -> Accelerator:
             f"{launched} processes were launched, but they do not find each other; on a CPU, launch them with "
             f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched} -m {program} RECIPE"
         )
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        raise UserError("accelerate's DeepSpeed and FSDP plugins are not supported yet: use DDP (--multi_gpu)")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError("accelerate's DeepSpeed plugin is not supported yet: use DDP (--multi_gpu)")
     return accelerator
 
 
-def _join_processes(program: str) -> None:
+def _join_processes(program: str, words: Sequence[str]) -> None:
     """On a CPU, accelerate's launcher starts one process, whatever number it is given, unless MPI is there.
 
     It then has set MASTER_ADDR, but no WORLD_SIZE. The processes asked for are started here instead, by torchrun.
@@ -131,8 +135,8 @@ def _join_processes(program: str) -> None:
     if "MASTER_ADDR" not in environment:
         return
     asked = {"num_processes": 0, "num_machines": 1, "machine_rank": 0}
-    words = [part for word in psutil.Process(os.getppid()).cmdline() for part in word.split("=", 1)]
-    for flag, value in pairwise(words):
+    launcher = [part for word in psutil.Process(os.getppid()).cmdline() for part in word.split("=", 1)]
+    for flag, value in pairwise(launcher):
         name = flag.removeprefix("--").replace("-", "_")
         if name in asked and value.isdigit():
             asked[name] = int(value)
@@ -152,7 +156,7 @@ def _join_processes(program: str) -> None:
     }
     command = [sys.executable, "-m", "torch.distributed.run", *(f"--{name}={value}" for name, value in options.items())]
     sys.stdout.flush()
-    os.execve(sys.executable, [*command, "-m", program, *sys.argv[1:]], {**environment, "ACCELERATE_USE_CPU": "true"})
+    os.execve(sys.executable, [*command, "-m", program, *words], {**environment, "ACCELERATE_USE_CPU": "true"})
 
 
 def _use_all_cores() -> None:
