@@ -15,7 +15,7 @@ from itertools import pairwise
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
@@ -23,6 +23,7 @@ from align.recipe.errors import UserError
 from align.recipe.load import parse_command
 from align.recipe.schema import BaseRecipe
 from align.recipe.streams import safe_streams
+from align.training import zero
 from align.training.borders.border import border
 from align.training.borders.foreign import reason
 from align.training.borders.peers import Peers
@@ -56,6 +57,7 @@ def run_stage(
             _join_processes(program, words)
         with Signals(TOGETHER) as signals, ExitStack() as held:
             accelerator = _processes(program)
+            zero.settle(accelerator, command.recipe)
             _quiet_libraries()
             _use_all_cores()
             keep_freed_memory()
@@ -111,7 +113,8 @@ def _among_processes() -> Iterator[Peers]:
 def _processes(program: str) -> Accelerator:
     """This process among those of the run. Raises UserError where they do not find each other."""
     # Precision and accumulation are the recipe's own; a launcher's settings would change the numbers behind it.
-    single, patient = GradientAccumulationPlugin(num_steps=1), InitProcessGroupKwargs(timeout=PATIENCE)
+    group = zero.ready() if zero.asked() else {}
+    single, patient = GradientAccumulationPlugin(num_steps=1), InitProcessGroupKwargs(timeout=PATIENCE, **group)
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_plugin=single, kwargs_handlers=[patient])
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:  # else each would be a run of its own, all in one folder
@@ -119,8 +122,6 @@ def _processes(program: str) -> Accelerator:
             f"{launched} processes were launched, but they do not find each other; on a CPU, launch them with "
             f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched} -m {program} RECIPE"
         )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise UserError("accelerate's DeepSpeed plugin is not supported yet: use DDP (--multi_gpu)")
     return accelerator
 
 
@@ -181,5 +182,5 @@ def keep_freed_memory() -> None:
 def _quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("accelerate", "peft", "datasets", "torch.distributed", "httpx"):
+    for name in ("accelerate", "peft", "datasets", "torch.distributed", "httpx", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
