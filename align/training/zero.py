@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO, stages 1 to 3, for those who have its configurations: what it may ask for, and its weights whole.
 
 ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) lays the optimizer's moments (1), gradients (2) and weights (3) over
-the processes. It comes through accelerate's plugin. `train.shard: layers` does the same with torch alone, for every stage.
+the processes. It comes through accelerate's plugin. `train.shard: layers` does the same for every stage.
 Under stage 3, a layer's weights are gathered together while it computes; embeddings and head stay whole everywhere.
 """
 
