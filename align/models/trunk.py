@@ -50,9 +50,8 @@ class Trunk(nn.Module):
         lora: Lora | None,
         seed: int = 0,
         outputs: int | None = None,
-        shard: Callable[[Trunk], Whole] | None = None,
+        shard: Callable[[Trunk], Whole] | None = None,  # leaves a part of each of the base's weights on this process
     ) -> None:
-        """`shard` leaves a part of each weight of the base on this process, before anything is computed."""
         super().__init__()
         self.fingerprint, self.base_name, self.tokenizer = base.fingerprint, base.name, base.tokenizer
         self.links, self.added = base.links, base.added
@@ -83,11 +82,7 @@ class Trunk(nn.Module):
         self.attend(FOREST if self.packed else self.own_attention)
         # The plain trunk stands. What is faster comes in its place where it agrees.
         self.replayed = acceleration.replayed(self)  # one for all samplings: it knows what cannot be recorded
-        if model.compile:
-            for layer in self.layers:
-                layer.compile(dynamic=True)
-        else:
-            acceleration.adopt(self)
+        acceleration.adopt(self)
         self.forest_attention, self.attention_reason = faster_attention(self, acceleration.attention(self.device))
 
     @property
@@ -171,9 +166,7 @@ class Trunk(nn.Module):
             return self._scores(forest)
         return linear_logprobs(Trunk.states(self, forest), labels=forest.labels, **self.projection())
 
-    # Where the trunk is sharded, an instance's own `forward`, `states` and `hidden` first bring its weights together.
-    # That must not be done twice, so they call each other through the class.
-
+    # Where it is sharded, an instance's `forward`, `states` and `hidden` gather weights, and must not do so nested.
     def states(self, forest: Forest) -> Tensor:
         """Final hidden state of the position that predicts each label, (n, d), in `dtype`."""
         with self.autocast():
@@ -204,7 +197,7 @@ class Trunk(nn.Module):
     def hidden(self, forest: Forest, where: Tensor) -> Tensor:
         """Final hidden states of some positions, flat indices (m,) -> (m, d)."""
         if forest.packed:
-            inputs = {"forest": self.mask(forest, where)}
+            inputs = {"forest": self.mask(forest)}
         else:
             inputs = {"attention_mask": forest.tree >= 0}
         states = self.decoder(
@@ -212,9 +205,9 @@ class Trunk(nn.Module):
         ).last_hidden_state
         return states.flatten(0, 1)[where]
 
-    def mask(self, forest: Forest, where: Tensor | None = None) -> ForestMask:
-        """What the layers are told of a packed forest, whose final states are read at `where`, (m,)."""
-        return ForestMask(forest, where, self.forest_attention)
+    def mask(self, forest: Forest) -> ForestMask:
+        """What the layers are told of a packed forest."""
+        return ForestMask(forest, self.forest_attention)
 
     @contextmanager
     def acting(self, role: str | None):

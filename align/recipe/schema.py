@@ -51,8 +51,6 @@ class Model(Section):
     """How batches are laid out. `auto` tries the packed tree layout on the loaded model and keeps it if it is exact."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, much less memory."""
-    compile: bool = False
-    """`torch.compile` the decoder layers; worth its start-up time on long GPU runs."""
     chat_template: Location | None = None
     """`chatml`, `plain` or a Jinja file. Default: the tokenizer's own; without one, `chatml` if its vocabulary has
     `<|im_start|>`, else `plain`."""
@@ -280,8 +278,6 @@ class BaseRecipe(Section):
                 "new weights are trained whole: with `model.init: random` set `lora: null`, and no `model.quantize` "
                 "or `model.adapter`"
             )
-        if self.train.shard == "layers" and self.model.compile:
-            raise ValueError("`train.shard: layers` does not go with `model.compile`; leave one of them out")
         if self.train.shard == "layers" and self.model.quantize:
             raise ValueError(
                 "`train.shard: layers` cannot shard a quantised trunk yet; leave out `model.quantize` or `train.shard`"

@@ -15,6 +15,7 @@ from itertools import pairwise
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
@@ -135,17 +136,12 @@ def _join_processes(program: str, words: Sequence[str]) -> None:
         return
     if "MASTER_ADDR" not in environment:
         return
-    asked = {"num_processes": 0, "num_machines": 1, "machine_rank": 0}
-    launcher = [part for word in psutil.Process(os.getppid()).cmdline() for part in word.split("=", 1)]
-    for flag, value in pairwise(launcher):
-        name = flag.removeprefix("--").replace("-", "_")
-        if name in asked and value.isdigit():
-            asked[name] = int(value)
+    asked = _asked([part for word in psutil.Process(os.getppid()).cmdline() for part in word.split("=", 1)])
     if asked["num_processes"] < 1:
         if "MASTER_PORT" not in environment or environment.get("ACCELERATE_USE_CPU") != "True":
             return  # a scheduler's MASTER_ADDR
         raise UserError(
-            "accelerate's launcher starts several processes on a CPU only if it is given --num_processes N; "
+            "accelerate's launcher was not told how many processes to start on a CPU: give it --num_processes N, "
             f"or run: ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m {program} RECIPE"
         )
     options = {
@@ -158,6 +154,17 @@ def _join_processes(program: str, words: Sequence[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", *(f"--{name}={value}" for name, value in options.items())]
     sys.stdout.flush()
     os.execve(sys.executable, [*command, "-m", program, *words], {**environment, "ACCELERATE_USE_CPU": "true"})
+
+
+def _asked(launcher: list[str]) -> dict[str, int]:
+    """What accelerate's launcher was told of processes: by flags, else in its configuration."""
+    flags = {flag.removeprefix("--").replace("-", "_"): value for flag, value in pairwise(launcher)}
+    asked = {"num_processes": 0, "num_machines": 1, "machine_rank": 0}
+    file = flags.get("config_file")
+    if file or ("--cpu" not in launcher and os.path.isfile(default_config_file)):
+        config = load_config_from_file(file)
+        asked |= {name: getattr(config, name) for name in asked if getattr(config, name, None) is not None}
+    return asked | {name: int(flags[name]) for name in asked if flags.get(name, "").isdigit()}
 
 
 def _use_all_cores() -> None:

@@ -37,7 +37,7 @@ from align.training.runs.start import find_start, start_from, terms_of
 from align.training.runs.state import adamw, capture, gathered, restore, trained_parameters, whole
 from align.training.screen import Screen
 from align.training.session import Session
-from align.training.shards import agree, average_gradients
+from align.training.shards import agree, average_gradients, let_go
 
 LONG = 60.0  # seconds of an evaluation before which a checkpoint is due
 MILDER = "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"
@@ -91,6 +91,7 @@ class Loop:
         self.recipe, self.accelerator = session.recipe, session.accelerator
         self.plan = Plan(self.recipe, data.train, run.standing.step, run.standing.place)
         self.module = module or trunk
+        let_go(trunk)
         self.optimizer = adamw(self.module, self.recipe.optim, rates or {})
         self.model = self._wrapped()
         self.named = trained_parameters(self.model)
@@ -98,8 +99,7 @@ class Loop:
             agree(self.named.values())
         self.model.train()
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
-        if not self.recipe.model.compile:  # a compiler makes its own products
-            acceleration.for_training(trunk)
+        acceleration.for_training(trunk)
         self.batches = Batches(trunk, self.accelerator, self.recipe.batch.row_tokens)
         self.step, self.tokens_seen, self.elapsed = 0, 0, 0.0
         self.memory: dict[str, Any] = {}  # what the algorithm has to know of earlier steps; JSON can hold it
@@ -265,6 +265,7 @@ class Loop:
         started = time.perf_counter()
         record = {"step": self.step, "split": "eval", **self.algorithm.evaluate(self)}
         self.model.train()
+        let_go(self.trunk)
         if not math.isfinite(record.get("loss", 0.0)):
             if self.step:
                 self.save_state()

@@ -101,6 +101,13 @@ def whole(trunk: Trunk, part: nn.Module | None = None) -> Iterator[None]:
             m.set_reshard_after_forward(m is not trunk, recurse=False)  # torch's own choice: a root is needed again
 
 
+def let_go(trunk: Trunk) -> None:
+    """Of embeddings, last norm and head, where they are sharded: a pass leaves them whole for the next, which may not
+    come. All parameters are shards again."""
+    if isinstance(trunk, FSDPModule):
+        trunk.reshard()
+
+
 def told(trunk: Trunk) -> str:
     """What is sharded, in one line."""
     shards = [p for p in trunk.parameters() if isinstance(p, DTensor)]

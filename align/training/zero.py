@@ -80,7 +80,7 @@ def settle(accelerator: Accelerator, recipe: BaseRecipe) -> None:
     if stage not in (1, 2, 3):
         problems.append(f"DeepSpeed's zero_optimization.stage is {stage}: take 2 or 3, or DDP without DeepSpeed")
     if stage == 3:
-        for key in ("quantize", "compile", "gradient_checkpointing"):
+        for key in ("quantize", "gradient_checkpointing"):
             if getattr(recipe.model, key):
                 problems.append(f"model.{key} does not go with ZeRO-3: leave it out, or {INSTEAD}")
     if problems:

@@ -100,7 +100,7 @@ class Rows:
                 position_ids=forest.positions,
                 past_key_values=recorder,
                 use_cache=True,
-                forest=trunk.mask(forest, forest.ends),
+                forest=trunk.mask(forest),
             ).last_hidden_state[0, forest.ends]
         edges = np.cumsum([0, *(len(prompt) for prompt in prompts)])
         spans = [(int(a), int(b)) for a, b in pairwise(edges) for _ in range(copies)]

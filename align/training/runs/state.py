@@ -21,12 +21,8 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a paramet
 
 
 def trained_parameters(model: nn.Module) -> Named:
-    """What trains, under the names it has without the wrappers of DDP, FSDP and torch.compile."""
-    return {
-        name.removeprefix("module.").replace("_orig_mod.", ""): p
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+    """What trains, under the names it has without the wrappers of DDP and FSDP."""
+    return {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def adamw(model: nn.Module, optim: Optim, rates: dict[str, float]) -> torch.optim.AdamW:

@@ -68,8 +68,7 @@ class Tapes:
 
 def records(trunk, monkeypatch, record, watch=nullcontext) -> None:
     """From now on as if the CPU recorded its steps."""
-    monkeypatch.setitem(replay.RECORDERS, "cpu", replay.Recorder(watch, record))
-    trunk.replayed = replay.Replayed("cpu")
+    trunk.replayed = replay.Replayed(replay.Recorder(watch, record))
 
 
 def said(trunk, sampling: Sampling) -> list[list[int]]:
