@@ -35,6 +35,7 @@ from align.models.cpu.fused import fuse, spare
 from align.models.gpu.replay import Replayed
 from align.models.layout import layout_of
 from align.models.lora import check_targets, lora_config
+from align.models.memory import budgets
 from align.objectives.logprobs import linear_logprobs
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
@@ -72,6 +73,7 @@ class Trunk(nn.Module):
             causal.gradient_checkpointing_enable({"use_reentrant": False, **again})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
         self.replayed = Replayed(device.type)  # one for all samplings: it knows what could not be recorded
+        self.budgets = budgets(config, self.dtype, device)
         self.layout, self.layout_reason = layout_of(self, model.layout)
         self.attend(FOREST if self.packed else self.own_attention)
         if model.compile:
@@ -165,7 +167,7 @@ class Trunk(nn.Module):
         with self.autocast():
             return self.hidden(forest, forest.where).to(self.dtype)
 
-    def projection(self, temperature: float = 1.0) -> dict[str, Tensor | float | None]:
+    def projection(self, temperature: float = 1.0) -> dict[str, Any]:
         """What makes logits of `states`, divided by the temperature."""
         layer = beneath(self.head)
         bias = layer.bias
@@ -176,6 +178,7 @@ class Trunk(nn.Module):
             "bias": None if bias is None else bias.to(self.dtype),
             "scale": self.scale / temperature,
             "softcap": None if self.softcap is None else self.softcap / temperature,
+            "chunk_bytes": self.budgets.logits_bytes,
         }
 
     def _scores(self, forest: Forest) -> Tensor:

@@ -187,6 +187,9 @@ class Batch(Section):
     """Examples in one optimizer step, over all processes: a number of the experiment, not of the hardware."""
     row_tokens: PositiveInt | Literal["auto"] = "auto"
     """Most tokens in one packed row (one forward pass on one device). Changes speed and memory, never the update."""
+    cache_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Most tokens of prompts and responses whose keys and values are kept at once, where a run samples. `auto` follows
+    the free memory. Changes speed and memory, never what is drawn."""
 
 
 class Optim(Section):

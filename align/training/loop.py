@@ -96,6 +96,7 @@ class Loop:
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
         if not self.recipe.model.compile:  # a compiler makes its own products
             prepare_products(trunk)
+        trunk.budgets = trunk.budgets.asked(self.recipe.batch.cache_tokens)
         self.batches = Batches(trunk, self.accelerator, self.recipe.batch.row_tokens)
         self.step, self.tokens_seen, self.elapsed = 0, 0, 0.0
         self.memory: dict[str, Any] = {}  # what the algorithm has to know of earlier steps; JSON can hold it

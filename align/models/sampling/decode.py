@@ -23,7 +23,6 @@ from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 
 Heed = Callable[[list[int]], None]
-KEPT_TOKENS = {"cpu": 32_768, "cuda": 1_048_576}  # of all rows that are sampled at once
 FEW_ROWS = 16  # that products are prepared for
 LEAVE = {"cpu": 0.75, "cuda": 0.5}  # rows that are done leave when no more than this share goes on
 
@@ -50,7 +49,8 @@ def sample(
     responses: list[list[Response]] = [[] for _ in prompts]
     with torch.no_grad(), _evaluating(trunk), fixed_products(trunk, FEW_ROWS):
         project = _projection(trunk)
-        for group in _groups(order, prompts, sampling.max_new, max(samples, sampling.beams), trunk.device.type):
+        room = trunk.budgets.cache_tokens
+        for group in _groups(order, prompts, sampling.max_new, max(samples, sampling.beams), room):
             asked = [prompts[i] for i in group]
             if sampling.beams > 1:
                 rows = Rows(trunk, project, asked, 1, sampling)
@@ -177,10 +177,10 @@ def _projection(trunk: Trunk) -> Linear:
 
 
 def _groups(
-    order: list[int], prompts: Sequence[np.ndarray], max_new: int, samples: int, device: str
+    order: list[int], prompts: Sequence[np.ndarray], max_new: int, samples: int, budget: int
 ) -> Iterator[list[int]]:
-    """Prompts of like length together, as many as there is room for."""
-    budget, group, room = KEPT_TOKENS.get(device, KEPT_TOKENS["cuda"]), [], 0
+    """Prompts of like length together, as many as there is room for: a budget of kept tokens."""
+    group, room = [], 0
     for i in order:
         room = room or len(prompts[i]) + max_new  # the first of a group is its longest
         if group and (len(group) + 1) * samples * room > budget:
