@@ -33,9 +33,7 @@ from torch import Tensor, nn
 
 from align.data.formats.prompts import prompts
 from align.data.trees import Forest
-from align.models.base import load_base
 from align.models.roles import CRITIC, Entropy, Roles, Said
-from align.models.trunk import Trunk
 from align.objectives import advantages as adv
 from align.objectives.losses import clipped_policy_loss, clipped_value_loss
 from align.recipe.schema import BaseRecipe, Optim, PositiveInt, Section
@@ -48,6 +46,7 @@ from align.training.rollouts.rewards import RewardPart, Rewards, stands_on
 from align.training.rollouts.rollout import Generation, Rollout, Targets, check_samples, explained, figures, minibatches
 from align.training.rollouts.watch import Watch, check_unmoved
 from align.training.session import Session
+from align.training.shards import load_trunk
 
 ESTIMATORS = {"k1": adv.k1, "k2": adv.k2, "k3": adv.k3}
 SAMPLING, ORDER = 5, 6  # tell the streams of random numbers apart
@@ -273,8 +272,7 @@ def train(session: Session) -> None:
     if not (begun := session.begin(prompts(), others, **room, **stands_on(recipe.ppo.rewards))):
         return
     run, data, more = begun
-    base = load_base(recipe.model, session.accelerator.device, frozen=True, seed=recipe.seed)
-    trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
+    trunk = load_trunk(session)
     check_samples(trunk)
     rewards, temperature = Rewards(recipe.ppo.rewards, trunk), recipe.ppo.generation.temperature
     roles = Roles(trunk, recipe.lora, rewards.scorers, rewards.leading, temperature, recipe.seed)

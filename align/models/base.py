@@ -108,11 +108,22 @@ def base_config(section: Model, scores: bool, described: Path | None = None) -> 
     return config
 
 
-def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int = 0, outputs: int | None = None) -> Base:
-    """Load the model onto `device`. A frozen trunk is held in the dtype it computes in, a trained one in float32.
+def load_base(
+    section: Model,
+    device: torch.device,
+    *,
+    frozen: bool,
+    seed: int = 0,
+    outputs: int | None = None,
+    loaded_on: torch.device | None = None,
+) -> Base:
+    """Load the model that computes on `device`. A frozen trunk is held in the dtype it computes in, a trained one in
+    float32.
 
-    With `outputs` it has a head of as many scores in place of the output projection.
+    With `outputs` it has a head of as many scores in place of the output projection. `loaded_on`: where it stays for
+    now, if not on the device.
     """
+    place = loaded_on or device
     results = [read_result(name, "model.adapter") for name in section.adapters]
     folder, config = base_folder(section), base_config(section, outputs is not None)
     kind = AutoModelForCausalLM
@@ -132,9 +143,9 @@ def load_base(section: Model, device: torch.device, *, frozen: bool, seed: int =
     added = tuple(sorted(tokenizer.convert_tokens_to_ids(section.add_tokens)))
     if added:
         trunk = with_rows(trunk, added, partial(len, tokenizer), "model.add_tokens")
-    model = _cast(trunk.model, section, compute_dtype(section.dtype, device) if frozen else torch.float32, device)
+    model = _cast(trunk.model, section, compute_dtype(section.dtype, device) if frozen else torch.float32, place)
     if outputs and kind is AutoModelForCausalLM:
-        model = with_head(model, outputs, seed).to(device)
+        model = with_head(model, outputs, seed).to(place)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.max_length = None
     local = section.base.startswith("demo/") or is_folder(Path(section.base))

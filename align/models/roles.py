@@ -8,6 +8,7 @@ Shapes: n labelled tokens, P paths (responses), S = n + P steps: before each tok
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -95,6 +96,7 @@ class Roles(nn.Module):
             self._add(CRITIC, first.lora, seed, first)
             spread = first.std or 1.0
             self.heads[CRITIC] = _head(first.head / spread, trunk, -first.mean / spread)
+        trunk.take_in()
         for name, parameter in self.named_parameters():
             part = name.split(".")
             parameter.requires_grad_(CRITIC in part or ("default" in part and "lora" in name))
@@ -121,12 +123,14 @@ class Roles(nn.Module):
             states = self.trunk.hidden(forest, where)
         return self.heads[role](states.float())[:, 0]
 
+    def saved(self) -> dict[str, nn.Parameter]:
+        """What a result holds, by name: the actor."""
+        own = {name: p for name, p in self.named_parameters() if p.requires_grad and name.startswith("trunk.")}
+        return {name: p for name, p in own.items() if CRITIC not in name.split(".")}
+
     def save(self, folder: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
         """The actor, as `Trunk.save` writes it."""
-        own = {
-            name.removeprefix("trunk."): tensor for name, tensor in weights.items() if name.startswith("trunk.causal.")
-        }
-        self.trunk.save(folder, {name: t for name, t in own.items() if f".{CRITIC}." not in name}, about)
+        self.trunk.save(folder, {name.removeprefix("trunk."): tensor for name, tensor in weights.items()}, about)
 
     def _add(self, role: str, lora: Lora, seed: int, start: Scorer | None = None) -> None:
         """A role of its own, which begins as `start`."""
@@ -134,10 +138,10 @@ class Roles(nn.Module):
         check_targets(self.trunk.plain, lora)
         with torch.random.fork_rng():
             torch.manual_seed(seed + 1)
-            causal.add_adapter(role, lora_config(lora, self.trunk.plain))
+            with self.trunk.whole() if lora.dora else nullcontext():  # DoRA starts at the length of each weight's rows
+                causal.add_adapter(role, lora_config(lora, self.trunk.plain))
         if start:
             put(causal, start.weights, role, f"the adapter {start.folder}")
-        self.trunk._act("default")
 
 
 def steps(forest: Forest) -> Tensor:

@@ -228,6 +228,9 @@ class Train(Section):
     """Steps between checkpoints; there is always one at the end, and one when the run is stopped."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay on disk."""
+    shard: Literal["none", "layers"] = "none"
+    """With several processes: `layers` leaves a part of each weight on every process, and gathers a layer's while it
+    computes, so that a trunk need not fit on one device. The numbers stay the same. A launcher's FSDP means this."""
     start_from: Location | None = None
     """Weights to train on: an earlier run's folder, one of its checkpoints, or its `final/` or `best/`, with the same
     trunk and the same `lora`. Steps, schedule and order are this run's own. Default: new weights."""
@@ -279,6 +282,12 @@ class BaseRecipe(Section):
             raise ValueError(
                 "new weights are trained whole: with `model.init: random` set `lora: null`, and no `model.quantize` "
                 "or `model.adapter`"
+            )
+        if self.train.shard == "layers" and self.model.compile:
+            raise ValueError("`train.shard: layers` does not go with `model.compile`; leave one of them out")
+        if self.train.shard == "layers" and self.model.quantize:
+            raise ValueError(
+                "`train.shard: layers` cannot shard a quantised trunk yet; leave out `model.quantize` or `train.shard`"
             )
         if self.model.config and self.model.init != "random":
             raise ValueError("`model.config` needs `model.init: random`")

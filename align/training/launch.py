@@ -27,6 +27,7 @@ from align.training.borders.border import border
 from align.training.borders.processes import PATIENCE, FirstFailed, FirstRefused
 from align.training.borders.stops import Signals, Stopped
 from align.training.session import Session
+from align.training.shards import fsdp_asked
 
 TOGETHER = 2.0  # seconds: of one Ctrl-C, a stage hears from the terminal and from its launcher
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -44,7 +45,10 @@ def run_stage(
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|peft|accelerate")
     with safe_streams(), border(MEMORY), _among_processes():
-        command = parse_command(sys.argv[1:] if argv is None else argv, recipe_type, program)
+        words, fsdp = sys.argv[1:] if argv is None else argv, fsdp_asked()
+        if "train" in recipe_type.model_fields:  # else nothing trains, and each process holds the whole trunk
+            words = [*words, *fsdp]
+        command = parse_command(words, recipe_type, program)
         if argv is None:
             _join_processes(program)
         with Signals(TOGETHER) as signals, ExitStack() as held:
@@ -99,8 +103,8 @@ def _processes(program: str) -> Accelerator:
             f"{launched} processes were launched, but they do not find each other; on a CPU, launch them with "
             f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched} -m {program} RECIPE"
         )
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        raise UserError("accelerate's DeepSpeed and FSDP plugins are not supported yet: use DDP (--multi_gpu)")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError("accelerate's DeepSpeed plugin is not supported yet: use DDP (--multi_gpu)")
     return accelerator
 
 

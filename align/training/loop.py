@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from align.data.examples import Examples
 from align.data.mixture import Prepared
 from align.data.trees import Forest
-from align.models.cpu.joined import prepare_products
+from align.models import acceleration
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.training import telling
@@ -34,9 +34,10 @@ from align.training.plan import Plan, learning_rate
 from align.training.runs.checkpoint import CheckpointWriter, published
 from align.training.runs.run import Run
 from align.training.runs.start import find_start, start_from, terms_of
-from align.training.runs.state import adamw, capture, restore, trained_parameters, whole
+from align.training.runs.state import adamw, capture, gathered, restore, trained_parameters, whole
 from align.training.screen import Screen
 from align.training.session import Session
+from align.training.shards import agree, average_gradients
 
 LONG = 60.0  # seconds of an evaluation before which a checkpoint is due
 MILDER = "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"
@@ -90,12 +91,16 @@ class Loop:
         self.recipe, self.accelerator = session.recipe, session.accelerator
         self.plan = Plan(self.recipe, data.train, run.standing.step, run.standing.place)
         self.module = module or trunk
-        self.model, wrapped = self.accelerator.prepare(self.module, adamw(self.module, self.recipe.optim, rates or {}))
-        self.optimizer, self.named = wrapped.optimizer, trained_parameters(self.model)
+        self.model, self.optimizer = self.module, adamw(self.module, self.recipe.optim, rates or {})
+        if not trunk.sharded:
+            self.model = self.accelerator.prepare(self.model)
+        self.named = trained_parameters(self.model)
+        if trunk.sharded:
+            agree(self.named.values())
         self.model.train()
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
         if not self.recipe.model.compile:  # a compiler makes its own products
-            prepare_products(trunk)
+            acceleration.for_training(trunk)
         trunk.budgets = trunk.budgets.asked(self.recipe.batch.cache_tokens)
         self.batches = Batches(trunk, self.accelerator, self.recipe.batch.row_tokens)
         self.step, self.tokens_seen, self.elapsed = 0, 0, 0.0
@@ -196,12 +201,14 @@ class Loop:
             sums.add("distinct", batch.distinct if row else 0)
             for name, (value, count) in metrics.items() if row else ():
                 sums.add(name, value, count)
+        if self.trunk.sharded:
+            average_gradients(self.named.values(), self.accelerator)
         return sums.merged(self.accelerator)
 
     def update(self, chosen: np.ndarray, rate: float, loss: float, count: float) -> dict[str, float]:
         """Step the optimizer with the accumulated gradients of a sum over `count`; their norms, group by group."""
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
-        # Accelerate averages gradients over processes; the loss is a sum over all of them.
+        # Gradients are averaged over processes; the loss is a sum over all of them.
         torch._foreach_mul_(gradients, self.accelerator.num_processes / max(count, 1.0))
         most = self.recipe.optim.max_grad_norm or math.inf
         groups: dict[str, list[nn.Parameter]] = {}
@@ -261,7 +268,7 @@ class Loop:
         """A checkpoint of now, unless there is one; with shards, every process must call it."""
         if self.saved == self.step:
             return
-        tensors = capture(self.named, self.optimizer)
+        tensors = capture(self.named, self.optimizer, self.session.first)
         state = {
             "step": self.step, "place": self.plan.place(self.step), "tokens_seen": self.tokens_seen,
             "elapsed_seconds": self.elapsed, "memory": self.memory, "identity": self.run.identity,
@@ -285,8 +292,9 @@ class Loop:
 
     def publish(self, folder: Path, about: dict[str, Any]) -> None:
         """Write the result as it is now; with shards, every process must call it."""
-        result = {name: whole(p).detach().to("cpu") for name, p in self.named.items()}
+        result = gathered(self.module.saved(), self.session.first)
         if self.session.first:
+            result = {name: tensor.detach().to("cpu") for name, tensor in result.items()}
             told = {"stage": self.recipe.stage, "step": self.step, **about}
             with published(folder, sum(tensor.nbytes for tensor in result.values())) as beside:
                 self.module.save(beside, result, told)

@@ -51,12 +51,13 @@ def log(loop: Loop, record: dict[str, Any], quiet: bool = False) -> None:
 
 
 def samples(loop: Loop) -> None:
-    """Answers to the recipe's prompts, before and after training; every process takes part (shards)."""
+    """Answers to the recipe's prompts, before and after training; every process takes part."""
     log = loop.recipe.log
     alone = loop.accelerator.num_processes == 1
     heed = loop.session.signals.heed if alone else None  # several stop together, between two prompts
     for prompt in loop.screen.track(log.samples, "answering"):
-        response = answer(loop.trunk, prompt, log.sample_tokens, log.samples_as, heed)
+        with loop.trunk.whole():
+            response = answer(loop.trunk, prompt, log.sample_tokens, log.samples_as, heed)
         if loop.session.first:
             loop.run.append("samples.jsonl", {"step": loop.step, "prompt": prompt, "response": response})
 

@@ -20,19 +20,22 @@ from transformers.activations import SiLUActivation
 from align.models.cpu import native
 from align.models.cpu.compiled import LANES, serve
 from align.models.cpu.joined import join
+from align.models.cpu.products import LoraLinear, adopt_layers, product, product_backward
 from align.models.cpu.rotary import fuse_rotary
-from align.models.lora import LoraLinear, product, product_backward
 
 
-def fuse(model: nn.Module) -> None:
-    """Give every module that qualifies its fused forward."""
+def fuse(model: nn.Module, joins: bool = True) -> None:
+    """Give every module that qualifies its fused forward. Again for adapters that were added. `joins`: layers of one
+    input become one product, for which their weights are stacked in a tensor beside the parameters."""
+    adopt_layers(model)
     fuse_rotary(model)
     verdicts: dict[tuple[type, type | None], bool] = {}
     for module in model.modules():
-        join(module, ("q_proj", "k_proj", "v_proj"))
-        join(module, ("gate_proj", "up_proj"))
+        if joins:
+            join(module, ("q_proj", "k_proj", "v_proj"))
+            join(module, ("gate_proj", "up_proj"))
         forward = _norm_forward if _is_norm(module) else _mlp_forward if _is_gated_mlp(module) else None
-        if forward is None:
+        if forward is None or "forward" in vars(module):
             continue
         kind = (type(module), type(getattr(module, "act_fn", None)))
         if kind not in verdicts:

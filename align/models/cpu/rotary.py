@@ -27,7 +27,7 @@ def fuse_rotary(model: nn.Module) -> None:
     for module in model.modules():
         forward, size = type(module).forward, getattr(module, "head_dim", None)
         own = getattr(forward, "__globals__", {}).get(NAME)
-        if own is None or not isinstance(size, int) or not hasattr(module, "q_proj"):
+        if own is None or not isinstance(size, int) or not hasattr(module, "q_proj") or "forward" in vars(module):
             continue
         if (forward, size) not in forwards:
             forwards[forward, size] = _rebound(forward, own) if _agrees(own, size) else None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Step = Callable[[Tensor], Tensor]
+from align.models.acceleration import Plain, Step
 
 
 class Recorder(NamedTuple):
@@ -51,14 +51,11 @@ def cuda_graph(step: Step, given: Tensor) -> Step:
     return again
 
 
-RECORDERS = {"cuda": Recorder(never_waiting, cuda_graph)}  # by device
-
-
-class Replayed:
+class Replayed(Plain):
     """Steps, recorded at the second run after `renew`: the first lets libraries make what they need."""
 
-    def __init__(self, device: str) -> None:
-        self.recorder = RECORDERS.get(device)
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder: Recorder | None = recorder  # None once something could not be recorded
         self.renew()
 
     def renew(self) -> None:

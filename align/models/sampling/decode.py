@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from align.data.formats.prompts import prompts as prompting
 from align.data.formats.rows import Fault, Row
-from align.models.cpu.joined import fixed_products
-from align.models.cpu.packed import Linear, prepared
+from align.models import acceleration
+from align.models.acceleration import Linear
 from align.models.sampling.beams import search
 from align.models.sampling.cache import NAME as DECODE
 from align.models.sampling.choice import Sampling, draw, filtered, uniforms
@@ -47,7 +47,7 @@ def sample(
     assert sampling.beams == 1 or samples <= sampling.beams, (samples, sampling.beams)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     responses: list[list[Response]] = [[] for _ in prompts]
-    with torch.no_grad(), _evaluating(trunk), fixed_products(trunk, FEW_ROWS):
+    with torch.no_grad(), _evaluating(trunk), acceleration.for_sampling(trunk, FEW_ROWS):
         project = _projection(trunk)
         room = trunk.budgets.cache_tokens
         for group in _groups(order, prompts, sampling.max_new, max(samples, sampling.beams), room):
@@ -167,7 +167,7 @@ class _Draws:
 def _projection(trunk: Trunk) -> Linear:
     """Final hidden states (B, d) -> logits (B, V) float32."""
     head = trunk.projection()
-    product, scale, cap = prepared(head["weight"], head["bias"], FEW_ROWS), head["scale"], head["softcap"]
+    product, scale, cap = acceleration.prepared(head["weight"], head["bias"], FEW_ROWS), head["scale"], head["softcap"]
 
     def project(hidden: Tensor) -> Tensor:
         logits = product(hidden.to(trunk.dtype)).float() * scale

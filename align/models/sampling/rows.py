@@ -14,8 +14,7 @@ from torch import Tensor
 
 from align.data.templates.ends import turn_ends
 from align.data.trees import Tree, plant
-from align.models.cpu.blocks import ForestMask
-from align.models.cpu.packed import Linear
+from align.models.acceleration import Linear
 from align.models.sampling.cache import STRETCH, KeyValues, Recorder
 from align.models.sampling.choice import Sampling, penalised
 from align.models.trunk import Trunk
@@ -101,7 +100,7 @@ class Rows:
                 position_ids=forest.positions,
                 past_key_values=recorder,
                 use_cache=True,
-                forest=ForestMask(forest, forest.ends),
+                forest=trunk.mask(forest, forest.ends),
             ).last_hidden_state[0, forest.ends]
         edges = np.cumsum([0, *(len(prompt) for prompt in prompts)])
         spans = [(int(a), int(b)) for a, b in pairwise(edges) for _ in range(copies)]

@@ -129,7 +129,8 @@ def sampled(
         said = sample(trunk, [prompts[i] for i in mine], how, [keys[i] for i in mine], n, heed) if mine else []
         return dict(zip(mine, said, strict=True))
 
-    found = {i: said for part in gathered(own) for i, said in part.items()}
+    with trunk.whole():  # one process may have more to say than another
+        found = {i: said for part in gathered(own) for i, said in part.items()}
     return Episodes(prompts, [found[i] for i in range(len(prompts))])
 
 
