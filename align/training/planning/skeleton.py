@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from functools import cached_property
-from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -20,9 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from align.models.base import base_config, empty_model
 from align.models.checkpoints.sources import config_folder
-from align.models.cpu import fused
-from align.models.cpu.joined import join
-from align.models.cpu.rotary import fuse_rotary
 from align.models.lora import lora_config
 from align.models.scoring import is_encoder
 from align.recipe.schema import Lora, Model
@@ -103,10 +99,9 @@ class Skeleton:
         )
 
     def made(
-        self, depth: int, dtype: torch.dtype = torch.float32, fast: bool = False, device: str = "meta"
+        self, depth: int, dtype: torch.dtype = torch.float32, device: str = "meta"
     ) -> nn.Module:
-        """The model with so many layers: its adapter in float32, the rest in `dtype`. `fast`: with the fused modules
-        that a loaded model has."""
+        """The model with so many layers: its adapter in float32, the rest in `dtype`."""
         config = deepcopy(self.config)
         for part in {id(part): part for part in (config, config.get_text_config())}.values():
             part.num_hidden_layers = depth
@@ -121,28 +116,13 @@ class Skeleton:
             p.data = p.data.to(dtype)
         if self.lora is not None:
             made.requires_grad_(False)
-            made = get_peft_model(made, lora_config(self.lora, made, bool(self.model.quantize)))
-        if fast:
-            _fuse(plain(made), rotary=device == "meta")
+            made = get_peft_model(made, lora_config(self.lora, made))
         return made
 
 
 def plain(model: nn.Module) -> PreTrainedModel:
     """transformers' model, without what peft has put around it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _fuse(model: PreTrainedModel, rotary: bool) -> None:
-    """What `fuse` does to a loaded model. Its trial needs numbers, so here it is taken as passed."""
-    for module in model.modules():
-        join(module, ("q_proj", "k_proj", "v_proj"))
-        join(module, ("gate_proj", "up_proj"))
-        if fused._is_norm(module):
-            module.forward = MethodType(fused._norm_forward, module)
-        elif fused._is_gated_mlp(module):
-            module.forward = MethodType(fused._mlp_forward, module)
-    if rotary:  # an autocast leaves its operands in different dtypes, and transformers' own acts
-        fuse_rotary(model)
 
 
 def _counted(model: nn.Module, scores: bool) -> dict[str, int]:
