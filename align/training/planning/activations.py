@@ -8,6 +8,7 @@ Shapes: T tokens of the row, H query heads, D head size.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -80,31 +81,21 @@ class Live(TorchDispatchMode):
 
 
 def row(skeleton: Skeleton, way: Way, tokens: int, segment: int) -> Row:
-    """A row of `tokens` that is made of texts of `segment` tokens."""
+    """A row of `tokens` that is made of texts of `segment` tokens, from the trace of one with fewer: a power of two, so
+    that few traces serve many rows."""
     if not getattr(skeleton.text, "num_attention_heads", None):  # a trace would take as long as there are tokens
-        short = _row(_Key(skeleton), way, RECURRENT_TOKENS, RECURRENT_TOKENS)
-        return Row(*(part * tokens // RECURRENT_TOKENS for part in short))
-    return _row(_Key(skeleton), way, tokens, max(1, min(segment, tokens)))
-
-
-class _Key:
-    """A skeleton as a key of the cache."""
-
-    def __init__(self, skeleton: Skeleton) -> None:
-        self.skeleton, self.key = skeleton, skeleton.key
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
+        fewer = segment = RECURRENT_TOKENS
+    else:
+        fewer = 2 ** (max(tokens, 1).bit_length() - 1)
+        segment = min(fewer, 2 ** round(math.log2(max(segment, 1))))
+    return Row(*(part * tokens // fewer for part in _row(skeleton, way, fewer, segment)))
 
 
 @lru_cache(maxsize=64)
-def _row(key: _Key, way: Way, tokens: int, segment: int) -> Row:
-    config = key.skeleton.text
+def _row(skeleton: Skeleton, way: Way, tokens: int, segment: int) -> Row:
+    config = skeleton.text
     depth = config.num_hidden_layers
-    one, two = (_traced(key.skeleton, layers, way, tokens, segment) for layers in (1, 2))
+    one, two = (_traced(skeleton, layers, way, tokens, segment) for layers in (1, 2))
     kept = one.kept + (depth - 1) * (two.kept - one.kept)
     if way.kernels:  # they keep the product of gate and up besides
         kept += depth * tokens * (getattr(config, "intermediate_size", 0) or 0) * way.dtype.itemsize

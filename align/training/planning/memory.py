@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 
 from align.models.base import compute_dtype
-from align.models.memory import MOST_LOGITS, MOST_PROMPTS, Budgets, budgets, cached_token_bytes
+from align.models.memory import MOST_PROMPTS, Budgets, budgets, cached_token_bytes
 from align.recipe.schema import BaseRecipe, Model
 from align.training.planning.activations import Row, Way, row
 from align.training.planning.devices import Device
 from align.training.planning.load import Load, expected
-from align.training.planning.skeleton import Sizes, Skeleton
+from align.training.planning.skeleton import Skeleton, joined
 
 PACKED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}  # bytes a weight; nf4 has a float32 scale for each block of 64
 COPIES = 2**31  # bytes of prepared weights on a CPU, as in models/cpu/joined.py
@@ -106,10 +106,9 @@ def setting(recipe: BaseRecipe, device: Device, processes: int) -> Setting:
 
 def memory(at: Setting, length: int | None = None, load: Load | None = None) -> Memory:
     """The plan's memory. `length`: tokens of an example, where `load` is not known; default: the most."""
-    held = _held(at)
-    room = at.device.memory // (at.processes if at.device.type == "cpu" else 1) - sum(part.bytes for part in held)
+    held, room = _held(at), room_of(at)
     if load is None:
-        load = expected(at.recipe, row_budget(at, room, length), at.processes, length)
+        load = expected(at.recipe, row_budget(at, length), at.processes, length)
     one = row(at.skeleton, at.way, load.row, load.segment)
     one = _trained_share(at, one, load)
     limits = _budgets(at, room)
@@ -120,9 +119,15 @@ def memory(at: Setting, length: int | None = None, load: Load | None = None) -> 
     return Memory(tuple(moments), one, load, limits.cache_tokens)
 
 
-def row_budget(at: Setting, room: int, length: int | None = None) -> int:
+def room_of(at: Setting) -> int:
+    """Bytes that a process has beside what it holds all the time; processes on a CPU share one memory."""
+    own = at.device.memory // (at.processes if at.device.type == "cpu" else 1)
+    return own - sum(part.bytes for part in _held(at))
+
+
+def row_budget(at: Setting, length: int | None = None) -> int:
     """Tokens of a row: the recipe's, or as many as keep the device busy and find room; a power of two."""
-    wanted = at.recipe.batch.row_tokens
+    wanted, room = at.recipe.batch.row_tokens, room_of(at)
     if wanted != "auto":
         return int(wanted)
     most = MOST_ROW.get(at.device.type, MOST_ROW["cuda"])
@@ -184,6 +189,9 @@ def _held(at: Setting) -> list[Part]:
     if recipe.stage == "dpo" and not at.adapted and recipe.dpo.loss not in WITHOUT_REFERENCE:
         if recipe.dpo.reference != "cached":
             parts.append(Part("the reference's copy", trunk_bytes(at) // at.shards))
+    if at.device.type == "cpu" and at.adapted and at.shards == 1 and at.skeleton.stored == at.dtype:
+        # Weights that need no cast stay in the file's pages; those that are joined are copied out of them.
+        parts.append(Part("joined weights, beside the file", joined(at.skeleton, "cpu") * at.dtype.itemsize))
     prepared = 2 * sizes.matrices * at.dtype.itemsize
     if at.way.kernels and at.shards == 1 and prepared <= COPIES:
         parts.append(Part("weights prepared for oneDNN", prepared))
@@ -296,11 +304,3 @@ def _sampling(at: Setting, held: list[Part], load: Load, limits: Budgets) -> Mom
         parts.append(Part("weights prepared for sampling", at.skeleton.sizes.matrices * at.dtype.itemsize))
     logits = FEW_LOGITS * at_once * at.skeleton.sizes.vocabulary * 4
     return Moment("sampling", (*parts, Part("logits", logits), *_unpacked(at)))
-
-
-def sizes_of(at: Setting) -> Sizes:
-    """Of the trunk."""
-    return at.skeleton.sizes
-
-
-__all__ = ["MOST_LOGITS", "Memory", "Moment", "Part", "Setting", "memory", "row_budget", "setting", "trained", "trunk_bytes"]

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from align.models.acceleration import offer
 from align.models.base import base_config, empty_model
 from align.models.checkpoints.sources import config_folder
 from align.models.lora import lora_config
@@ -63,7 +64,7 @@ class Skeleton:
         self.config = base_config(model, outputs is not None, self.folder)
         self.encoder = is_encoder(self.config)
 
-    @property
+    @cached_property
     def key(self) -> tuple[object, ...]:
         """Two skeletons with the same are alike."""
         written = json.dumps(self.config.to_dict(), sort_keys=True, default=str)
@@ -80,9 +81,18 @@ class Skeleton:
         """What the checkpoint's file holds, as its config says."""
         return self.text.dtype or self.config.dtype or torch.float32
 
-    @cached_property
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Skeleton) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @property
     def sizes(self) -> Sizes:
         """Counted on models of one and two layers."""
+        return _sizes(self)
+
+    def _sizes(self) -> Sizes:
         one, two = (_counted(self.made(depth), bool(self.outputs)) for depth in (1, 2))
         depth, text = self.text.num_hidden_layers, self.text
         count = {name: first + (depth - 1) * (two[name] - first) for name, first in one.items()}
@@ -118,6 +128,24 @@ class Skeleton:
             made.requires_grad_(False)
             made = get_peft_model(made, lora_config(self.lora, made))
         return made
+
+
+@lru_cache(maxsize=16)
+def _sizes(skeleton: Skeleton) -> Sizes:
+    return skeleton._sizes()
+
+
+@lru_cache(maxsize=16)
+def joined(skeleton: Skeleton, device: str) -> int:
+    """Numbers of weights that stand in a tensor of their own on this device, for one product instead of several."""
+    one, two = (_joined(skeleton.made(depth), device) for depth in (1, 2))
+    return one + (skeleton.text.num_hidden_layers - 1) * (two - one)
+
+
+def _joined(model: nn.Module, device: str) -> int:
+    offer(torch.device(device)).adopt(plain(model), True)
+    groups = {id(m.group): m.group for m in model.modules() if getattr(m, "group", None) is not None}
+    return sum(t.numel() for group in groups.values() for t in vars(group).values() if isinstance(t, Tensor))
 
 
 def plain(model: nn.Module) -> PreTrainedModel:
