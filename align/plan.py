@@ -15,8 +15,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from align.recipe.document import Document
 from align.recipe.errors import UserError
 from align.recipe.load import STAGES, load_recipe
@@ -84,14 +82,9 @@ def planned(asked: argparse.Namespace) -> Report:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     with safe_streams(), border(MEMORY):
-        torch.set_grad_enabled(True)
-        report = planned(arguments(sys.argv[1:] if argv is None else argv))
-        print(json.dumps(record(report), indent=1) if arguments_json(argv) else "\n".join(told(report)))
-
-
-def arguments_json(argv: Sequence[str] | None) -> bool:
-    """Whether JSON is asked for."""
-    return "--json" in (sys.argv[1:] if argv is None else argv)
+        asked = arguments(sys.argv[1:] if argv is None else argv)
+        report = planned(asked)
+        print(json.dumps(record(report), indent=1) if asked.json else "\n".join(told(report)))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from align.models.attention import ForestMask
 from align.training.planning.skeleton import Skeleton, plain
 
 ATTENTION = "align_traced"
+TRACED = 64, 4096  # tokens of a trace
 RECURRENT_TOKENS = 32  # of a model that goes token by token, which are then multiplied
 
 
@@ -86,7 +87,7 @@ def row(skeleton: Skeleton, way: Way, tokens: int, segment: int) -> Row:
     if not getattr(skeleton.text, "num_attention_heads", None):  # a trace would take as long as there are tokens
         fewer = segment = RECURRENT_TOKENS
     else:
-        fewer = 2 ** (max(tokens, 1).bit_length() - 1)
+        fewer = min(max(2 ** (tokens.bit_length() - 1), TRACED[0]), TRACED[1])
         segment = min(fewer, 2 ** round(math.log2(max(segment, 1))))
     return Row(*(part * tokens // fewer for part in _row(skeleton, way, fewer, segment)))
 

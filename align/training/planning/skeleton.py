@@ -114,7 +114,7 @@ class Skeleton:
         """The model with so many layers: its adapter in float32, the rest in `dtype`."""
         config = deepcopy(self.config)
         for part in {id(part): part for part in (config, config.get_text_config())}.values():
-            part.num_hidden_layers = depth
+            part.num_hidden_layers, part.pad_token_id = depth, None  # whether a token is padding, a trace cannot tell
             if getattr(part, "layer_types", None):
                 part.layer_types = part.layer_types[:depth]
         if self.encoder:
