@@ -169,7 +169,6 @@ def _no_dropout(config: PreTrainedConfig) -> None:
 
 def _cast(model: PreTrainedModel, section: Model, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Weights in `dtype` on the device; UserError where one of them is no finite number."""
-    if not section.quantize:
     cast(model, dtype)
     if not section.quantize:
         model = model.to(device)  # only now: merged weights are float32, which may not fit there

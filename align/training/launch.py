@@ -23,9 +23,8 @@ from transformers.utils import logging as transformers_logging
 from align.recipe.errors import UserError
 from align.recipe.load import parse_command
 from align.recipe.schema import BaseRecipe
-from align.recipe.streams import safe_streams
 from align.training import zero
-from align.training.borders.border import border
+from align.training.borders.border import border, shows
 from align.training.borders.foreign import reason
 from align.training.borders.peers import Peers
 from align.training.borders.processes import PATIENCE, FirstFailed, FirstRefused
@@ -54,8 +53,9 @@ def run_stage(
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|peft|accelerate")
     os.environ.setdefault(*CUBLAS)  # read when CUDA starts
-    with safe_streams(), border(MEMORY), _among_processes() as peers:
-        words, fsdp = sys.argv[1:] if argv is None else argv, fsdp_asked()
+    words = sys.argv[1:] if argv is None else argv
+    with border(MEMORY, result=shows(words)), _among_processes() as peers:
+        fsdp = fsdp_asked()
         if "train" in recipe_type.model_fields:  # else nothing trains, and each process holds the whole trunk
             words = [*words, *fsdp]
         command = parse_command(words, recipe_type, program)
