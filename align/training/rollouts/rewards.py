@@ -83,9 +83,9 @@ class Answered(NamedTuple):
     response: str
 
 
-def stands_on(parts: Sequence[RewardPart]) -> dict[str, Any]:
+def stands_on(parts: Sequence[RewardPart], key: str) -> dict[str, Any]:
     """What a run's identity has of them: the folder of each model, by recipe key, and whether the rows are read."""
-    named = [(f"ppo.rewards.{i}", part) for i, part in enumerate(parts)]
+    named = [(f"{key}.{i}", part) for i, part in enumerate(parts)]
     models = {key: part.adapter or part.model for key, part in named if part.adapter or part.model}
     return {"results": models, "records": any(part.function for part in parts)}
 
@@ -93,7 +93,7 @@ def stands_on(parts: Sequence[RewardPart]) -> dict[str, Any]:
 class Rewards:
     """The parts of a recipe, loaded."""
 
-    def __init__(self, parts: Sequence[RewardPart], trunk: Trunk, key: str = "ppo.rewards") -> None:
+    def __init__(self, parts: Sequence[RewardPart], trunk: Trunk, key: str) -> None:
         """Raises UserError with every part that cannot be had."""
         self.parts = {part.title: part for part in parts}
         self.scorers: dict[str, Scorer] = {}

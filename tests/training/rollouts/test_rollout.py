@@ -17,7 +17,7 @@ from align.models.sampling.decode import Response
 from align.models.trunk import Trunk
 from align.recipe.schema import Lora, Model
 from align.training.batches import Batches
-from align.training.rollouts.rollout import Episodes, Rollout, Targets, explained, figures, sampled, scored
+from align.training.rollouts.rollout import Episodes, Rollout, explained, figures, sampled, scored
 from align.training.screen import Screen
 
 LORA, END = Lora(r=4, alpha=8), 2
