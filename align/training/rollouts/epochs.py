@@ -19,6 +19,7 @@ from align.models.roles import Said
 from align.training.loop import Loop, Loss, Work
 from align.training.meters import Sums
 from align.training.rollouts.rollout import Episodes, Rollout
+from align.training.supervised import counted
 
 
 class Targets:
@@ -49,7 +50,7 @@ class Passes(NamedTuple):
     @property
     def metrics(self) -> dict[str, Any]:
         """Means of the loss's metrics, norms, and how many optimizer steps there were."""
-        means = {name: mean for name, mean in self.sums.means().items() if name not in ("distinct", "moved", "loss")}
+        means = {name: mean for name, mean in counted(self.sums).items() if name not in ("distinct", "moved", "loss")}
         return {**means, "updates": self.updates, **self.norms}
 
     @property

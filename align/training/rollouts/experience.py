@@ -49,9 +49,7 @@ class Experience:
 
     def score(self, parts: dict[str, Tensor], episodes: Episodes) -> Tensor:
         """(E,): the sum of the parts less the penalties."""
-        section = self.section
-        penalty = section.missing_eos_penalty * ~episodes.ended + section.length_penalty * episodes.said
-        return self.rewards.total(parts) - penalty
+        return self.rewards.total(parts) - self.section.penalty(episodes.said, episodes.ended)
 
     def read(
         self,

@@ -82,6 +82,17 @@ class Episodes:
         """The episodes of a group of prompts, (k,) -> (k * samples,) int64."""
         return (group[:, None] * self.samples + np.arange(self.samples)).ravel()
 
+    def part(self, group: np.ndarray) -> Episodes:
+        """Those of some prompts, (k,) int64, one or more."""
+        return Episodes([self.prompts[i] for i in group], [self.responses[i] for i in group])
+
+    def replaced(self, group: np.ndarray, anew: Episodes) -> Episodes:
+        """With other responses to some prompts, (k,) int64."""
+        responses = list(self.responses)
+        for i, own in zip(group, anew.responses, strict=True):
+            responses[i] = own
+        return Episodes(self.prompts, responses)
+
     def tree(self, i: int) -> Tree:
         """Prompt `i` with its responses as branches, all of their tokens labels; targets are episodes' numbers."""
         stem, branches = self.prompts[i], [response.tokens for response in self.responses[i]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import Field
+from torch import Tensor
 
 from align.models.roles import Entropy
 from align.recipe.schema import BaseRecipe, PositiveInt, Section
@@ -41,6 +42,10 @@ class Rewarded(Section):
     def entropy(self) -> Entropy | None:
         """What the loss needs to know of it."""
         return "learnt" if self.entropy_coef else None
+
+    def penalty(self, lengths: Tensor, ended: Tensor) -> Tensor:
+        """What is taken off the score of responses of so many tokens, (E,) int64, of which some ended, (E,) bool."""
+        return self.missing_eos_penalty * ~ended + self.length_penalty * lengths
 
 
 def check_rewarded(recipe: BaseRecipe, section: Rewarded, name: str) -> None:
