@@ -44,8 +44,8 @@ def check_same_vocabulary(trunk: Trunk, teacher: Trunk, key: str) -> None:
         if (other := there.get(token)) != number:
             what = "is unknown to it" if other is None else f"is number {other} to it"
             raise UserError(
-                f"{key}: {teacher.base_name} has another vocabulary than {trunk.base_name}: the token {token!r}, number "
-                f"{number}, {what}; take a teacher of the same tokenizer"
+                f"{key}: {teacher.base_name} has another vocabulary than {trunk.base_name}: the token {token!r}, "
+                f"number {number}, {what}; take a teacher of the same tokenizer"
             )
     if (most := max(here.values())) >= teacher.rows:
         raise UserError(f"{key}: {teacher.base_name} has rows for {teacher.rows} tokens, not for number {most}")

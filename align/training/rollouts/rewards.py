@@ -93,7 +93,7 @@ def stands_on(parts: Sequence[RewardPart], key: str) -> dict[str, Any]:
 class Rewards:
     """The parts of a recipe, loaded."""
 
-    def __init__(self, parts: Sequence[RewardPart], trunk: Trunk, key: str) -> None:
+    def __init__(self, parts: Sequence[RewardPart], trunk: Trunk, key: str = "ppo.rewards") -> None:
         """Raises UserError with every part that cannot be had."""
         self.parts = {part.title: part for part in parts}
         self.scorers: dict[str, Scorer] = {}
