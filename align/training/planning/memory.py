@@ -259,7 +259,9 @@ def _learning(at: Setting, held: list[Part], load: Load, one: Row, limits: Budge
         Moment("backward pass", (*fixed, *before, kept, Part("a layer's gradients", one.backward), *unpack)),
     ]
     if not before:
-        moments.append(Moment("end of the backward pass", (*fixed, gradients, Part("a layer's gradients", one.backward))))
+        moments.append(
+            Moment("end of the backward pass", (*fixed, gradients, Part("a layer's gradients", one.backward)))
+        )
     dpo = getattr(recipe, "dpo", None)
     if dpo and dpo.loss not in WITHOUT_REFERENCE and dpo.reference == "same_pass":
         moments.append(Moment("the reference", (*fixed, *before, kept, Part("a layer", one.forward), *unpack, logits)))
@@ -270,7 +272,9 @@ def _learning(at: Setting, held: list[Part], load: Load, one: Row, limits: Budge
 
 def _unpacked(at: Setting) -> list[Part]:
     """A quantised weight in the dtype of its product."""
-    return [Part("a weight, unpacked", at.skeleton.sizes.largest * at.dtype.itemsize)] if at.recipe.model.quantize else []
+    return (
+        [Part("a weight, unpacked", at.skeleton.sizes.largest * at.dtype.itemsize)] if at.recipe.model.quantize else []
+    )
 
 
 def _chunk(at: Setting, limits: Budgets, labels: int | None = None) -> int:
