@@ -63,7 +63,7 @@ class Keys(Section):
     model_config = ConfigDict(extra="allow")
 
     stage: str | None = None
-    """sft, reward, dpo, ppo, classify, evaluate or compare. Default: that of `recipe`."""
+    """sft, reward, dpo, ppo, grpo, distill, classify, evaluate or compare. Default: that of `recipe`."""
     recipe: Location | None = None
     """A recipe to start from, beside the pipeline's file. What is shared is laid over it, then the stage's own keys."""
     sweep: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = Field(default_factory=dict)

@@ -1,174 +1,62 @@
-"""peft's LoRA layer with one fused product: same weights, same files, less time and memory.
-
-peft converts every input to the adapter's float32, keeps the copy for the backward pass and adds three tensors of the
-output's size. Here the two small matrices are rounded to the trunk's dtype instead, as an autocast would, and their
-product is added in place; the weights themselves, their gradients and the optimizer stay in float32.
-
-Shapes: n tokens, i and o the layer's input and output size, r the rank.
-"""
+"""peft's LoRA on a trunk: its configuration, its targets, and the switch between adapters."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import NamedTuple
 
-import torch
-from peft import LoraConfig
-from peft.tuners import lora
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from align.models.cpu.native import Small
-from align.models.cpu.packed import Fixed, Ready
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora
 
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)  # kinds of layers that peft adapts
 
 
-class Product(NamedTuple):
-    """The operands of y = W x + b + scale * B A x."""
+class Switch:
+    """Which adapter acts. peft's layers all read one list, so a turn costs the same however many there are.
 
-    weight: Tensor  # (o, i), frozen
-    bias: Tensor | None  # (o,), frozen, of the weight's dtype
-    trained: tuple[Tensor, ...]  # A (r, i) and B (o, r) of each layer in turn
-    scale: float
-    ready: Ready | None  # products with the weight, prepared
+    peft's own switches walk the whole model, and decide what trains besides.
+    """
 
+    def __init__(self, model: PeftModel) -> None:
+        """Takes over the layers that there are; adapters that are added later need another switch."""
+        self.known = frozenset(model.peft_config)
+        self.acting: list[str] = []  # one name; none for the bare model
+        self.tables: list[TrainableTokensLayer] = []  # at most two: rows of added tokens, which not every role has
+        for layer in model.modules():
+            if isinstance(layer, TrainableTokensLayer):
+                self.tables.append(layer)
+            elif isinstance(layer, BaseTunerLayer):
+                layer._active_adapter = self.acting
 
-class LoraLinear(lora.Linear):
-    """peft's layer with `product` for its forward where one plain adapter is active."""
-
-    group = None  # of layers that are computed together (see align.models.cpu.joined)
-    fixed: Fixed | None = None  # its product prepared, while nothing trains
-    ready: Ready | None = None  # those with its frozen weight, for a training
-
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """(…, i) -> (…, o)."""
-        if self.fixed is not None and not torch.is_grad_enabled():
-            return self.fixed(x)
-        if self.group is not None and not args and not kwargs:
-            out = self.group.of(self, x)
-            if out is not None:
-                return out
-        operands = None if args or kwargs else self.plain_product()
-        if operands is None:
-            ready = usable(self.ready) if self.disable_adapters and not self.merged else None
-            return super().forward(x, *args, **kwargs) if ready is None else ready.forward(x)
-        return _LoraProduct.apply(x, operands, *operands.trained)
-
-    def plain_adapter(self) -> str | None:
-        """The adapter that acts; None if adapters are off, merged, several, have dropout, or are more than B A."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or len(names) != 1 or names[0] in self.lora_variant:
-            return None
-        return names[0] if isinstance(self.lora_dropout[names[0]], nn.Identity) else None
-
-    def plain_product(self) -> Product | None:
-        """What to multiply with; None if there is no plain adapter."""
-        name = self.plain_adapter()
-        if name is None:
-            return None
-        base = self.get_base_layer()
-        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-        trained = (self.lora_A[name].weight, self.lora_B[name].weight)
-        return Product(weight, base.bias, trained, self.scaling[name], self.ready)
+    def turn(self, name: str | None) -> None:
+        """To an adapter; None: to the bare model."""
+        assert name is None or name in self.known, f"{name} was added after this switch was made"
+        self.acting[:] = [] if name is None else [name]
+        for table in self.tables:
+            table._active_adapter = [name] if name in table.token_indices else []
 
 
-@torch.no_grad()
-def rounded(trained: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A (r, i) and B (o, r) of layers that are given one input, from theirs in turn: the As stacked, the Bs on a
-    diagonal, for their outputs stand side by side."""
-    if len(trained) == 2:
-        return trained[0].to(dtype), trained[1].to(dtype)
-    ranks, heights = [len(a) for a in trained[::2]], [len(b) for b in trained[1::2]]
-    a = trained[0].new_empty(sum(ranks), trained[0].shape[1], dtype=dtype)
-    b = trained[0].new_zeros(sum(heights), sum(ranks), dtype=dtype)
-    places, row, column = [], 0, 0
-    for rank, height in zip(ranks, heights, strict=True):
-        last, bottom = column + rank, row + height
-        places += [a[column:last], b[row:bottom, column:last]]
-        row, column = bottom, last
-    torch._foreach_copy_(places, list(trained))
-    return a, b
+def adapted(causal: nn.Module, section: Lora, scores: bool = False, added: Sequence[int] = ()) -> PeftModel:
+    """A model with an adapter, which starts as the model itself; UserError where it cannot take one. See
+    `lora_config`."""
+    check_targets(causal, section, bool(added), scores)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tied weights: merging unties them
+            return get_peft_model(causal, lora_config(section, causal, scores, added))
+    except ValueError as error:
+        raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
 
 
-def usable(ready: Ready | None) -> Ready | None:
-    """What is prepared, where no gradient has to find its way through it."""
-    return None if torch.is_grad_enabled() else ready
-
-
-def plain(rows: Tensor, weight: Tensor, bias: Tensor | None, ready: Ready | None) -> Tensor:
-    """W x + b, by what is prepared if something is."""
-    return nn.functional.linear(rows, weight, bias) if ready is None else ready.forward(rows)
-
-
-def product(rows: Tensor, operands: Product) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """rows (n, i) -> y (n, o), and what the backward pass needs besides: scale * A x, and A and B where they were
-    rounded."""
-    weight, bias, trained, scale, ready = operands
-    if Small.serves(rows, trained):
-        small = Small(trained, scale)
-        low = small.down(rows)
-        return small.up(small.packed(), low, plain(rows, weight, bias, ready)), (low,)
-    a, b = rounded(trained, weight.dtype)
-    low = (rows @ a.T).mul_(scale)
-    return plain(rows, weight, bias, ready).addmm_(low, b.T), (low, a, b)
-
-
-def product_backward(
-    above: Tensor, rows: Tensor, kept: Sequence[Tensor], operands: Product, onwards: bool = True
-) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradients of x (None unless it goes `onwards`: below the first layer nothing trains) and of what is trained from
-    that of y, `above` (n, o)."""
-    weight, _, trained, scale, ready = operands
-    low, *matrices = kept
-    if matrices:
-        a, b = matrices
-        up = (above @ b).mul_(scale)  # (n, r)
-        gradients = _parted(up.T @ rows, low.T @ above, trained)  # this way round is the faster product on a CPU
-    else:
-        small = Small(trained, scale)
-        up, gradients = small.backward(above, rows, low)
-    if not onwards:
-        return None, gradients
-    grad_x = above @ weight if ready is None else ready.backward(above)
-    return grad_x.addmm_(up, a) if matrices else small.onwards(up, grad_x), gradients
-
-
-def _parted(of_a: Tensor, of_b: Tensor, trained: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of each layer's A (r, i) and B (o, r), from those of the As stacked and of the Bs, (R, O)."""
-    of_a, gradients, row, column = of_a.to(trained[0].dtype), [], 0, 0
-    for own_a, own_b in zip(trained[::2], trained[1::2], strict=True):
-        last, bottom = column + len(own_a), row + len(own_b)
-        gradients += [of_a[column:last], torch.empty_like(own_b).copy_(of_b[column:last, row:bottom].T)]
-        row, column = bottom, last
-    return gradients
-
-
-class _LoraProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, operands, *_trained):
-        rows = x.reshape(-1, x.shape[-1])
-        out, kept = product(rows, operands)
-        ctx.save_for_backward(rows, *kept)
-        ctx.operands, ctx.shape = operands, x.shape
-        return out.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        rows, *kept = ctx.saved_tensors
-        grad_x, gradients = product_backward(upstream.reshape(len(rows), -1), rows, kept, ctx.operands)
-        return grad_x.view(ctx.shape), None, *gradients
-
-
-def lora_config(
-    section: Lora, model: nn.Module, quantized: bool = False, scores: bool = False, added: Sequence[int] = ()
-) -> LoraConfig:
-    """peft's configuration for a recipe's `lora` section; a quantised trunk keeps peft's own layers.
+def lora_config(section: Lora, model: nn.Module, scores: bool = False, added: Sequence[int] = ()) -> LoraConfig:
+    """peft's configuration for a recipe's `lora` section.
 
     `scores`: the model has a score or class head, which is trained whole beside the adapter. `added`: tokens whose
     rows train in the embedding, and in the output head where there is one.
@@ -178,7 +66,7 @@ def lora_config(
         layers = {id(layer): name for name, layer in model.named_modules()}
         found = [model.get_input_embeddings(), model.get_output_embeddings()]
         tables = {layers[id(table)]: list(added) for table in found if id(table) in layers}
-    config = LoraConfig(
+    return LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
@@ -190,9 +78,6 @@ def lora_config(
         task_type="SEQ_CLS" if scores else "CAUSAL_LM",
         trainable_token_indices=tables or None,
     )
-    if not quantized:
-        config._register_custom_module({nn.Linear: LoraLinear, Conv1D: LoraLinear})
-    return config
 
 
 def check_targets(model: nn.Module, section: Lora, tokens: bool = False, scores: bool = False) -> None:
@@ -220,3 +105,15 @@ def check_targets(model: nn.Module, section: Lora, tokens: bool = False, scores:
         problems.append("model.add_tokens: the output head has a bias, of which peft can train no rows; use lora: null")
     if problems:
         raise UserError(*problems)
+
+
+def beneath(layer: nn.Module) -> nn.Module:
+    """A layer of the base, without what peft has put around it."""
+    while hasattr(layer, "token_adapter") or hasattr(layer, "base_layer"):
+        layer = layer.token_adapter if hasattr(layer, "token_adapter") else layer.base_layer
+    return layer
+
+
+def acts(tokens: TrainableTokensLayer) -> bool:
+    """Whether rows of some adapter stand in place of the base's."""
+    return bool(tokens.active_adapters) and not tokens.disable_adapters

@@ -9,42 +9,46 @@ Shapes: R rows, L tokens in a row, d hidden size, n labels of the batch.
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
-from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from align.data.templates.ends import turn_ends
 from align.data.templates.texts import said
-from align.data.trees import FLEX_BLOCK, Forest
+from align.data.trees import GPU_MULTIPLE, Forest
+from align.models import acceleration
 from align.models.attention import NAME as FOREST
+from align.models.attention import Attention, ForestMask, dense_attention
 from align.models.base import Base, compute_dtype
 from align.models.checkpoints.results import META
-from align.models.cpu import compiled
-from align.models.cpu.blocks import ForestMask
-from align.models.cpu.fused import fuse, spare
-from align.models.gpu.replay import Replayed
-from align.models.layout import layout_of
-from align.models.lora import check_targets, lora_config
+from align.models.layout import faster_attention, layout_of
+from align.models.lora import Switch, acts, adapted, beneath
+from align.models.memory import budgets
 from align.objectives.logprobs import linear_logprobs
-from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
+
+Whole = Callable[..., AbstractContextManager]  # within whole(part), a part, or whole() all weights are in one piece
 
 
 class Trunk(nn.Module):
     """Base model and adapter behind one forward pass: log-probabilities of a forest's labels, or, with a head of
     `outputs`, scores of its paths."""
 
-    def __init__(self, base: Base, model: Model, lora: Lora | None, seed: int = 0, outputs: int | None = None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        model: Model,
+        lora: Lora | None,
+        seed: int = 0,
+        outputs: int | None = None,
+        shard: Callable[[Trunk], Whole] | None = None,  # leaves a part of each of the base's weights on this process
+    ) -> None:
         super().__init__()
         self.fingerprint, self.base_name, self.tokenizer = base.fingerprint, base.name, base.tokenizer
         self.links, self.added = base.links, base.added
@@ -53,30 +57,32 @@ class Trunk(nn.Module):
         config = causal.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-        self.adapted = lora is not None
+        self.adapted, self.sharded = lora is not None, shard is not None
         causal.requires_grad_(not self.adapted)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.causal = _adapt(causal, lora, base, bool(model.quantize), bool(outputs)) if self.adapted else causal
+            self.causal = adapted(causal, lora, bool(outputs), base.added) if self.adapted else causal
         if self.adapted:
             self.causal.active_peft_config.base_model_name_or_path = base.source
-        if not model.compile:
-            fuse(causal)
-            spare(self.layers[-1])
-        device = next(causal.parameters()).device
-        self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, device)
+        self.whole: Whole = shard(self) if shard else lambda part=None: nullcontext()
+        self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, self.device)
         self.acts_as: str | None = "default"  # the adapter in use; None: the bare trunk
+        if self.adapted:
+            self.switch = Switch(self.causal)
+            self._act("default")
         if model.gradient_checkpointing:
             # The backward pass computes again what some role has computed, whatever role acts by then.
             again = {"context_fn": lambda: (nullcontext(), self.acting(self.acts_as))} if self.adapted else {}
             causal.gradient_checkpointing_enable({"use_reentrant": False, **again})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
-        self.replayed = Replayed(device.type)  # one for all samplings: it knows what could not be recorded
+        self.budgets = budgets(config, self.dtype, self.device)
+        self.forest_attention: Attention = dense_attention
         self.layout, self.layout_reason = layout_of(self, model.layout)
         self.attend(FOREST if self.packed else self.own_attention)
-        if model.compile:
-            for layer in self.layers:
-                layer.compile(dynamic=True)
+        # The plain trunk stands. What is faster comes in its place where it agrees.
+        self.replayed = acceleration.replayed(self)  # one for all samplings: it knows what cannot be recorded
+        acceleration.adopt(self)
+        self.forest_attention, self.attention_reason = faster_attention(self, acceleration.attention(self.device))
 
     @property
     def packed(self) -> bool:
@@ -86,7 +92,7 @@ class Trunk(nn.Module):
     @property
     def row_multiple(self) -> int:
         """What the length of a planted row is rounded up to."""
-        return 1 if self.device.type == "cpu" else FLEX_BLOCK
+        return 1 if self.device.type == "cpu" else GPU_MULTIPLE
 
     @property
     def plain(self) -> nn.Module:
@@ -124,10 +130,9 @@ class Trunk(nn.Module):
         remarks = [f"padded layout, for {self.layout_reason}"] if self.layout_reason else []
         if not self.outputs and (remark := turn_ends(self.tokenizer).remark):
             remarks.append(remark)
-        wants = self.adapted and self.device.type == "cpu" and self.dtype == torch.bfloat16 and compiled.suits()
-        if wants and compiled.library() is None:
-            remarks.append("PyTorch does alone what C kernels do faster: they could not be compiled (is gcc there?)")
-        return remarks
+        if self.attention_reason:
+            remarks.append(f"attention over dense scores, for {self.attention_reason}")
+        return remarks + acceleration.remarks(self)
 
     @property
     def end_tokens(self) -> set[int]:
@@ -158,14 +163,15 @@ class Trunk(nn.Module):
         """Log-probability of every label, (n,) float32; with a head, the scores of every path, (P, outputs) float32."""
         if self.outputs:
             return self._scores(forest)
-        return linear_logprobs(self.states(forest), labels=forest.labels, **self.projection())
+        return linear_logprobs(Trunk.states(self, forest), labels=forest.labels, **self.projection())
 
+    # Where it is sharded, an instance's `forward`, `states` and `hidden` gather weights, and must not do so nested.
     def states(self, forest: Forest) -> Tensor:
         """Final hidden state of the position that predicts each label, (n, d), in `dtype`."""
         with self.autocast():
-            return self.hidden(forest, forest.where).to(self.dtype)
+            return Trunk.hidden(self, forest, forest.where).to(self.dtype)
 
-    def projection(self, temperature: float = 1.0) -> dict[str, Tensor | float | None]:
+    def projection(self, temperature: float = 1.0) -> dict[str, Any]:
         """What makes logits of `states`, divided by the temperature."""
         layer = beneath(self.head)
         bias = layer.bias
@@ -176,6 +182,7 @@ class Trunk(nn.Module):
             "bias": None if bias is None else bias.to(self.dtype),
             "scale": self.scale / temperature,
             "softcap": None if self.softcap is None else self.softcap / temperature,
+            "chunk_bytes": self.budgets.logits_bytes,
         }
 
     def _scores(self, forest: Forest) -> Tensor:
@@ -184,13 +191,13 @@ class Trunk(nn.Module):
             with self.autocast():
                 return self.plain(**inputs).logits.float()
         with self.autocast():
-            last = self.hidden(forest, forest.ends)  # (P, d)
+            last = Trunk.hidden(self, forest, forest.ends)  # (P, d)
         return self.plain.score(last.to(torch.promote_types(last.dtype, torch.float32)))
 
     def hidden(self, forest: Forest, where: Tensor) -> Tensor:
         """Final hidden states of some positions, flat indices (m,) -> (m, d)."""
         if forest.packed:
-            inputs = {"forest": ForestMask(forest, where)}
+            inputs = {"forest": self.mask(forest)}
         else:
             inputs = {"attention_mask": forest.tree >= 0}
         states = self.decoder(
@@ -198,12 +205,13 @@ class Trunk(nn.Module):
         ).last_hidden_state
         return states.flatten(0, 1)[where]
 
+    def mask(self, forest: Forest) -> ForestMask:
+        """What the layers are told of a packed forest."""
+        return ForestMask(forest, self.forest_attention)
+
     @contextmanager
     def acting(self, role: str | None):
-        """Under another adapter for a while; None: the bare trunk, which is the reference.
-
-        peft's own switches would also decide what trains.
-        """
+        """Under another adapter for a while; None: the bare trunk, which is the reference."""
         assert self.adapted, "without a LoRA the trunk itself is trained, and the reference is a copy"
         before = self.acts_as
         self._act(role)
@@ -214,12 +222,13 @@ class Trunk(nn.Module):
 
     def _act(self, role: str | None) -> None:
         self.acts_as = role
-        for layer in self.causal.modules():
-            if isinstance(layer, BaseTunerLayer):
-                layer._disable_adapters = role is None
-                if role is not None:
-                    brings = not isinstance(layer, TrainableTokensLayer) or role in layer.token_indices
-                    layer._active_adapter = [role] * brings
+        self.switch.turn(role)
+
+    def take_in(self) -> None:
+        """Adapters that were added: under the same switch, and as fast as the first."""
+        self.switch = Switch(self.causal)
+        self._act("default")
+        acceleration.adopt(self)
 
     @contextmanager
     def generating(self):
@@ -246,15 +255,17 @@ class Trunk(nn.Module):
         finally:
             self.attend(before)
 
+    def saved(self) -> dict[str, nn.Parameter]:
+        """What a result holds, by name: what trains, or a whole model with what was frozen in it."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad or not self.adapted}
+
     def save(self, folder: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Write a result that plain peft and transformers load into an empty or new folder.
 
-        `weights`: what was trained, whole, under this module's names. `about`: what else align.json tells, such as
-        the stage.
+        `weights`: those of `saved`, whole, under this module's names. `about`: what else align.json tells, such as the
+        stage.
         """
         named = {name.removeprefix("causal."): tensor.contiguous() for name, tensor in weights.items()}
-        if not self.adapted:  # what was frozen belongs to a whole model too
-            named = {name: p.detach() for name, p in self.causal.named_parameters()} | named
         more = {"save_embedding_layers": False, "selected_adapters": ["default"]} if self.adapted else {}
         self.causal.save_pretrained(folder, state_dict=named, **more)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
@@ -262,7 +273,7 @@ class Trunk(nn.Module):
         if not self.outputs:  # over what save_pretrained of a whole model wrote
             self.generation_config().save_pretrained(folder)
         role = "adapter" if self.adapted else "model"
-        trunk = [link.model_dump() for link in self.links]
+        trunk = [link.model_dump(exclude_none=True) for link in self.links]
         meta = {"role": role, "base": self.base_name, "fingerprint": self.fingerprint, "trunk": trunk, **about}
         (folder / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -280,26 +291,3 @@ class Trunk(nn.Module):
     def layers(self) -> list[nn.Module]:
         """The decoder's blocks, in order."""
         return max((m for m in self.decoder.modules() if isinstance(m, nn.ModuleList)), key=len)
-
-
-def beneath(layer: nn.Module) -> nn.Module:
-    """A layer of the base, without what peft has put around it."""
-    while hasattr(layer, "token_adapter") or hasattr(layer, "base_layer"):
-        layer = layer.token_adapter if hasattr(layer, "token_adapter") else layer.base_layer
-    return layer
-
-
-def acts(tokens: TrainableTokensLayer) -> bool:
-    """Whether rows of some adapter stand in place of the base's."""
-    return bool(tokens.active_adapters) and not tokens.disable_adapters
-
-
-def _adapt(causal: nn.Module, lora: Lora, base: Base, quantized: bool, scores: bool) -> PeftModel:
-    check_targets(causal, lora, bool(base.added), scores)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tied weights: merging unties them
-            adapted = get_peft_model(causal, lora_config(lora, causal, quantized, scores, base.added))
-    except ValueError as error:  # one that cannot take an adapter
-        raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
-    return adapted

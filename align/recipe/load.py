@@ -32,7 +32,7 @@ from align.recipe.schema import BaseRecipe
 
 FLAGS = ("--fresh", "--show", "--extend")  # in the order of Command's fields
 MOST = 100  # problems that are told of one recipe; the rest are counted
-STAGES = ("sft", "reward", "dpo", "ppo", "classify")
+STAGES = ("sft", "reward", "dpo", "ppo", "grpo", "distill", "classify")
 
 
 class Command(NamedTuple):

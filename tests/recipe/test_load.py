@@ -151,7 +151,8 @@ def test_every_problem_at_once_in_the_order_of_the_file(problems):
                            "did you mean 'auto'?"),
         ("batch.row_tokens=x", "batch.row_tokens: expected a whole number above 0 or 'auto', "
                                "found the text 'x'"),
-        ("model.compile='on'", "model.compile: expected true or false, found the text 'on'; drop the quotes"),
+        ("model.gradient_checkpointing='on'", "model.gradient_checkpointing: expected true or false, found the text "
+                                              "'on'; drop the quotes"),
         ("data.train=[]", "data.train: expected a list (each item a section) of length 1 or more, "
                           "found an empty list"),
         ("optim.learning_rate=.inf", "optim.learning_rate: expected a number above 0, found the text '.inf'"),
@@ -229,6 +230,12 @@ def test_a_rule_over_several_sections(problems):
     assert problems(VALID, "model.quantize=4bit", "lora=null") == [
         "r.yaml:1: a quantised trunk cannot be trained itself: give a `lora` section or drop `model.quantize`"
     ]
+
+
+def test_float16_is_refused_where_something_trains(problems):
+    (said,) = problems(VALID, "model.dtype=float16")
+    assert said.startswith("r.yaml:1: `model.dtype: float16` cannot train")
+    assert "bfloat16" in said
 
 
 def test_another_stage_is_the_only_thing_said(problems):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data.trees import Forest, TreeMask
+from align.data.trees import Forest
 
 QUERY_BLOCK = 64  # queries of a block at most: with 256, half as many keys again are computed in vain
 KEY_MULTIPLE = 32  # a softmax over another number of keys takes up to twice as long
@@ -72,15 +72,10 @@ class Walks(NamedTuple):
     trees: Tensor  # (t + 1,) int64, where the blocks of each tree begin, and where the last ends
 
 
-class ForestMask:
-    """What the attention function needs of a packed batch; made once a forward pass, shared by all layers."""
+class Blocks:
+    """A packed batch as blocks; made once a forward pass, shared by all layers."""
 
-    def __init__(self, forest: Forest, where: Tensor | None = None) -> None:
-        """`where`: flat indices (m,) of the positions whose final states are read; None: all."""
-        self.tree_mask = TreeMask(forest)
-        self.read = None
-        if where is not None:
-            self.read = torch.zeros_like(forest.tokens[0], dtype=torch.bool).index_fill_(0, where, True).nonzero()[:, 0]
+    def __init__(self, forest: Forest) -> None:
         self.positions = forest.positions[0]
         self._blocks = lambda: forest_blocks(forest.segments, forest.parents)
         self._places: dict[tuple[int, int], Places] = {}

@@ -20,45 +20,26 @@ from transformers.activations import SiLUActivation
 from align.models.cpu import native
 from align.models.cpu.compiled import LANES, serve
 from align.models.cpu.joined import join
-from align.models.cpu.rotary import fuse_rotary
-from align.models.lora import LoraLinear, product, product_backward
+from align.models.cpu.products import LoraLinear, adopt_layers, product, product_backward
 
 
-def fuse(model: nn.Module) -> None:
-    """Give every module that qualifies its fused forward."""
-    fuse_rotary(model)
+def fuse(model: nn.Module, joins: bool = True) -> None:
+    """Give every module that qualifies its fused forward. Again for adapters that were added. `joins`: layers of one
+    input become one product, for which their weights are stacked in a tensor beside the parameters."""
+    adopt_layers(model)
     verdicts: dict[tuple[type, type | None], bool] = {}
     for module in model.modules():
-        join(module, ("q_proj", "k_proj", "v_proj"))
-        join(module, ("gate_proj", "up_proj"))
+        if joins:
+            join(module, ("q_proj", "k_proj", "v_proj"))
+            join(module, ("gate_proj", "up_proj"))
         forward = _norm_forward if _is_norm(module) else _mlp_forward if _is_gated_mlp(module) else None
-        if forward is None:
+        if forward is None or "forward" in vars(module):
             continue
         kind = (type(module), type(getattr(module, "act_fn", None)))
         if kind not in verdicts:
             verdicts[kind] = _agrees(module, forward)
         if verdicts[kind]:
             module.forward = MethodType(forward, module)
-
-
-def spare(last: nn.Module) -> None:
-    """Give the last layer's MLP, where it is fused, only the positions whose states are read."""
-    attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)
-    if attention is None or mlp is None or "forward" not in vars(mlp):
-        return
-    whole, read = mlp.forward, None
-
-    def forward(x: Tensor) -> Tensor:
-        if read is None or len(read) == x.shape[1]:
-            return whole(x)
-        return torch.zeros_like(x).index_copy(1, read, whole(x.index_select(1, read)))
-
-    def note(_attention: nn.Module, _args: tuple, given: dict) -> None:  # told again where the layer is recomputed
-        nonlocal read
-        read = given["forest"].read if "forest" in given else None
-
-    mlp.forward = forward
-    attention.register_forward_pre_hook(note, with_kwargs=True)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -75,6 +56,8 @@ def _is_gated_mlp(module: nn.Module) -> bool:
 def _agrees(module: nn.Module, forward) -> bool:
     """Whether the fused forward gives the module's own value and input gradient, in the module's own dtype."""
     weight = next(module.parameters())
+    if weight.is_meta:  # a plan is made of it: there are no numbers to compare
+        return True
     width = module.gate_proj.in_features if hasattr(module, "gate_proj") else weight.shape[-1]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 5, width, generator=generator).to(weight.device, weight.dtype).requires_grad_()

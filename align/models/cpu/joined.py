@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from align.models.cpu.native import Small
 from align.models.cpu.packed import Fixed, Ready, arranges, both_ways, prepared
-from align.models.lora import LoraLinear, Product, plain, product, product_backward, rounded, usable
+from align.models.cpu.products import LoraLinear, Product, plain, product, product_backward, rounded, usable
 
 COPIES = 2**31  # bytes that prepared copies for a training may take; of a larger trunk none are made
 TRAINED_ROWS = 1024  # tokens that copies for a training are prepared for; with others they serve as well
@@ -26,7 +26,7 @@ TRAINED_ROWS = 1024  # tokens that copies for a training are prepared for; with 
 def join(module: nn.Module, names: tuple[str, ...]) -> None:
     """Compute layers of these names together, where the module has them and they allow it."""
     layers = [getattr(module, name, None) for name in names]
-    if not all(type(layer) is LoraLinear for layer in layers):
+    if not all(type(layer) is LoraLinear and layer.group is None for layer in layers):
         return
     bases = [layer.get_base_layer() for layer in layers]
     like = {(b.weight.shape[1], b.weight.dtype, b.bias is None, type(b)) for b in bases}
@@ -72,7 +72,7 @@ class Joined:
         """All outputs side by side, where no adapter of theirs is to learn; else None."""
         if self.fixed is not None and not torch.is_grad_enabled():
             return self.fixed(x)
-        if all(part.disable_adapters and not part.merged for part in self.layers):
+        if all(part.bare for part in self.layers):
             return plain(x, self.weight, self.bias, usable(self.ready))
         return None
 
@@ -81,7 +81,7 @@ class Joined:
         if self.given is not x or layer not in self.waiting:
             self.given, self.waiting = x, {}
             if (whole := self.settled(x)) is not None:
-                outputs = whole.split(self.sizes, -1)
+                outputs = _apart(whole, self.sizes)
             elif operands := self.plain_product():
                 outputs = _JoinedProduct.apply(x, operands, self.sizes, *operands.trained)
             else:
@@ -137,7 +137,7 @@ def _frozen(part: LoraLinear | Joined) -> tuple[Tensor, Tensor | None]:
 def _fixed(part: LoraLinear | Joined, rows: int) -> Fixed | None:
     """None where a layer does not multiply plainly."""
     layers = part.layers if isinstance(part, Joined) else [part]
-    if all(layer.disable_adapters and not layer.merged for layer in layers):
+    if all(layer.bare for layer in layers):
         return Fixed(prepared(*_frozen(part), rows))
     operands = part.plain_product()
     if operands is None:
@@ -155,6 +155,12 @@ def _fixed(part: LoraLinear | Joined, rows: int) -> Fixed | None:
     return Fixed(prepared(torch.cat([weight, a]), bias, rows), add, len(a))
 
 
+def _apart(whole: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Parts (…, o) with memory of their own: who keeps one, such as the values for attention's backward pass or a
+    cache, does not keep the others."""
+    return tuple(torch.split_with_sizes_copy(whole, sizes, -1))
+
+
 class _JoinedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, operands, sizes, *_trained):
@@ -162,7 +168,7 @@ class _JoinedProduct(torch.autograd.Function):
         out, kept = product(rows, operands)
         ctx.save_for_backward(rows, *kept)
         ctx.operands, ctx.shape = operands, x.shape
-        return out.view(*x.shape[:-1], -1).split(sizes, -1)
+        return _apart(out.view(*x.shape[:-1], -1), sizes)
 
     @staticmethod
     @once_differentiable

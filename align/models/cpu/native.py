@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from align.models.cpu.blocks import ForestMask
+from align.models.cpu.blocks import Blocks
 from align.models.cpu.compiled import LANES, call, serve
 
 
@@ -69,48 +69,38 @@ def gated_backward(both: Tensor, above: Tensor) -> Tensor:
     return below
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-    """x (R, H, T, D), cos and sin (R, T, D) -> x turned, or turned back."""
-    rows, heads, tokens, size = x.shape
-    lines, stride = _by_token(x)
-    out = torch.empty(rows, tokens, heads, size, dtype=x.dtype)
-    about = (out, rows * tokens, heads, size, -1.0 if back else 1.0)
-    call("rotate", lines, stride, cos.contiguous(), sin.contiguous(), *about)
-    return out.transpose(1, 2)
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: ForestMask, scale: float) -> tuple[Tensor, Tensor]:
+def attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
     """query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D), and what `attention_backward` needs, (T, H)
     float32."""
     _, heads, tokens, size = query.shape
     out = torch.empty(1, tokens, heads, size, dtype=query.dtype)
     logsum = torch.empty(tokens, heads, dtype=torch.float32)
-    about, _kept = _attention(query, key, value, mask, scale)
-    call("attention_forward", about, len(mask.walks.blocks), out, logsum)
+    about, _kept = _attention(query, key, value, blocks, scale)
+    call("attention_forward", about, len(blocks.walks.blocks), out, logsum)
     return out, logsum
 
 
 def attention_backward(
-    above: Tensor, given: tuple[Tensor, Tensor, Tensor], mask: ForestMask, scale: float, out: Tensor, logsum: Tensor
+    above: Tensor, given: tuple[Tensor, Tensor, Tensor], blocks: Blocks, scale: float, out: Tensor, logsum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, which were `given`, from that of `out`, `above` (1, T, H, D)."""
     query, key, value = given
     _, heads, tokens, size = query.shape
-    above, trees = above.contiguous(), mask.walks.trees
+    above, trees = above.contiguous(), blocks.walks.trees
     of_keys, of_values = torch.empty(2, tokens, heads, size, dtype=torch.float32)
     grads = [torch.empty(1, tokens, part.shape[1], size, dtype=part.dtype) for part in (query, key, value)]
-    about, _kept = _attention(query, key, value, mask, scale)
+    about, _kept = _attention(query, key, value, blocks, scale)
     about_trees = (trees, len(trees) - 1, tokens)
     call("attention_backward", about, *about_trees, out, logsum, above, of_keys, of_values, *grads)
     return tuple(grad.transpose(1, 2) for grad in grads)
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: ForestMask, scale: float
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float
 ) -> tuple[_Attention, list[Tensor]]:
     """What both directions take, and the tensors that it points into."""
     lines, strides = zip(*map(_by_token, (query, key, value)), strict=True)
-    kept = [*lines, mask.walks.blocks, mask.walks.spans]
+    kept = [*lines, blocks.walks.blocks, blocks.walks.spans]
     places, (blocks, spans) = [part.data_ptr() for part in lines], [part.data_ptr() for part in kept[3:]]
     shape = (query.shape[1], key.shape[1], query.shape[-1])
     return _Attention(*places, *strides, blocks, spans, *shape, scale), kept

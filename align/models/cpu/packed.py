@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-Linear = Callable[[Tensor], Tensor]  # (n, i) -> (n, o)
+from align.models.acceleration import Linear
 
 
 class Fixed(NamedTuple):
@@ -63,7 +63,8 @@ def arranged(weight: Tensor, rows: int) -> Tensor:
 
 def arranges(weight: Tensor) -> bool:
     """Whether preparing makes a copy of the weight."""
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _multiplies_bfloat16()
+    plain = type(weight) in (Tensor, torch.nn.Parameter)  # no part of a sharded weight
+    return plain and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _multiplies_bfloat16()
 
 
 @cache

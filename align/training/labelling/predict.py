@@ -11,6 +11,7 @@ import csv
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import chain, islice, starmap
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -32,11 +33,11 @@ from align.data.packing import pack_padded
 from align.data.templates.chat import Unwritable
 from align.data.templates.control import controls_of, encoded_text
 from align.data.trees import Tree, plant
+from align.models import acceleration
 from align.models.base import load_base
 from align.models.checkpoints.adapters import put, stranger, token_without_row, trunk_of
 from align.models.checkpoints.results import META, About, check_finite, check_fit, read_about, read_result
 from align.models.checkpoints.sources import check_weights, foreign, read_config, speaking_of
-from align.models.cpu.joined import fix_products
 from align.models.limits import positions_of
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError, printable
@@ -85,7 +86,8 @@ class Classifier:
                 _fill(self.trunk.plain, folder / "model.safetensors")
         self.max_length = min(filter(None, (about.max_length, positions_of(self.trunk.plain.config))))
         self.tokenizer, self.row_tokens = loaded.tokenizer, row_budget("auto", device)
-        fix_products(self.trunk, self.row_tokens)
+        self.prepared = ExitStack()
+        self.prepared.enter_context(acceleration.for_sampling(self.trunk, self.row_tokens))
 
     @torch.inference_mode()
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,12 +22,8 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a paramet
 
 
 def trained_parameters(model: nn.Module) -> Named:
-    """What trains, under the names it has without the wrappers of DDP, FSDP and torch.compile."""
-    return {
-        name.removeprefix("module.").replace("_orig_mod.", ""): p
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+    """What trains, under the names it has without the wrappers of DDP and FSDP."""
+    return {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def adamw(model: nn.Module, optim: Optim, rates: dict[str, float]) -> torch.optim.AdamW:
@@ -46,16 +43,25 @@ def adamw(model: nn.Module, optim: Optim, rates: dict[str, float]) -> torch.opti
     return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=betas, eps=optim.eps, fused=True)
 
 
-def capture(named: Named, optimizer: torch.optim.Optimizer) -> Tensors:
-    """Weights and AdamW moments; with shards, every process must call it."""
-    return {
-        "model": {name: whole(p) for name, p in named.items()},
-        "optimizer": {
-            f"{name}/{key}": whole(value)
-            for name, p in named.items()
-            for key, value in optimizer.state.get(p, {}).items()
-        },
+def capture(named: Named, optimizer: torch.optim.Optimizer, keep: bool = True) -> Tensors:
+    """Weights and AdamW moments; with shards, every process must call it, and those that do not `keep` get none."""
+    moments = {
+        f"{name}/{key}": value for name, p in named.items() for key, value in optimizer.state.get(p, {}).items()
     }
+    return {"model": gathered(named, keep), "optimizer": gathered(moments, keep)}
+
+
+def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Tensors whole, those of shards on the CPU, one after another; none where this process does not `keep` them.
+
+    With shards, every process must call it.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor).detach().cpu() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            found[name] = full
+    return found
 
 
 class _State(TypedDict):
@@ -148,5 +154,6 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _like(full: Tensor, p: Tensor) -> Tensor:
     if isinstance(p, DTensor):
-        return distribute_tensor(full.to(p.device), p.device_mesh, p.placements)
+        # Every process has read the same file, so nothing has to be sent.
+        return distribute_tensor(full.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
     return full.to(p.device)
