@@ -248,7 +248,11 @@ def published(folder: Path, size: int) -> Iterator[Path]:
     with speaking(folder, size):
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        yield beside
+        try:
+            yield beside
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
         for file in (*beside.iterdir(), beside):
             sync(file)
         if folder.is_symlink():
