@@ -128,12 +128,11 @@ def _kinds(trunk: Trunk, forest: Forest) -> set[_Kind]:
         found.add(_Kind(tuple(part.shape for part in states), states[0].dtype, tuple(more)))
         return dense_attention(*parts)
 
-    before, trunk.forest_attention = trunk.forest_attention, attend
-    try:
-        with torch.no_grad():
-            trunk.states(forest)
-    finally:
-        trunk.forest_attention = before
+    training, trunk.forest_attention = trunk.training, attend
+    trunk.eval()
+    with torch.no_grad():
+        trunk.states(forest)
+    trunk.train(training)
     return found
 
 

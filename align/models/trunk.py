@@ -9,7 +9,6 @@ Shapes: R rows, L tokens in a row, d hidden size, n labels of the batch.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -31,9 +28,8 @@ from align.models.attention import Attention, ForestMask, dense_attention
 from align.models.base import Base, compute_dtype
 from align.models.checkpoints.results import META
 from align.models.layout import faster_attention, layout_of
-from align.models.lora import Switch, check_targets, lora_config
+from align.models.lora import Switch, acts, adapted, beneath
 from align.objectives.logprobs import linear_logprobs
-from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
 
 Whole = Callable[..., AbstractContextManager]  # within whole(part), a part, or whole() all weights are in one piece
@@ -64,14 +60,15 @@ class Trunk(nn.Module):
         causal.requires_grad_(not self.adapted)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.causal = _adapt(causal, lora, base, bool(outputs)) if self.adapted else causal
+            self.causal = adapted(causal, lora, bool(outputs), base.added) if self.adapted else causal
         if self.adapted:
             self.causal.active_peft_config.base_model_name_or_path = base.source
         self.whole: Whole = shard(self) if shard else lambda part=None: nullcontext()
         self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, self.device)
         self.acts_as: str | None = "default"  # the adapter in use; None: the bare trunk
-        self.switch = Switch(self.causal)
-        self._act("default")
+        if self.adapted:
+            self.switch = Switch(self.causal)
+            self._act("default")
         if model.gradient_checkpointing:
             # The backward pass computes again what some role has computed, whatever role acts by then.
             again = {"context_fn": lambda: (nullcontext(), self.acting(self.acts_as))} if self.adapted else {}
@@ -292,26 +289,3 @@ class Trunk(nn.Module):
     def layers(self) -> list[nn.Module]:
         """The decoder's blocks, in order."""
         return max((m for m in self.decoder.modules() if isinstance(m, nn.ModuleList)), key=len)
-
-
-def beneath(layer: nn.Module) -> nn.Module:
-    """A layer of the base, without what peft has put around it."""
-    while hasattr(layer, "token_adapter") or hasattr(layer, "base_layer"):
-        layer = layer.token_adapter if hasattr(layer, "token_adapter") else layer.base_layer
-    return layer
-
-
-def acts(tokens: TrainableTokensLayer) -> bool:
-    """Whether rows of some adapter stand in place of the base's."""
-    return bool(tokens.active_adapters) and not tokens.disable_adapters
-
-
-def _adapt(causal: nn.Module, lora: Lora, base: Base, scores: bool) -> PeftModel:
-    check_targets(causal, lora, bool(base.added), scores)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tied weights: merging unties them
-            adapted = get_peft_model(causal, lora_config(lora, causal, scores, base.added))
-    except ValueError as error:  # one that cannot take an adapter
-        raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
-    return adapted

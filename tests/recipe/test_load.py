@@ -151,7 +151,8 @@ def test_every_problem_at_once_in_the_order_of_the_file(problems):
                            "did you mean 'auto'?"),
         ("batch.row_tokens=x", "batch.row_tokens: expected a whole number above 0 or 'auto', "
                                "found the text 'x'"),
-        ("model.gradient_checkpointing='on'", "model.gradient_checkpointing: expected true or false, found the text 'on'; drop the quotes"),
+        ("model.gradient_checkpointing='on'", "model.gradient_checkpointing: expected true or false, found the text "
+                                              "'on'; drop the quotes"),
         ("data.train=[]", "data.train: expected a list (each item a section) of length 1 or more, "
                           "found an empty list"),
         ("optim.learning_rate=.inf", "optim.learning_rate: expected a number above 0, found the text '.inf'"),
