@@ -214,7 +214,8 @@ def test_every_stage(world, wide, here, monkeypatch, stages):
     monkeypatch.setattr("world.WAIT", 900)
     jobs = {name: job for name, job in every_stage(world, wide, here).items() if job.stage in stages}
     known = {name: alone(job) for name, job in jobs.items()}
-    measured = [jobs["whole"]._replace(run="again"), jobs["whole"]._replace(words=(), run="copies")] * ("sft" in stages)
+    whole = [job._replace(run="again") for name, job in jobs.items() if name == "whole"]
+    measured = [*whole, *(job._replace(words=(), run="copies") for job in whole)]
     *_, shards, copies = together(here, [*jobs.values(), *measured])
     assert not measured or shards <= 0.6 * copies
     for name, job in jobs.items():
