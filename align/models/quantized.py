@@ -49,6 +49,7 @@ def loading(quantize: str, dtype: torch.dtype, device: torch.device, model: PreT
     Four bits are stored as numbers of `dtype`, so that all parameters of a layer can be sharded as one.
     """
     heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    heads += [name for name, _ in model.named_modules() if name.endswith("pooler")]  # an encoder's may be new
     config = BitsAndBytesConfig(
         load_in_4bit=quantize == "4bit",
         load_in_8bit=quantize == "8bit",
