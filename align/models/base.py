@@ -73,13 +73,15 @@ def load_tokenizer(section: Model) -> Tokenizer:
     return chat_tokenizer(tokenizer, section.chat_template, section.template_options)
 
 
-def base_config(section: Model, scores: bool) -> PreTrainedConfig:
+def base_config(section: Model, scores: bool, described: Path | None = None) -> PreTrainedConfig:
     """The config of the model that is loaded: without dropout, with the recipe's settings where its weights are new.
 
-    `scores`: it gets a head. UserError for what cannot be what is asked for.
+    `scores`: it gets a head. `described`: a folder with its config.json, where its weights need not be there.
+    UserError for what cannot be what is asked for.
     """
-    check_installed(section.quantize)
-    folder = base_folder(section)
+    if described is None:
+        check_installed(section.quantize)
+    folder = described or base_folder(section)
     config = read_config(folder, f"model.base: {section.base}", section.trust_remote_code)
     about = read_about(folder, "model.base")
     if about and about.stage in SCORING and not scores:
@@ -94,7 +96,7 @@ def base_config(section: Model, scores: bool) -> PreTrainedConfig:
             raise UserError(f"model.config: {section.base} has no setting {', '.join(map(repr, unknown))}")
         for key, value in section.config.items():
             setattr(config, key, value)
-    else:
+    elif described is None:
         check_weights(folder, config, f"model.base: {section.base}")
     return config
 
@@ -167,9 +169,9 @@ def _no_dropout(config: PreTrainedConfig) -> None:
 
 def _cast(model: PreTrainedModel, section: Model, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Weights in `dtype` on the device; UserError where one of them is no finite number."""
-    if not section.quantize:
-        model = model.to(device)
     cast(model, dtype)
+    if not section.quantize:
+        model = model.to(device)  # only now: merged weights are float32, which may not fit there
     for name, p in numbers(model):
         if not torch.isfinite(p).all():
             raise UserError(f"model.base: {section.base}: {name} has values that are not finite numbers in {dtype}")

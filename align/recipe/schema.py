@@ -44,7 +44,7 @@ class Model(Section):
     """With `init: random`: entries that replace those of the base's config, such as `hidden_size`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen trunk: `auto` is bfloat16 where the device computes it natively, else float32. What trains is
-    float32."""
+    float32. `float16` is for tools that train nothing."""
     quantize: Literal["8bit", "4bit"] | None = None
     """Hold the frozen trunk's linear layers in so many bits: `4bit` is NF4 with double quantisation (QLoRA, Dettmers et
     al. 2023, arXiv 2305.14314). Needs bitsandbytes and a LoRA."""
@@ -52,8 +52,6 @@ class Model(Section):
     """How batches are laid out. `auto` tries the packed tree layout on the loaded model and keeps it if it is exact."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, much less memory."""
-    compile: bool = False
-    """`torch.compile` the decoder layers; worth its start-up time on long GPU runs."""
     chat_template: Location | None = None
     """`chatml`, `plain` or a Jinja file. Default: the tokenizer's own; without one, `chatml` if its vocabulary has
     `<|im_start|>`, else `plain`."""
@@ -289,8 +287,11 @@ class BaseRecipe(Section):
                 "new weights are trained whole: with `model.init: random` set `lora: null`, and no `model.quantize` "
                 "or `model.adapter`"
             )
-        if self.train.shard == "layers" and self.model.compile:
-            raise ValueError("`train.shard: layers` does not go with `model.compile`; leave one of them out")
+        if self.model.dtype == "float16":
+            raise ValueError(
+                "`model.dtype: float16` cannot train: small gradients become 0 in it; set bfloat16, or float32 where "
+                "the device has no bfloat16"
+            )
         if self.model.config and self.model.init != "random":
             raise ValueError("`model.config` needs `model.init: random`")
         return self

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
@@ -86,6 +86,20 @@ def base_folder(section: Model) -> Path:
         raise UserError(
             f"model.base: {name!r} is neither a local folder nor could it be fetched from the hub "
             f"({first_line(error)}); check the name and the network, or use {NAMES[0]}"
+        ) from None
+
+
+def config_folder(section: Model) -> Path:
+    """A folder with the base's config.json. Of a hub id that is not on this machine only that file is fetched."""
+    name = section.base
+    if name.startswith("demo/") or is_folder(Path(name)) or folder_on_disk(name) or name.count("/") != 1:
+        return base_folder(section)
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=section.revision)).parent
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"model.base: {name!r} is neither a local folder nor could its config.json be fetched from the hub "
+            f"({first_line(error)}); check the name and the network"
         ) from None
 
 
