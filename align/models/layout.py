@@ -129,11 +129,15 @@ def _kinds(trunk: Trunk, forest: Forest) -> set[_Kind]:
         found.add(_Kind(tuple(part.shape for part in states), states[0].dtype, tuple(more)))
         return dense_attention(*parts)
 
-    training, trunk.forest_attention = trunk.training, attend
+    training, before = trunk.training, trunk.forest_attention
+    trunk.forest_attention = attend
     trunk.eval()
-    with torch.no_grad():
-        trunk.states(forest)
-    trunk.train(training)
+    try:
+        with torch.no_grad():
+            trunk.states(forest)
+    finally:
+        trunk.forest_attention = before
+        trunk.train(training)
     return found
 
 

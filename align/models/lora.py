@@ -24,8 +24,9 @@ class Switch:
     peft's own switches walk the whole model, and decide what trains besides.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PeftModel) -> None:
         """Takes over the layers that there are; adapters that are added later need another switch."""
+        self.known = frozenset(model.peft_config)
         self.acting: list[str] = []  # one name; none for the bare model
         self.tables: list[TrainableTokensLayer] = []  # at most two: rows of added tokens, which not every role has
         for layer in model.modules():
@@ -36,6 +37,7 @@ class Switch:
 
     def turn(self, name: str | None) -> None:
         """To an adapter; None: to the bare model."""
+        assert name is None or name in self.known, f"{name} was added after this switch was made"
         self.acting[:] = [] if name is None else [name]
         for table in self.tables:
             table._active_adapter = [name] if name in table.token_indices else []

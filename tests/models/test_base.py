@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from align.data.trees import plant
-from align.models.base import compute_dtype, load_base, load_tokenizer, weights_fingerprint
+from align.models.base import compute_dtype, load_base, load_tokenizer
+from align.models.checkpoints.fingerprints import weights_fingerprint
 from align.models.checkpoints.results import META
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError

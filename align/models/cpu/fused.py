@@ -25,13 +25,15 @@ from align.models.cpu.products import LoraLinear, adopt_layers, product, product
 KERNELS: dict[str, ModuleType] = {}  # by device: functions of `native`, from elsewhere
 
 
-def fuse(model: nn.Module) -> None:
-    """Give every module that qualifies its fused forward. Again for adapters that were added."""
+def fuse(model: nn.Module, joins: bool = True) -> None:
+    """Give every module that qualifies its fused forward. Again for adapters that were added. `joins`: layers of one
+    input become one product, for which their weights are stacked in a tensor beside the parameters."""
     adopt_layers(model)
     verdicts: dict[tuple[type, type | None], bool] = {}
     for module in model.modules():
-        join(module, ("q_proj", "k_proj", "v_proj"))
-        join(module, ("gate_proj", "up_proj"))
+        if joins:
+            join(module, ("q_proj", "k_proj", "v_proj"))
+            join(module, ("gate_proj", "up_proj"))
         forward = _norm_forward if _is_norm(module) else _mlp_forward if _is_gated_mlp(module) else None
         if forward is None or "forward" in vars(module):
             continue
@@ -56,6 +58,8 @@ def _is_gated_mlp(module: nn.Module) -> bool:
 def _agrees(module: nn.Module, forward) -> bool:
     """Whether the fused forward gives the module's own value and input gradient, in the module's own dtype."""
     weight = next(module.parameters())
+    if weight.is_meta:  # a plan is made of it: there are no numbers to compare
+        return True
     width = module.gate_proj.in_features if hasattr(module, "gate_proj") else weight.shape[-1]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 5, width, generator=generator).to(weight.device, weight.dtype).requires_grad_()
