@@ -124,7 +124,7 @@ def keep_outside_whole(trunk: Trunk, engine: Any) -> None:
 @contextmanager
 def _whole(engine: Any, part: nn.Module | None = None) -> Iterator[None]:
     """All weights whole, and no process waits for another; every process has to come by."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     offload = engine.optimizer.parameter_offload
     for p in engine.module.parameters():
@@ -143,7 +143,7 @@ def _whole(engine: Any, part: nn.Module | None = None) -> Iterator[None]:
 def full(p: nn.Parameter) -> Tensor:
     """A parameter whole, on the CPU; every process must call it."""
     from deepspeed.utils import safe_get_full_fp32_param
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     if p.requires_grad:
         return safe_get_full_fp32_param(p).detach().cpu()
