@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, str_to_bool
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.models.trunk import Trunk, Whole
 from align.recipe.errors import UserError
@@ -50,7 +51,6 @@ def ready() -> dict[str, Any]:
         raise UserError(
             "the launcher's configuration asks for DeepSpeed: pip install 'align[deepspeed]', or " + INSTEAD
         )
-    os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"  # transformers would make the weights in pieces itself
     if torch.cuda.is_available():
         return {}
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -85,6 +85,7 @@ def settle(accelerator: Accelerator, recipe: BaseRecipe) -> None:
                 problems.append(f"model.{key} does not go with ZeRO-3: leave it out, or {INSTEAD}")
     if problems:
         raise UserError(*problems)
+    unset_hf_deepspeed_config()  # else transformers would lay out weights by itself while it loads them
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     config["gradient_clipping"] = recipe.optim.max_grad_norm or 0.0
     for key in SIZES:
@@ -142,8 +143,8 @@ def _whole(engine: Any, part: nn.Module | None = None) -> Iterator[None]:
 
 def full(p: nn.Parameter) -> Tensor:
     """A parameter whole, on the CPU; every process must call it."""
-    from deepspeed.utils import safe_get_full_fp32_param
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
 
     if p.requires_grad:
         return safe_get_full_fp32_param(p).detach().cpu()
