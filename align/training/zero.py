@@ -25,6 +25,7 @@ from align.recipe.errors import UserError
 from align.recipe.schema import BaseRecipe
 from align.training.runs.state import Named
 
+HELD = -1  # stands among the modules that need a weight now, which DeepSpeed counts
 STAGES = ("sft", "reward", "dpo", "classify")
 INSTEAD = (
     "use train.shard=layers with a launcher's configuration without DeepSpeed (accelerate_configs/8_gpus_shard.yaml)"
@@ -107,33 +108,37 @@ def layers_together(trunk: Trunk) -> Whole:
 
     for layer in trunk.layers:
         set_z3_leaf_module(layer, True)
+    # Else the first layer's input asks for no gradient, and its weights would be let go of before its backward pass.
+    trunk.plain.get_input_embeddings().register_forward_hook(_ask_for_gradient)
     return lambda part=None: nullcontext()
 
 
-def keep_outside_whole(trunk: Trunk, engine: Any) -> None:
-    """What is not in a layer stays whole on every process, as small weights do: heads are read beside their forward."""
+def _ask_for_gradient(_embeddings: nn.Module, _given: tuple, states: Tensor) -> Tensor:
+    return states.requires_grad_() if torch.is_grad_enabled() and states.is_leaf else states
+
+
+def hold_outside(trunk: Trunk) -> None:
+    """What is not in a layer is whole on every process, until the next step lays it out: heads are read beside their
+    forward pass. Every process must call it."""
     layered = {p for layer in trunk.layers for p in layer.parameters()}
-    kept = [p for p in trunk.parameters() if p not in layered and not p.ds_persist]
-    for p in kept:
-        p.ds_persist = True
-    if kept:
-        engine.optimizer.persistent_parameters.extend(kept)
-        kept[0].all_gather(kept)
-    trunk.whole = partial(_whole, engine)
+    held = [p for p in trunk.parameters() if p not in layered]
+    held[0].all_gather(held)
+    for p in held:
+        p.ds_active_sub_modules.add(HELD)
 
 
 @contextmanager
-def _whole(engine: Any, part: nn.Module | None = None) -> Iterator[None]:
+def whole(trunk: Trunk, engine: Any, part: nn.Module | None = None) -> Iterator[None]:
     """All weights whole, and no process waits for another; every process has to come by."""
     from deepspeed.runtime.zero import GatheredParameters
 
     offload = engine.optimizer.parameter_offload
-    for p in engine.module.parameters():
+    laid = [p for p in (part or trunk).parameters() if HELD not in p.ds_active_sub_modules]
+    for p in laid:
         p.ds_active_sub_modules.clear()
     for hook in (*offload.forward_hooks, *offload.backward_hooks):
         hook.remove()
     offload.forward_hooks, offload.backward_hooks = [], []
-    laid = [p for p in (part or engine.module).parameters() if not p.ds_persist]
     try:
         with GatheredParameters(laid):
             yield
