@@ -189,7 +189,8 @@ def evaluate(session: Session) -> None:
     trunk = load_policy(recipe.model, saved, session.accelerator, recipe.seed)
     trunk.budgets = trunk.budgets.asked(recipe.batch.cache_tokens)
     rewards = Rewards(section.scores, trunk, "evaluate.scores")
-    roles = Roles(trunk, NO_UPDATE, rewards.scorers, None, section.generation.temperature, recipe.seed)
+    temperature = section.generation.temperature
+    roles = Roles(trunk, NO_UPDATE, rewards.scorers, None, temperature, recipe.seed, critic=False)
     batches, draws = Batches(trunk, session.accelerator, recipe.batch.row_tokens), Draws(RESAMPLES, recipe.seed)
     if session.first:
         clear(folder, recipe)

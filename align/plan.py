@@ -20,7 +20,6 @@ from align.recipe.errors import UserError
 from align.recipe.load import STAGES, load_recipe
 from align.recipe.paths import expanded
 from align.recipe.schema import BaseRecipe
-from align.recipe.streams import safe_streams
 from align.tools.pipeline.stage import recipe_type
 from align.tools.plan.advice import advice, largest_rollout, largest_row
 from align.tools.plan.report import Report, record, told
@@ -81,7 +80,7 @@ def planned(asked: argparse.Namespace) -> Report:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    with safe_streams(), border(MEMORY):
+    with border(MEMORY, result=True):
         asked = arguments(sys.argv[1:] if argv is None else argv)
         report = planned(asked)
         print(json.dumps(record(report), indent=1) if asked.json else "\n".join(told(report)))

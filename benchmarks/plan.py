@@ -19,7 +19,24 @@ from typing import Any
 
 import yaml
 
-WORDS = "the river runs slowly past old houses and a garden where somebody planted beans last spring ".split()
+WORDS = [
+    "the",
+    "river",
+    "runs",
+    "slowly",
+    "past",
+    "old",
+    "houses",
+    "and",
+    "a",
+    "garden",
+    "where",
+    "somebody",
+    "planted",
+    "beans",
+    "last",
+    "spring",
+]
 BASE: dict[str, Any] = {
     "seed": 1,
     "model": {"base": "demo/smollm2-135m"},
@@ -122,7 +139,9 @@ def main() -> None:
                 print(f"{name:22} failed: {record['failed']}", flush=True)
             else:
                 planned, peak = record["planned"] / 1e9, record["measured"] / 1e9
-                print(f"{name:22} planned {planned:6.2f} GB  measured {peak:6.2f} GB  {record['ratio']:5.2f}", flush=True)
+                print(
+                    f"{name:22} planned {planned:6.2f} GB  measured {peak:6.2f} GB  {record['ratio']:5.2f}", flush=True
+                )
     print(json.dumps({"processes": asked.processes, "shard": asked.shard, "runs": found}))
 
 

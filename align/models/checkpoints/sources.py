@@ -139,8 +139,14 @@ def read_config(folder: Path, told: str, trust: bool = False) -> PreTrainedConfi
 
 
 def check_weights(folder: Path, config: PreTrainedConfig, told: str) -> None:
-    """UserError for a checkpoint without safetensors, with the way to make some; and for a config that asks for a model
-    far larger than its weights, before memory is taken for it."""
+    """UserError for a checkpoint whose weights are quantised; for one without safetensors, with the way to make some;
+    and for a config that asks for a model far larger than its weights, before memory is taken for it."""
+    if bits := getattr(config, "quantization_config", None):
+        method = bits.get("quant_method") if isinstance(bits, dict) else getattr(bits, "quant_method", None)
+        raise UserError(
+            f"{told} is quantised already ({getattr(method, 'value', method) or 'by an unknown method'}); give the "
+            "checkpoint that it was made from, and model.quantize: 4bit or 8bit"
+        )
     if files := sorted(folder.glob("*.safetensors")):
         _check_size(files, config.get_text_config(), told)
         return
@@ -154,6 +160,15 @@ def check_weights(folder: Path, config: PreTrainedConfig, told: str) -> None:
         'trust it: python -c "from transformers import AutoModelForCausalLM as M; '
         "M.from_pretrained('OLD').save_pretrained('NEW')\", and copy the tokenizer's files"
     )
+
+
+def check_finite_files(folder: Path, told: str) -> None:
+    """UserError, which begins with `told`, where a weight in the files of a checkpoint is no finite number."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with foreign(f"{told}: its weights are damaged"), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if not torch.isfinite(file.get_tensor(name)).all():
+                    raise UserError(f"{told}: {name} has values that are not finite numbers")
 
 
 def _check_size(files: list[Path], config: PreTrainedConfig, told: str) -> None:

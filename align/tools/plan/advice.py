@@ -27,7 +27,9 @@ class Change(NamedTuple):
     @property
     def words(self) -> str:
         """As overrides on a command line."""
-        return " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in self.keys.items())
+        return " ".join(
+            f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in self.keys.items()
+        )
 
 
 def changed(recipe: BaseRecipe, keys: dict[str, Any]) -> BaseRecipe:

@@ -47,7 +47,9 @@ def told(report: Report) -> list[str]:
     for part in sorted(plan.peak.parts, key=lambda part: -part.bytes):
         if part.bytes:
             lines.append(f"  {size(part.bytes):>10}  {part.name}")
-    lines.append(f"  {size(plan.peak.bytes):>10}  peak, of {size(report.have)}: {'it fits' if report.fits else 'it does NOT fit'}")
+    lines.append(
+        f"  {size(plan.peak.bytes):>10}  peak, of {size(report.have)}: {'it fits' if report.fits else 'it does NOT fit'}"
+    )
     lines.append("  " + "; ".join(f"{m.name} {size(m.bytes)}" for m in plan.moments if m is not plan.peak))
     lines += ["", *_work_lines(report), "", *_limit_lines(report)]
     if report.changes:
@@ -66,7 +68,9 @@ def _load_line(report: Report) -> str:
 def _work_lines(report: Report) -> list[str]:
     work = report.work
     said = f"a step: {work.tokens:,} tokens" + (f", {work.episodes:,} responses" if work.episodes else "")
-    lines = [f"{said}, {work.flops / 1e12:,.3g} TFLOP" + (f", {size(work.sent)} sent by each device" if work.sent else "")]
+    lines = [
+        f"{said}, {work.flops / 1e12:,.3g} TFLOP" + (f", {size(work.sent)} sent by each device" if work.sent else "")
+    ]
     if work.seconds is None:
         return [*lines, "its time is not known: name the device (--device) for a range"]
     low, high = work.seconds
@@ -83,7 +87,9 @@ def _limit_lines(report: Report) -> list[str]:
 def _advice_lines(report: Report) -> list[str]:
     mended = report.mended.peak.bytes
     if mended > report.have:
-        lines = [f"with all of these it still takes {size(mended)}; choose a smaller model, a larger device or more of them:"]
+        lines = [
+            f"with all of these it still takes {size(mended)}; choose a smaller model, a larger device or more of them:"
+        ]
     else:
         lines = [f"with these it takes {size(mended)}, and fits:"]
     return lines + [f"  {change.words:<36} {change.why}" for change in report.changes]

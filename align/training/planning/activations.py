@@ -112,7 +112,7 @@ def _traced(skeleton: Skeleton, layers: int, way: Way, tokens: int, segment: int
         base = plain(model)
         if skeleton.model.quantize:
             _pack(model)
-        if not skeleton.model.compile and not way.autocast:
+        if not way.autocast:
             fast.adopt(base, True)
         model.train()
         if skeleton.model.gradient_checkpointing:
@@ -180,7 +180,9 @@ def _mask(tokens: int, segment: int) -> ForestMask:
     return ForestMask(plant([Tree((np.zeros(n, np.int32),), (np.ones(n, bool),)) for n in lengths]))
 
 
-def _attention(kernel: object, mask: ForestMask, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_, **named):
+def _attention(
+    kernel: object, mask: ForestMask, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_, **named
+):
     """transformers' interface for attention."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (part.to(torch.get_autocast_dtype("cpu")) for part in (query, key, value))

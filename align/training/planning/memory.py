@@ -95,7 +95,7 @@ class Setting(NamedTuple):
 
 def setting(recipe: BaseRecipe, device: Device, processes: int) -> Setting:
     """Raises UserError for a base that cannot be had."""
-    outputs = {"reward": 1, "classify": len(getattr(recipe, "classify", None) and recipe.classify.labels or "ab")}
+    outputs = {"reward": 1, "classify": len((getattr(recipe, "classify", None) and recipe.classify.labels) or "ab")}
     others = []
     for part in recipe.ppo.rewards if recipe.stage == "ppo" else ():
         if part.model:
@@ -265,7 +265,9 @@ def _learning(at: Setting, held: list[Part], load: Load, one: Row, limits: Budge
         Moment("backward pass", (*fixed, *before, kept, Part("a layer's gradients", one.backward), *unpack)),
     ]
     if not before:
-        moments.append(Moment("end of the backward pass", (*fixed, gradients, Part("a layer's gradients", one.backward))))
+        moments.append(
+            Moment("end of the backward pass", (*fixed, gradients, Part("a layer's gradients", one.backward)))
+        )
     dpo = getattr(recipe, "dpo", None)
     if dpo and dpo.loss not in WITHOUT_REFERENCE and dpo.reference == "same_pass":
         moments.append(Moment("the reference", (*fixed, *before, kept, Part("a layer", one.forward), *unpack, logits)))
@@ -276,7 +278,9 @@ def _learning(at: Setting, held: list[Part], load: Load, one: Row, limits: Budge
 
 def _unpacked(at: Setting) -> list[Part]:
     """A quantised weight in the dtype of its product."""
-    return [Part("a weight, unpacked", at.skeleton.sizes.largest * at.dtype.itemsize)] if at.recipe.model.quantize else []
+    return (
+        [Part("a weight, unpacked", at.skeleton.sizes.largest * at.dtype.itemsize)] if at.recipe.model.quantize else []
+    )
 
 
 def _chunk(at: Setting, limits: Budgets, labels: int | None = None) -> int:

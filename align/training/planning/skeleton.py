@@ -68,7 +68,7 @@ class Skeleton:
     def key(self) -> tuple[object, ...]:
         """Two skeletons with the same are alike."""
         written = json.dumps(self.config.to_dict(), sort_keys=True, default=str)
-        settings = (self.model.quantize, self.model.gradient_checkpointing, self.model.compile)
+        settings = (self.model.quantize, self.model.gradient_checkpointing)
         return written, self.lora and self.lora.model_dump_json(), self.outputs, settings
 
     @property
@@ -108,9 +108,7 @@ class Skeleton:
             head=getattr(text, "head_dim", None) or text.hidden_size // heads,
         )
 
-    def made(
-        self, depth: int, dtype: torch.dtype = torch.float32, device: str = "meta"
-    ) -> nn.Module:
+    def made(self, depth: int, dtype: torch.dtype = torch.float32, device: str = "meta") -> nn.Module:
         """The model with so many layers: its adapter in float32, the rest in `dtype`."""
         config = deepcopy(self.config)
         for part in {id(part): part for part in (config, config.get_text_config())}.values():
