@@ -13,6 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 STAGES = ("sft", "reward", "dpo", "ppo", "grpo", "distill", "classify")
 FLOORS = {"objectives": 0, "recipe": 1, "data": 2, "models": 3, "training": 4} | dict.fromkeys(STAGES, 5)
 TOOLS = 6
+FAST, DOOR = ("align.models.cpu", "align.models.gpu"), "align.models.acceleration"
 MOST_LINES = 320
 
 
@@ -27,6 +28,10 @@ def floor(name: str) -> int:
 
 def module_of(file: Path) -> str:
     return ".".join(file.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def within(module: str, packages: tuple[str, ...]) -> bool:
+    return f"{module}.".startswith(tuple(f"{package}." for package in packages))
 
 
 def imports(source: str, module: str, *, package: bool = False) -> set[str]:
@@ -50,6 +55,8 @@ def faults(source: str, module: str, *, package: bool = False) -> list[str]:
         if top != "align":
             if own == "objectives" and top != "torch" and top not in sys.stdlib_module_names:
                 told.append(f"{module} imports {top}; objectives import torch alone")
+        elif within(name, FAST) and not (within(module, FAST) or module == DOOR):
+            told.append(f"{module} imports {name}; only {DOOR} does")
         elif not own or other == own or not other or floor(own) == floor(other) == TOOLS:
             continue
         elif floor(other) >= floor(own):
@@ -86,6 +93,12 @@ def test_the_house_is_not_empty():
         ("align.pipeline", "from align.sft import main\nfrom align.plan import cost", 0),
         ("align.sft", "from align.pipeline import main", 1),
         ("align.models.base", "from align import __version__", 1),
+        ("align.models.trunk", "from align.models.cpu.fused import fuse", 1),
+        ("align.models.trunk", "def f():\n    from align.models import gpu", 1),
+        ("align.models.trunk", "from align.models import acceleration", 0),
+        ("align.training.loop", "from align.models.cpu import joined", 1),
+        ("align.models.acceleration", "from align.models.cpu import OFFER", 0),
+        ("align.models.gpu.flex", "from align.models.cpu.joined import fixed_products", 0),
     ],
 )
 def test_this_test_sees(module, source, count):

@@ -46,9 +46,8 @@ Attention = Callable[
 class ForestMask:
     """What attention needs of a packed batch; made once a forward pass, shared by all layers."""
 
-    def __init__(self, forest: Forest, where: Tensor | None = None, attend: Attention = dense_attention) -> None:
-        """`where`: flat indices (m,) of the positions whose final states are read; None: all."""
-        self.forest, self.where, self.attend = forest, where, attend
+    def __init__(self, forest: Forest, attend: Attention = dense_attention) -> None:
+        self.forest, self.attend = forest, attend
         self._made: dict[Any, Any] = {}
 
     def made(self, make: Callable[[Forest], T]) -> T:

@@ -64,7 +64,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _container_bytes() -> int:
-    """What is left of a cgroup's limit; a very large number without one. Pages of files that it counts can be dropped."""
+    """What is left of a cgroup's limit, with the pages of files that it can drop; a very large number without one."""
     with suppress(OSError, ValueError):  # version 2; no such file, or the word max
         limit = int((CGROUP / "memory.max").read_text())
         used = int((CGROUP / "memory.current").read_text())

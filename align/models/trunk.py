@@ -9,7 +9,6 @@ Shapes: R rows, L tokens in a row, d hidden size, n labels of the batch.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -17,24 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from align.data.templates.ends import turn_ends
 from align.data.templates.texts import said
-from align.data.trees import FLEX_BLOCK, Forest
+from align.data.trees import GPU_MULTIPLE, Forest
 from align.models import acceleration
 from align.models.attention import NAME as FOREST
 from align.models.attention import Attention, ForestMask, dense_attention
 from align.models.base import Base, compute_dtype
 from align.models.checkpoints.results import META
 from align.models.layout import faster_attention, layout_of
-from align.models.lora import Switch, check_targets, lora_config
+from align.models.lora import Switch, acts, adapted, beneath
 from align.models.memory import budgets
 from align.objectives.logprobs import linear_logprobs
-from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
 
 Whole = Callable[..., AbstractContextManager]  # within whole(part), a part, or whole() all weights are in one piece
@@ -51,9 +47,8 @@ class Trunk(nn.Module):
         lora: Lora | None,
         seed: int = 0,
         outputs: int | None = None,
-        shard: Callable[[Trunk], Whole] | None = None,
+        shard: Callable[[Trunk], Whole] | None = None,  # leaves a part of each of the base's weights on this process
     ) -> None:
-        """`shard` leaves a part of each weight of the base on this process, before anything is computed."""
         super().__init__()
         self.fingerprint, self.base_name, self.tokenizer = base.fingerprint, base.name, base.tokenizer
         self.links, self.added = base.links, base.added
@@ -66,14 +61,15 @@ class Trunk(nn.Module):
         causal.requires_grad_(not self.adapted)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.causal = _adapt(causal, lora, base, bool(outputs)) if self.adapted else causal
+            self.causal = adapted(causal, lora, bool(outputs), base.added) if self.adapted else causal
         if self.adapted:
             self.causal.active_peft_config.base_model_name_or_path = base.source
         self.whole: Whole = shard(self) if shard else lambda part=None: nullcontext()
         self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, self.device)
         self.acts_as: str | None = "default"  # the adapter in use; None: the bare trunk
-        self.switch = Switch(self.causal)
-        self._act("default")
+        if self.adapted:
+            self.switch = Switch(self.causal)
+            self._act("default")
         if model.gradient_checkpointing:
             # The backward pass computes again what some role has computed, whatever role acts by then.
             again = {"context_fn": lambda: (nullcontext(), self.acting(self.acts_as))} if self.adapted else {}
@@ -85,11 +81,7 @@ class Trunk(nn.Module):
         self.attend(FOREST if self.packed else self.own_attention)
         # The plain trunk stands. What is faster comes in its place where it agrees.
         self.replayed = acceleration.replayed(self)  # one for all samplings: it knows what cannot be recorded
-        if model.compile:
-            for layer in self.layers:
-                layer.compile(dynamic=True)
-        else:
-            acceleration.adopt(self)
+        acceleration.adopt(self)
         self.forest_attention, self.attention_reason = faster_attention(self, acceleration.attention(self.device))
 
     @property
@@ -100,7 +92,7 @@ class Trunk(nn.Module):
     @property
     def row_multiple(self) -> int:
         """What the length of a planted row is rounded up to."""
-        return 1 if self.device.type == "cpu" else FLEX_BLOCK
+        return 1 if self.device.type == "cpu" else GPU_MULTIPLE
 
     @property
     def plain(self) -> nn.Module:
@@ -173,9 +165,7 @@ class Trunk(nn.Module):
             return self._scores(forest)
         return linear_logprobs(Trunk.states(self, forest), labels=forest.labels, **self.projection())
 
-    # Where the trunk is sharded, an instance's own `forward`, `states` and `hidden` first bring its weights together.
-    # That must not be done twice, so they call each other through the class.
-
+    # Where it is sharded, an instance's `forward`, `states` and `hidden` gather weights, and must not do so nested.
     def states(self, forest: Forest) -> Tensor:
         """Final hidden state of the position that predicts each label, (n, d), in `dtype`."""
         with self.autocast():
@@ -207,7 +197,7 @@ class Trunk(nn.Module):
     def hidden(self, forest: Forest, where: Tensor) -> Tensor:
         """Final hidden states of some positions, flat indices (m,) -> (m, d)."""
         if forest.packed:
-            inputs = {"forest": self.mask(forest, where)}
+            inputs = {"forest": self.mask(forest)}
         else:
             inputs = {"attention_mask": forest.tree >= 0}
         states = self.decoder(
@@ -215,9 +205,9 @@ class Trunk(nn.Module):
         ).last_hidden_state
         return states.flatten(0, 1)[where]
 
-    def mask(self, forest: Forest, where: Tensor | None = None) -> ForestMask:
-        """What the layers are told of a packed forest, whose final states are read at `where`, (m,)."""
-        return ForestMask(forest, where, self.forest_attention)
+    def mask(self, forest: Forest) -> ForestMask:
+        """What the layers are told of a packed forest."""
+        return ForestMask(forest, self.forest_attention)
 
     @contextmanager
     def acting(self, role: str | None):
@@ -283,7 +273,7 @@ class Trunk(nn.Module):
         if not self.outputs:  # over what save_pretrained of a whole model wrote
             self.generation_config().save_pretrained(folder)
         role = "adapter" if self.adapted else "model"
-        trunk = [link.model_dump() for link in self.links]
+        trunk = [link.model_dump(exclude_none=True) for link in self.links]
         meta = {"role": role, "base": self.base_name, "fingerprint": self.fingerprint, "trunk": trunk, **about}
         (folder / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -301,26 +291,3 @@ class Trunk(nn.Module):
     def layers(self) -> list[nn.Module]:
         """The decoder's blocks, in order."""
         return max((m for m in self.decoder.modules() if isinstance(m, nn.ModuleList)), key=len)
-
-
-def beneath(layer: nn.Module) -> nn.Module:
-    """A layer of the base, without what peft has put around it."""
-    while hasattr(layer, "token_adapter") or hasattr(layer, "base_layer"):
-        layer = layer.token_adapter if hasattr(layer, "token_adapter") else layer.base_layer
-    return layer
-
-
-def acts(tokens: TrainableTokensLayer) -> bool:
-    """Whether rows of some adapter stand in place of the base's."""
-    return bool(tokens.active_adapters) and not tokens.disable_adapters
-
-
-def _adapt(causal: nn.Module, lora: Lora, base: Base, scores: bool) -> PeftModel:
-    check_targets(causal, lora, bool(base.added), scores)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tied weights: merging unties them
-            adapted = get_peft_model(causal, lora_config(lora, causal, scores, base.added))
-    except ValueError as error:  # one that cannot take an adapter
-        raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
-    return adapted

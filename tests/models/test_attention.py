@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from models.tiny import tree
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from align.data.trees import Forest, TreeMask, plant
-from align.models import attention
-from align.models.attention import forest_attention
-from align.models.cpu import blocks
-from align.models.cpu.blocks import ForestMask
+from align.models.attention import Attention, ForestMask, dense_attention, forest_attention
 
 FORESTS = {
     "one text": [tree(13)],
     "texts": [tree(3), tree(11), tree(1)],
     "pairs": [tree(5, 4, 7), tree(9), tree(1, 3, 2), tree(6, 2, 3, 8)],
 }
-LENGTH = st.integers(1, 9)
-SHAPES = st.lists(st.tuples(LENGTH, st.lists(LENGTH, max_size=3)), min_size=1, max_size=4)
 
 
 def eager(query, key, value, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
@@ -36,7 +28,16 @@ def eager(query, key, value, mask: Tensor, scaling: float, softcap: float | None
 
 
 def compare(
-    forest: Forest, *, heads=4, groups=2, window=None, softcap=None, scaling=None, dtype=torch.float64, tol=1e-12
+    forest: Forest,
+    attend: Attention = dense_attention,
+    *,
+    heads=4,
+    groups=2,
+    window=None,
+    softcap=None,
+    scaling=None,
+    dtype=torch.float64,
+    tol=1e-12,
 ):
     length, size = forest.tokens.shape[1], 8
     draw = torch.Generator().manual_seed(3)
@@ -47,8 +48,9 @@ def compare(
         positions = forest.positions[0]
         mask = mask & (positions[:, None] - positions < window)
     ours, theirs = ([part.clone().requires_grad_() for part in parts] for _ in range(2))
+    mask_of = ForestMask(forest, attend=attend)
     found, weights = forest_attention(
-        torch.nn.Module(), *ours, None, scaling, sliding_window=window, softcap=softcap, forest=ForestMask(forest)
+        torch.nn.Module(), *ours, None, scaling, sliding_window=window, softcap=softcap, forest=mask_of
     )
     expected = eager(*theirs, mask, size**-0.5 if scaling is None else scaling, softcap)
     assert weights is None
@@ -62,18 +64,10 @@ def compare(
         )
 
 
-@pytest.fixture(params=[(256, 0), (4, 0), (4, 1e9)], ids=["whole segments", "blocks of 4", "probabilities kept"])
-def blocked(request, monkeypatch):
-    most, kept = request.param
-    monkeypatch.setattr(blocks, "QUERY_BLOCK", most)
-    monkeypatch.setattr(attention, "KEPT", kept)
-
-
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("forest", FORESTS)
-@pytest.mark.usefixtures("blocked")
 def test_equals_masked_softmax(forest, groups, window, softcap):
     compare(plant(FORESTS[forest], multiple=8), groups=groups, window=window, softcap=softcap, scaling=0.3)
 
@@ -82,74 +76,11 @@ def test_float32_to_its_rounding_and_the_default_scale():
     compare(plant(FORESTS["pairs"]), dtype=torch.float32, tol=2e-6)
 
 
-def test_segments_longer_than_a_block():
-    forest = plant([tree(600), tree(300, 270, 5)])
-    compare(forest, heads=2, groups=1, dtype=torch.float32, tol=1e-5)
-    compare(forest, heads=2, groups=1, window=100, dtype=torch.float32, tol=1e-5)
-
-
-def test_bfloat16_stays_near():
-    compare(plant(FORESTS["pairs"]), dtype=torch.bfloat16, tol=0.06)
-
-
-@given(SHAPES, st.integers(1, 8), st.integers(1, 4), st.sampled_from([0, 200, 10_000]), st.sampled_from([1, 32]))
-def test_blocks_cover_the_dense_mask_and_nothing_else(shapes, multiple, most, small, keys_of):
-    forest = plant([tree(stem, *branches) for stem, branches in shapes], multiple=multiple)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("QUERY_BLOCK", most), ("SMALL", small), ("KEY_MULTIPLE", keys_of)):
-            patch.setattr(blocks, name, value)
-        mask = ForestMask(forest)
-        assert mask.stacks  # they are made when they are first asked for
-    seen = torch.zeros(forest.tokens.shape[1], forest.tokens.shape[1], dtype=torch.int64)
-    answered = []
-    for number, stack in enumerate(mask.stacks):
-        assert stack.queries.shape[1] <= most
-        assert stack.keys.shape[1] % keys_of == 0
-        bias = mask.bias(number, None, torch.float32)[:, 0]
-        assert (bias == 0).any(-1).all(), "a query that fills up sees something too, or its softmax is not a number"
-        for block, (queries, _) in enumerate(stack.counts):
-            answered += stack.queries[block, :queries].tolist()
-            for query in range(queries):
-                seen[stack.queries[block, query], stack.keys[block][bias[block, query] == 0]] += 1
-    assert sorted(answered) == list(range(forest.tokens.shape[1]))
-    assert torch.equal(seen, TreeMask(forest).dense[0, 0].long())
-
-
-def test_blocks_of_like_size_share_a_stack_and_others_do_not(monkeypatch):
-    monkeypatch.setattr(blocks, "QUERY_BLOCK", 256)
-    of_pairs = blocks.forest_blocks((100, 40, 44, 97, 42, 41, 200), (-1, 0, 0, -1, 3, 3, -1))
-    sizes = [sorted((block.queries, block.keys) for block in stack) for stack in blocks.stacked(of_pairs)]
-    assert sizes == [[(200, 200)], [(97, 97), (100, 100)], [(40, 140), (41, 138), (42, 139), (44, 144)]]
-
-
-def test_blocks_of_flex_attention_are_those_of_its_own_search():
-    forest = plant([tree(300, 150, 200, seed=1), tree(40), tree(500), tree(90, 30, 20, 5)], multiple=128)
-    ours = TreeMask(forest).block_mask()
-    length = forest.tokens.shape[1]
-    found = create_block_mask(ours.mask_mod, 1, 1, length, length, device="cpu")
-    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
-        assert torch.equal(getattr(ours, name), getattr(found, name)), name
-    assert torch.equal(ours.to_dense(), found.to_dense())
-    assert ours.full_kv_num_blocks.sum() > 3  # blocks that need no mask
-    near = TreeMask(forest).block_mask(60)
-    searched = create_block_mask(near.mask_mod, 1, 1, length, length, device="cpu").to_dense().bool()
-    assert (searched <= near.to_dense().bool()).all()  # none is missed
-    assert near.to_dense().sum() < ours.to_dense().sum()
-    assert ours.kv_num_blocks.sum() + ours.full_kv_num_blocks.sum() < (length // 128) * (length // 128 + 1) / 2
-
-
-@pytest.mark.parametrize("window", [None, 4])
-def test_the_block_mask_says_what_the_cpu_blocks_do(window):
-    """FlexAttention under the block mask, uncompiled, gives the same values."""
-    forest = plant([tree(7, 6, 4, seed=4), tree(12, seed=5), tree(1, 3, 2, seed=6)], multiple=128)
-    length = forest.tokens.shape[1]
-    draw = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, heads, length, 16, generator=draw) for heads in (4, 2, 2))
-    mask = ForestMask(forest)
-    ours, _ = forest_attention(None, query, key, value, None, sliding_window=window, forest=mask)
-    block_mask = mask.tree_mask.block_mask(window)
-    flex = flex_attention(query, key, value, block_mask=block_mask, enable_gqa=True).transpose(1, 2)
-    torch.testing.assert_close(ours, flex, rtol=1e-4, atol=1e-5)
-    if window is None:
-        dense = create_mask(block_mask.mask_mod, 1, 1, length, length, device="cpu")
-        assert torch.equal(dense, mask.tree_mask.dense)
+def test_what_a_function_makes_of_a_forest_is_made_once():
+    made = []
+    mask = ForestMask(plant(FORESTS["texts"]))
+    make = lambda forest: made.append(forest) or "it"  # noqa: E731
+    assert [mask.made(make), mask.made(make)] == ["it", "it"]
+    assert made == [mask.forest]
+    assert mask.dense(3) is mask.dense(3)
+    assert mask.dense(3).sum() < mask.dense().sum()

@@ -166,22 +166,6 @@ def test_recomputed_activations_change_no_gradient(family):
     close(found(gradient_checkpointing=True), found(), 1e-6)
 
 
-def test_the_last_mlp_is_given_what_is_read_alone():
-    """All positions and a few: the same states there, the same gradients, and other states elsewhere never made."""
-    trunk = tiny_trunk("llama", Lora(r=4, alpha=8), "tree")
-    forest = plant(FORESTS["pairs"])
-    everywhere, some = torch.arange(forest.tokens.numel()), forest.where
-    whole, part = trunk.hidden(forest, everywhere)[some], trunk.hidden(forest, some)
-    assert 0 < len(some) < len(everywhere)
-    torch.testing.assert_close(part, whole, rtol=1e-6, atol=1e-6)
-    close(gradients(trunk, part[:, 0]), gradients(trunk, whole[:, 0]), rtol=1e-5)
-    given = []
-    trunk.layers[-1].mlp.down_proj.plain_product = lambda: None  # so that it runs as a layer
-    trunk.layers[-1].mlp.down_proj.register_forward_pre_hook(lambda _layer, args: given.append(args[0].shape[1]))
-    trunk.hidden(forest, some)
-    assert given == [len(some.unique())]
-
-
 def test_generating_leaves_the_trunk_as_it_was():
     trunk = tiny_trunk("llama", Lora(r=4))
     trunk.train()

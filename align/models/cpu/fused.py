@@ -21,14 +21,12 @@ from align.models.cpu import native
 from align.models.cpu.compiled import LANES, serve
 from align.models.cpu.joined import join
 from align.models.cpu.products import LoraLinear, adopt_layers, product, product_backward
-from align.models.cpu.rotary import fuse_rotary
 
 
 def fuse(model: nn.Module, joins: bool = True) -> None:
     """Give every module that qualifies its fused forward. Again for adapters that were added. `joins`: layers of one
     input become one product, for which their weights are stacked in a tensor beside the parameters."""
     adopt_layers(model)
-    fuse_rotary(model)
     verdicts: dict[tuple[type, type | None], bool] = {}
     for module in model.modules():
         if joins:
@@ -42,26 +40,6 @@ def fuse(model: nn.Module, joins: bool = True) -> None:
             verdicts[kind] = _agrees(module, forward)
         if verdicts[kind]:
             module.forward = MethodType(forward, module)
-
-
-def spare(last: nn.Module) -> None:
-    """Give the last layer's MLP, where it is fused, only the positions whose states are read."""
-    attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)
-    if attention is None or mlp is None or "forward" not in vars(mlp):
-        return
-    whole, read = mlp.forward, None
-
-    def forward(x: Tensor) -> Tensor:
-        if read is None or len(read) == x.shape[1]:
-            return whole(x)
-        return torch.zeros_like(x).index_copy(1, read, whole(x.index_select(1, read)))
-
-    def note(_attention: nn.Module, _args: tuple, given: dict) -> None:  # told again where the layer is recomputed
-        nonlocal read
-        read = given["forest"].read if "forest" in given else None
-
-    mlp.forward = forward
-    attention.register_forward_pre_hook(note, with_kwargs=True)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -78,6 +56,8 @@ def _is_gated_mlp(module: nn.Module) -> bool:
 def _agrees(module: nn.Module, forward) -> bool:
     """Whether the fused forward gives the module's own value and input gradient, in the module's own dtype."""
     weight = next(module.parameters())
+    if weight.is_meta:  # a plan is made of it: there are no numbers to compare
+        return True
     width = module.gate_proj.in_features if hasattr(module, "gate_proj") else weight.shape[-1]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 5, width, generator=generator).to(weight.device, weight.dtype).requires_grad_()

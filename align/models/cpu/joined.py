@@ -81,7 +81,7 @@ class Joined:
         if self.given is not x or layer not in self.waiting:
             self.given, self.waiting = x, {}
             if (whole := self.settled(x)) is not None:
-                outputs = whole.split(self.sizes, -1)
+                outputs = _apart(whole, self.sizes)
             elif operands := self.plain_product():
                 outputs = _JoinedProduct.apply(x, operands, self.sizes, *operands.trained)
             else:
@@ -155,6 +155,12 @@ def _fixed(part: LoraLinear | Joined, rows: int) -> Fixed | None:
     return Fixed(prepared(torch.cat([weight, a]), bias, rows), add, len(a))
 
 
+def _apart(whole: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Parts (…, o) with memory of their own: who keeps one, such as the values for attention's backward pass or a
+    cache, does not keep the others."""
+    return tuple(torch.split_with_sizes_copy(whole, sizes, -1))
+
+
 class _JoinedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, operands, sizes, *_trained):
@@ -162,7 +168,7 @@ class _JoinedProduct(torch.autograd.Function):
         out, kept = product(rows, operands)
         ctx.save_for_backward(rows, *kept)
         ctx.operands, ctx.shape = operands, x.shape
-        return out.view(*x.shape[:-1], -1).split(sizes, -1)
+        return _apart(out.view(*x.shape[:-1], -1), sizes)
 
     @staticmethod
     @once_differentiable

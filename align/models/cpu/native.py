@@ -69,16 +69,6 @@ def gated_backward(both: Tensor, above: Tensor) -> Tensor:
     return below
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-    """x (R, H, T, D), cos and sin (R, T, D) -> x turned, or turned back."""
-    rows, heads, tokens, size = x.shape
-    lines, stride = _by_token(x)
-    out = torch.empty(rows, tokens, heads, size, dtype=x.dtype)
-    about = (out, rows * tokens, heads, size, -1.0 if back else 1.0)
-    call("rotate", lines, stride, cos.contiguous(), sin.contiguous(), *about)
-    return out.transpose(1, 2)
-
-
 def attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
     """query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D), and what `attention_backward` needs, (T, H)
     float32."""

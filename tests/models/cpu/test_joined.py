@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models.test_trunk import FORESTS
-from models.tiny import tiny_model, tiny_trunk
+from models.test_trunk import FORESTS, close
+from models.tiny import gradients, stir, tiny_model, tiny_trunk
+from peft.tuners import lora
 from torch import nn
 
 from align.data.trees import plant
+from align.models import acceleration
 from align.models.cpu.joined import Joined, fixed_products, prepare_products
 from align.models.cpu.packed import Fixed, arranges
+from align.models.cpu.products import LoraLinear
+from align.models.lora import lora_config
+from align.models.trunk import Trunk
 from align.recipe.schema import Lora
 
-pytestmark = pytest.mark.skipif(
+NEEDS = pytest.mark.skipif(
     not arranges(torch.empty(1, 1, dtype=torch.bfloat16)), reason="this CPU does not multiply bfloat16"
 )
 
@@ -23,6 +28,7 @@ def groups(model: nn.Module) -> list[Joined]:
     return list(found.values())
 
 
+@NEEDS
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # without biases, and with
 def test_prepared_products_give_the_same_numbers(family):
     """While nothing trains, and for a training; with the adapter, and without."""
@@ -53,3 +59,46 @@ def test_prepared_products_give_the_same_numbers(family):
     assert embedded.grad.abs().sum() > 0
     for found, known in zip([fixed, *numbers()], [plain[1], *plain], strict=True):
         assert (found - known).norm() <= 0.02 * known.norm()
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_who_keeps_one_part_does_not_keep_the_others(bare):
+    """Values stay for attention's backward pass and in a cache; query and key are turned first, into new tensors."""
+    trunk = tiny_trunk("llama", Lora(r=4, alpha=8), "tree")
+    attention, x = trunk.layers[0].self_attn, torch.randn(1, 6, 32)
+    with trunk.acting(None if bare else "default"):
+        parts = [layer(x) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    assert attention.q_proj.group is attention.v_proj.group is not None
+    assert [part.untyped_storage().nbytes() for part in parts] == [6 * width * 4 for width in (32, 16, 16)]
+
+
+def with_critic() -> Trunk:
+    """Of an adapter on queries alone, and one on all that a role of PPO has."""
+    trunk = tiny_trunk("llama", Lora(r=4, targets=["q_proj"]), "tree")
+    trunk.causal.add_adapter("critic", lora_config(Lora(r=2, alpha=4), trunk.plain))
+    trunk.take_in()
+    for name, parameter in trunk.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return stir(trunk)
+
+
+def test_adapters_that_were_added_later_are_joined_too(monkeypatch):
+    """A layer that the first adapter left alone becomes one of ours with the next."""
+    assert not groups(tiny_trunk("llama", Lora(r=4, targets=["q_proj"]), "tree"))
+    trunk = with_critic()
+    assert {type(m) for m in trunk.modules() if isinstance(m, lora.LoraLayer)} == {LoraLinear}
+    assert len(groups(trunk)) == 2 * len(trunk.layers)
+    monkeypatch.setattr(acceleration, "FOLDERS", {})
+    plain = with_critic()
+    assert {type(m) for m in plain.modules() if isinstance(m, lora.LoraLayer)} == {lora.Linear}
+    plain.load_state_dict(trunk.state_dict())
+    forest, said = plant(FORESTS["pairs"]), []
+    for role in ("default", "critic", None):
+        with trunk.acting(role), plain.acting(role):
+            said.append(trunk(forest))
+            torch.testing.assert_close(said[-1], plain(forest), rtol=1e-5, atol=1e-5)
+            if role:
+                ours, pefts = gradients(trunk, said[-1]), gradients(plain, plain(forest))
+                assert {name for name in ours if role in name} == {name for name in pefts if role in name} != set()
+                close(ours, pefts, 1e-4)
+    assert (said[0] - said[1]).abs().max() > 0.01

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from align.data.trees import TreeMask, plant
-from align.models.attention import forest_attention
+from align.models.attention import ForestMask
 from align.models.cpu import compiled, native
-from align.models.cpu.blocks import ForestMask
+from align.models.cpu.blocks import Blocks
 from align.models.cpu.compiled import LANES, serve
 from align.models.cpu.joined import fixed_products
 from align.models.cpu.native import Small
+from align.models.cpu.segments import segment_attention
 from align.models.trunk import Trunk
 from align.recipe.schema import Lora
 
@@ -70,21 +71,6 @@ def test_norms_and_gates(n):
     assert torch.equal(native.gated(apart), native.gated(apart.contiguous()))
 
 
-@NEEDS
-def test_rotation_and_back():
-    x, cos, sin = drawn(2, 3, 5, 32), drawn(2, 5, 32), drawn(2, 5, 32, seed=9)
-    assert cos.ne(cos.roll(16, -1)).any()  # halves that differ
-    (exact,) = wide(x)
-    half = torch.cat([-exact[..., 16:], exact[..., :16]], -1)
-    known = exact * cos[:, None].double() + half * sin[:, None].double()
-    above = drawn(2, 3, 5, 32, seed=3)
-    known.backward(above.double())
-    near(native.rotated(x, cos, sin), known)
-    near(native.rotated(above, cos, sin, back=True), exact.grad)
-    by_token = x.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(native.rotated(by_token, cos, sin), native.rotated(x, cos, sin))
-
-
 FOREST = [tree(5, 3, 4), tree(70, 130, 1), tree(300), tree(20), tree(63, 64, 65), tree(1)]
 
 
@@ -96,7 +82,7 @@ def test_attention_is_a_masked_softmax(heads, groups, size, trees):
     length = forest.tokens.shape[1]
     shapes = ((1, heads, length, size), (1, groups, length, size), (1, groups, length, size))
     given = [drawn(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
-    found, _ = forest_attention(nn.Module(), *given, None, 0.3 / size**0.5, forest=ForestMask(forest))
+    found = segment_attention(*given, ForestMask(forest), 0.3 / size**0.5, None, None)
     assert "Kernel" in type(found.grad_fn).__name__
     exact, above = wide(*given), drawn(1, length, heads, size, seed=4)
     key, value = (part.repeat_interleave(heads // groups, 1) for part in exact[1:])
@@ -115,7 +101,7 @@ def test_values_of_another_width_than_queries_are_left_to_pytorch():
     forest = plant([tree(40), tree(30, 20, 9)])
     query, key = (drawn(1, 2, forest.tokens.shape[1], 32, seed=i) for i in range(2))
     value = drawn(1, 2, forest.tokens.shape[1], 16, seed=2)
-    found, _ = forest_attention(nn.Module(), query, key, value, None, 0.2, forest=ForestMask(forest))
+    found = segment_attention(query, key, value, ForestMask(forest), 0.2, None, None)
     given = [part.double() for part in (query, key, value)]
     known = functional.scaled_dot_product_attention(*given, TreeMask(forest).dense, scale=0.2).transpose(1, 2)
     near(found, known, 3 * ROUNDING)
@@ -128,7 +114,7 @@ def test_no_tree_feels_another_not_even_in_the_last_bit():
     changed = [part.clone() for part in given]
     for part in changed:
         part[:, :, :40] = 50 * drawn(1, 2, 40, 32, seed=8)
-    out, moved = (native.attention(*parts, ForestMask(forest), 0.2)[0] for parts in (given, changed))
+    out, moved = (native.attention(*parts, Blocks(forest), 0.2)[0] for parts in (given, changed))
     assert torch.equal(out[:, others], moved[:, others])
     assert not torch.equal(out[:, :40], moved[:, :40])
 
@@ -173,7 +159,7 @@ def test_the_number_of_threads_changes_no_bit():
     given = [drawn(1, heads, forest.tokens.shape[1], 32, seed=heads) for heads in (4, 2, 2)]
 
     def numbers() -> list[Tensor]:
-        small, mask = Small(trained, 2.0), ForestMask(forest)
+        small, mask = Small(trained, 2.0), Blocks(forest)
         low = small.down(x)
         up, gradients = small.backward(above, x, low)
         out, logsum = native.attention(*given, mask, 0.2)
@@ -216,7 +202,7 @@ def test_a_trunk_says_and_learns_the_same_with_kernels_and_without(monkeypatch):
         return [logprobs.detach(), torch.cat([p.grad.flatten() for p in trunk.parameters() if p.requires_grad])]
 
     ours = learnt()
-    assert {name.split("_")[0] for name in calls} == {"norm", "gated", "rotate", "attention", "lora"}
+    assert {name.split("_")[0] for name in calls} == {"norm", "gated", "attention", "lora"}
     with torch.no_grad():  # whatever is kept for a gradient or not
         assert torch.equal(trunk(forest), ours[0])
     monkeypatch.setattr(compiled, "library", lambda: None)

@@ -56,22 +56,3 @@ void gated_backward(const bf16 *both, const bf16 *above, bf16 *below, int64_t n,
             narrow(below + at_gate, slope * up * share * (1.0f + gate * (1.0f - share)));
         }
 }
-
-/* ---- rotary embeddings: (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2), halves of D; backwards with `sign` -1 ---- */
-
-void rotate(const bf16 *x, int64_t stride, const bf16 *cos, const bf16 *sin, bf16 *out, int64_t n, int64_t heads,
-            int64_t size, float sign, int64_t threads) {
-    const int64_t part = size / 2;
-#pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t h = 0; h < heads; h++) {
-            const bf16 *from = x + i * stride + h * size, *c = cos + i * size, *s = sin + i * size;
-            bf16 *to = out + (i * heads + h) * size;
-            for (int64_t j = 0; j < part; j += LANES) {
-                vec x1 = widen(from + j), x2 = widen(from + part + j);
-                vec first = widen(s + (sign > 0 ? 0 : part) + j), second = widen(s + (sign > 0 ? part : 0) + j);
-                narrow(to + j, x1 * widen(c + j) - sign * x2 * first);
-                narrow(to + part + j, x2 * widen(c + part + j) + sign * x1 * second);
-            }
-        }
-}
