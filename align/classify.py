@@ -30,7 +30,6 @@ from align.data.examples import Examples
 from align.data.formats.classes import Sides, class_numbers, counts, find_labels, prepare_classes
 from align.data.mixture import counting
 from align.data.trees import Forest
-from align.models.base import load_base
 from align.models.demo import cache_folder
 from align.models.limits import Wanted
 from align.models.trunk import Trunk
@@ -53,6 +52,7 @@ from align.training.loop import Loop, Metrics
 from align.training.meters import Sums, interval
 from align.training.runs.checkpoint import write_atomic
 from align.training.session import SHOWN, Session
+from align.training.shards import load_trunk
 from align.training.supervised import fit
 
 RESULTS, MISTAKES = "classification.json", 50  # for the report; of each side
@@ -263,9 +263,8 @@ def train(session: Session) -> None:
         return show(session, data.train, tokenizer, labels)
     if not session.unfinished(run, tokenizer, {"train": data.train, "eval": data.eval, "test": test}):
         return None
-    frozen, outputs = recipe.lora is not None, len(labels)
-    base = load_base(recipe.model, session.accelerator.device, frozen=frozen, seed=recipe.seed, outputs=outputs)
-    trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed, outputs)
+    outputs = len(labels)
+    trunk = load_trunk(session, outputs)
     choose(trunk, section)
     numbers = counts(data.train, outputs)
     weights = class_weights(numbers) if section.balance == "weights" else torch.ones(outputs)

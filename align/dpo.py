@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from align.data.examples import Examples
 from align.data.templates.preferences import labelled, preferences
 from align.data.trees import Forest
-from align.models.base import load_base
 from align.models.trunk import Trunk
 from align.objectives import losses
 from align.objectives.losses import path_counts, path_sums, preference_pairs
@@ -37,6 +36,7 @@ from align.training.loop import Loop, Metrics
 from align.training.meters import Sums, buckets, interval, wins
 from align.training.reference import KnownReference, Mismatched, Reference, with_known_reference
 from align.training.session import Session
+from align.training.shards import load_trunk
 from align.training.supervised import fit
 
 MARGINS = [-2.0, -1.5, -1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0, 1.5, 2.0]  # edges of the histogram
@@ -195,8 +195,7 @@ def train(session: Session) -> None:
     if begun is None:
         return
     run, data, _ = begun
-    base = load_base(recipe.model, session.accelerator.device, frozen=recipe.lora is not None, seed=recipe.seed)
-    trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
+    trunk = load_trunk(session)
     if recipe.dpo.reference == "cached":
         data, reference = with_known_reference(session, trunk, data), KnownReference()
     else:
@@ -213,9 +212,7 @@ def needs_copy(recipe: Recipe) -> bool:
 
 def _frozen_copy(session: Session) -> Trunk:
     """The start, held exactly as the policy is held, so that both give the same numbers."""
-    recipe = session.recipe
-    base = load_base(recipe.model, session.accelerator.device, frozen=False, seed=recipe.seed)
-    return Trunk(base, recipe.model, None, recipe.seed).requires_grad_(False).eval()
+    return load_trunk(session).requires_grad_(False).eval()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -26,14 +26,13 @@ from torch import Tensor, nn
 from align.data.examples import Examples
 from align.data.templates.preferences import demonstrations, preferences
 from align.data.trees import Forest
-from align.models.base import load_base
-from align.models.trunk import Trunk
 from align.objectives.losses import bradley_terry, centring, preference_pairs
 from align.recipe.schema import BaseRecipe, Eval, Section, Source
 from align.training.launch import run_stage
 from align.training.loop import Loop, Metrics
 from align.training.meters import Sums, buckets, interval, wins
 from align.training.session import Session
+from align.training.shards import load_trunk
 from align.training.supervised import fit
 
 MARGINS = [-4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]  # edges of the histogram
@@ -123,9 +122,7 @@ def train(session: Session) -> None:
     if begun is None:
         return
     run, data, more = begun
-    device, frozen = session.accelerator.device, recipe.lora is not None
-    base = load_base(recipe.model, device, frozen=frozen, seed=recipe.seed, outputs=1)
-    trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed, outputs=1)
+    trunk = load_trunk(session, outputs=1)
     conclude = partial(normalisation, examples=more.get("demonstrations", data.train))
     fit(session, run, trunk, data, partial(loss, reward=recipe.reward), derive=derive, conclude=conclude)
 

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from align.data.templates.chats import chat_of
 from align.data.templates.render import conversations
 from align.data.trees import Forest
-from align.models.base import load_base
-from align.models.trunk import Trunk
 from align.recipe.schema import BaseRecipe, Section
 from align.training.launch import run_stage
 from align.training.loop import Metrics
 from align.training.meters import perplexity
 from align.training.session import Session
+from align.training.shards import load_trunk
 from align.training.supervised import fit
 
 
@@ -62,8 +61,7 @@ def train(session: Session) -> None:
     if begun is None:
         return
     run, data, _ = begun
-    base = load_base(recipe.model, session.accelerator.device, frozen=recipe.lora is not None, seed=recipe.seed)
-    trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed)
+    trunk = load_trunk(session)
     if chat_of(trunk.tokenizer).own_thought and not recipe.sft.empty_thoughts:
         session.say(
             "the chat template writes an empty thought before an answer that has none: it is context, not learnt "

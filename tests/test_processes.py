@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -101,8 +102,11 @@ def test_a_fault_on_two_processes(world, here):
     """Both end with status 2, whether both find it or the first alone, without a traceback; nothing is written."""
     (here / "bad.jsonl").write_text('{"messages": []}\n')
     recipe = world.recipe(here / "recipe.yaml")
-    for fault in ("data.train.0.path=bad.jsonl", "optim.eps=none"):
-        first, second = (child.wait() for child in Child.pair(here, free_port(), recipe, fault))
+    faults = {here / "rows": "data.train.0.path=bad.jsonl", here / "recipe": "optim.eps=none"}
+    for folder in faults:
+        folder.mkdir()
+    for pair in [Child.pair(folder, free_port(), recipe, fault) for folder, fault in faults.items()]:
+        first, second = (child.wait() for child in pair)
         assert (first.status, second.status) == (2, 2), second.err
         assert first.err
         assert "Traceback" not in first.err + second.err
@@ -111,10 +115,11 @@ def test_a_fault_on_two_processes(world, here):
 
 def test_what_the_first_process_finds_holds_for_all(here):
     """What it gives, what it refuses, that it was asked to stop, that it failed; they wait for days, not minutes."""
-    told = {}
+    children = {}
     for how in ("gives", "refuses", "stops", "fails"):
         (here / how).mkdir()
-        told[how] = [child.wait() for child in Child.pair(here / how, free_port(), how, stage=deciding)]
+        children[how] = Child.pair(here / how, free_port(), how, stage=deciding)
+    told = {how: [child.wait() for child in pair] for how, pair in children.items()}
     assert [one.out.splitlines() for one in told["gives"]] == [
         ["seen by 0 [0]", "seen by 0 [0, 0]", "True False", "30 days"],
         ["seen by 0 []", "seen by 1 [1]", "True False", "30 days"],
@@ -125,6 +130,27 @@ def test_what_the_first_process_finds_holds_for_all(here):
     first, second = told["fails"]
     assert (first.status, second.status, second.err) == (1, 1, "")
     assert "KeyError: 'a fault'\nthis is a fault of align itself; please report it" in first.err
+
+
+def test_one_that_dies_or_fails_or_does_not_come_ends_the_other(here):
+    """Even where the first does not look: it waits for nobody, and would print what it decides alone."""
+    told = {}
+    for how in ("dies", "fails alone", "comes late"):
+        (here / how).mkdir()
+        began = time.monotonic()
+        told[how] = [child.wait() for child in Child.pair(here / how, free_port(), how, stage=deciding)]
+        assert time.monotonic() - began < 30
+    first, second = told["dies"]
+    assert (first.status, second.status) == (2, 9)
+    assert re.search(r"^process 1 \(host .*, pid \d+\) has ended without a word: .*start it again", first.err)
+    first, second = told["fails alone"]
+    assert (first.status, second.status, second.err) == (2, 2, "its disk is not there\n")
+    assert re.search(r"^process 1 \(host .*\) has ended: its disk is not there; this run ends here", first.err)
+    first, second = told["comes late"]
+    assert (first.status, second.status) == (2, 2)
+    assert first.err.startswith("of 2 processes, 1 did not come within 1 seconds")
+    assert "process 1 of 2 does not find process 0" in second.err
+    assert "Traceback" not in "".join(one.err for pair in told.values() for one in pair)
 
 
 def test_a_killed_first_process_ends_those_that_wait_for_it(world, here):

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from align.models.attention import Attention
@@ -50,8 +50,9 @@ class Offer(NamedTuple):
 
     attention: Attention | None = None
     """Attention over a forest, with the values of `dense_attention`."""
-    adopt: Callable[[Trunk], None] = lambda trunk: None
-    """Puts modules of a whole trunk in place, those that agree with the stock ones. Called again for new adapters."""
+    adopt: Callable[[nn.Module, bool], None] = lambda part, joins: None
+    """Puts modules of a trunk or a part of it in place, those that agree with the stock ones. Called again for new
+    adapters. Only where it `joins` may it keep weights in another tensor."""
     for_training: Callable[[Trunk], None] = lambda trunk: None
     """Prepares frozen weights."""
     for_sampling: Callable[[Trunk, int], AbstractContextManager] = lambda trunk, rows: nullcontext()
@@ -60,6 +61,9 @@ class Offer(NamedTuple):
     """W x + b without gradient, prepared once for about so many rows at a time."""
     replayed: Callable[[], Plain] = Plain
     """What runs a step of sampling that is the same work at the same places every time."""
+    traced: Attention | None = None
+    """`attention` without its numbers: what it makes and keeps, on the meta device, for a plan. Default: operands,
+    result and one number for each query and head are kept."""
     remarks: Callable[[Trunk], list[str]] = lambda trunk: []
     """What a user should know of what is missing."""
 
@@ -79,12 +83,23 @@ def attention(device: torch.device) -> Attention | None:
 
 def adopt(trunk: Trunk) -> None:
     """Put in place what is faster, after the plain trunk stands. Again where adapters were added."""
-    offer(trunk.device).adopt(trunk)
+    put = offer(trunk.device).adopt
+    if not trunk.sharded:
+        put(trunk, True)
+        return
+    for layer in trunk.layers:
+        with trunk.whole(layer):
+            put(layer, False)
+    with trunk.whole(trunk):
+        for part in trunk.decoder.children():
+            if trunk.layers[0] not in part.modules():
+                put(part, False)
 
 
 def for_training(trunk: Trunk) -> None:
-    """Frozen weights prepared for a training."""
-    offer(trunk.device).for_training(trunk)
+    """Frozen weights prepared for a training; of a sharded trunk none, for what is prepared is a whole copy."""
+    if not trunk.sharded:
+        offer(trunk.device).for_training(trunk)
 
 
 def for_sampling(trunk: Trunk, rows: int) -> AbstractContextManager:
@@ -97,9 +112,9 @@ def prepared(weight: Tensor, bias: Tensor | None, rows: int) -> Linear:
     return offer(weight.device).linear(weight, bias, rows)
 
 
-def replayed(device: torch.device) -> Plain:
-    """What runs the steps of a sampling."""
-    return offer(device).replayed()
+def replayed(trunk: Trunk) -> Plain:
+    """What runs the steps of a sampling. The hooks of a sharded trunk cannot be recorded."""
+    return Plain() if trunk.sharded else offer(trunk.device).replayed()
 
 
 def remarks(trunk: Trunk) -> list[str]:

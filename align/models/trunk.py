@@ -9,8 +9,8 @@ Shapes: R rows, L tokens in a row, d hidden size, n labels of the batch.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from align.data.templates.ends import turn_ends
 from align.data.templates.texts import said
-from align.data.trees import FLEX_BLOCK, Forest
+from align.data.trees import GPU_MULTIPLE, Forest
 from align.models import acceleration
 from align.models.attention import NAME as FOREST
 from align.models.attention import Attention, ForestMask, dense_attention
@@ -29,15 +29,26 @@ from align.models.base import Base, compute_dtype
 from align.models.checkpoints.results import META
 from align.models.layout import faster_attention, layout_of
 from align.models.lora import Switch, acts, adapted, beneath
+from align.models.memory import budgets
 from align.objectives.logprobs import linear_logprobs
 from align.recipe.schema import Lora, Model
+
+Whole = Callable[..., AbstractContextManager]  # within whole(part), a part, or whole() all weights are in one piece
 
 
 class Trunk(nn.Module):
     """Base model and adapter behind one forward pass: log-probabilities of a forest's labels, or, with a head of
     `outputs`, scores of its paths."""
 
-    def __init__(self, base: Base, model: Model, lora: Lora | None, seed: int = 0, outputs: int | None = None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        model: Model,
+        lora: Lora | None,
+        seed: int = 0,
+        outputs: int | None = None,
+        shard: Callable[[Trunk], Whole] | None = None,  # leaves a part of each of the base's weights on this process
+    ) -> None:
         super().__init__()
         self.fingerprint, self.base_name, self.tokenizer = base.fingerprint, base.name, base.tokenizer
         self.links, self.added = base.links, base.added
@@ -46,13 +57,14 @@ class Trunk(nn.Module):
         config = causal.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-        self.adapted = lora is not None
+        self.adapted, self.sharded = lora is not None, shard is not None
         causal.requires_grad_(not self.adapted)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.causal = adapted(causal, lora, bool(outputs), base.added) if self.adapted else causal
         if self.adapted:
             self.causal.active_peft_config.base_model_name_or_path = base.source
+        self.whole: Whole = shard(self) if shard else lambda part=None: nullcontext()
         self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, self.device)
         self.acts_as: str | None = "default"  # the adapter in use; None: the bare trunk
         if self.adapted:
@@ -63,11 +75,12 @@ class Trunk(nn.Module):
             again = {"context_fn": lambda: (nullcontext(), self.acting(self.acts_as))} if self.adapted else {}
             causal.gradient_checkpointing_enable({"use_reentrant": False, **again})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
+        self.budgets = budgets(config, self.dtype, self.device)
         self.forest_attention: Attention = dense_attention
         self.layout, self.layout_reason = layout_of(self, model.layout)
         self.attend(FOREST if self.packed else self.own_attention)
         # The plain trunk stands. What is faster comes in its place where it agrees.
-        self.replayed = acceleration.replayed(self.device)  # one for all samplings: it knows what cannot be recorded
+        self.replayed = acceleration.replayed(self)  # one for all samplings: it knows what cannot be recorded
         acceleration.adopt(self)
         self.forest_attention, self.attention_reason = faster_attention(self, acceleration.attention(self.device))
 
@@ -79,7 +92,7 @@ class Trunk(nn.Module):
     @property
     def row_multiple(self) -> int:
         """What the length of a planted row is rounded up to."""
-        return 1 if self.device.type == "cpu" else FLEX_BLOCK
+        return 1 if self.device.type == "cpu" else GPU_MULTIPLE
 
     @property
     def plain(self) -> nn.Module:
@@ -150,14 +163,15 @@ class Trunk(nn.Module):
         """Log-probability of every label, (n,) float32; with a head, the scores of every path, (P, outputs) float32."""
         if self.outputs:
             return self._scores(forest)
-        return linear_logprobs(self.states(forest), labels=forest.labels, **self.projection())
+        return linear_logprobs(Trunk.states(self, forest), labels=forest.labels, **self.projection())
 
+    # Where it is sharded, an instance's `forward`, `states` and `hidden` gather weights, and must not do so nested.
     def states(self, forest: Forest) -> Tensor:
         """Final hidden state of the position that predicts each label, (n, d), in `dtype`."""
         with self.autocast():
-            return self.hidden(forest, forest.where).to(self.dtype)
+            return Trunk.hidden(self, forest, forest.where).to(self.dtype)
 
-    def projection(self, temperature: float = 1.0) -> dict[str, Tensor | float | None]:
+    def projection(self, temperature: float = 1.0) -> dict[str, Any]:
         """What makes logits of `states`, divided by the temperature."""
         layer = beneath(self.head)
         bias = layer.bias
@@ -168,6 +182,7 @@ class Trunk(nn.Module):
             "bias": None if bias is None else bias.to(self.dtype),
             "scale": self.scale / temperature,
             "softcap": None if self.softcap is None else self.softcap / temperature,
+            "chunk_bytes": self.budgets.logits_bytes,
         }
 
     def _scores(self, forest: Forest) -> Tensor:
@@ -176,7 +191,7 @@ class Trunk(nn.Module):
             with self.autocast():
                 return self.plain(**inputs).logits.float()
         with self.autocast():
-            last = self.hidden(forest, forest.ends)  # (P, d)
+            last = Trunk.hidden(self, forest, forest.ends)  # (P, d)
         return self.plain.score(last.to(torch.promote_types(last.dtype, torch.float32)))
 
     def hidden(self, forest: Forest, where: Tensor) -> Tensor:
@@ -240,15 +255,17 @@ class Trunk(nn.Module):
         finally:
             self.attend(before)
 
+    def saved(self) -> dict[str, nn.Parameter]:
+        """What a result holds, by name: what trains, or a whole model with what was frozen in it."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad or not self.adapted}
+
     def save(self, folder: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Write a result that plain peft and transformers load into an empty or new folder.
 
-        `weights`: what was trained, whole, under this module's names. `about`: what else align.json tells, such as
-        the stage.
+        `weights`: those of `saved`, whole, under this module's names. `about`: what else align.json tells, such as the
+        stage.
         """
         named = {name.removeprefix("causal."): tensor.contiguous() for name, tensor in weights.items()}
-        if not self.adapted:  # what was frozen belongs to a whole model too
-            named = {name: p.detach() for name, p in self.causal.named_parameters()} | named
         more = {"save_embedding_layers": False, "selected_adapters": ["default"]} if self.adapted else {}
         self.causal.save_pretrained(folder, state_dict=named, **more)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
@@ -256,7 +273,7 @@ class Trunk(nn.Module):
         if not self.outputs:  # over what save_pretrained of a whole model wrote
             self.generation_config().save_pretrained(folder)
         role = "adapter" if self.adapted else "model"
-        trunk = [link.model_dump() for link in self.links]
+        trunk = [link.model_dump(exclude_none=True) for link in self.links]
         meta = {"role": role, "base": self.base_name, "fingerprint": self.fingerprint, "trunk": trunk, **about}
         (folder / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -264,7 +281,8 @@ class Trunk(nn.Module):
         """The context in which the trunk computes."""
         if self.autocast_dtype in (None, torch.float32):
             return nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        # Where it is sharded no rounded copies of whole weights may stay.
+        return torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=not self.sharded)
 
     def attend(self, name: str) -> None:
         """Compute attention by the function of this name from now on."""

@@ -25,6 +25,7 @@ from align.training.batches import Batches
 from align.training.runs.checkpoint import write_atomic
 from align.training.screen import Screen
 from align.training.session import Session
+from align.training.shards import let_go
 
 
 class Reference:
@@ -42,6 +43,8 @@ class Reference:
             states = model.states(forest)
             logprobs = linear_logprobs(states, labels=forest.labels, **model.projection())
         self._states = states if keep else None
+        if self.copy and not keep:
+            let_go(self.copy)
         return path_sums(logprobs, forest.path, forest.paths)
 
     def divergence(self, forest: Forest) -> dict[str, tuple[Tensor | float, float]]:
@@ -51,6 +54,8 @@ class Reference:
             head = model.projection()["weight"], model.projection()["bias"]
         kl = linear_kl(self.policy.states(forest), self._states, **self.policy.projection(), other_head=head)
         self._states = None
+        if self.copy:
+            let_go(self.copy)
         return {"kl_per_token": (kl.sum(), len(kl))}
 
     @contextmanager

@@ -63,7 +63,8 @@ def arranged(weight: Tensor, rows: int) -> Tensor:
 
 def arranges(weight: Tensor) -> bool:
     """Whether preparing makes a copy of the weight."""
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _multiplies_bfloat16()
+    plain = type(weight) in (Tensor, torch.nn.Parameter)  # no part of a sharded weight
+    return plain and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _multiplies_bfloat16()
 
 
 @cache

@@ -27,7 +27,7 @@ from align.training.runs.removal import finish_removal, forget_removal, is_free,
 from align.training.runs.state import state_of
 
 # What may change between one start and the next: none of it touches the numbers.
-FREE = {"run": ..., "log": ..., "train": {"save_every", "keep"}}
+FREE = {"run": ..., "log": ..., "train": {"save_every", "keep", "shard"}}
 LENGTH = ("train.epochs", "train.steps")  # what --extend may change
 LINES = {"metrics.jsonl": {"step": int, "split": str}}  # what every line of a file has to have
 

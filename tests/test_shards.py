@@ -1,0 +1,268 @@
+"""`train.shard: layers` changes nothing but where weights lie: two processes come to the numbers of one alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import several
+import torch
+from ppo_start import make_start, recipe_of
+from test_classify import ROWS, predicted
+from test_classify import recipe as classes
+from test_processes import free_port
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from world import Child, align, flat, lines, metrics, weights
+
+from align import dpo, reward
+
+STEPS = {"train": {"steps": 2, "eval_every": 1, "save_every": 1}}
+STEADY = {"optim": {"learning_rate": 0.005, "schedule": "constant", "warmup": 0}}
+GENTLE = {"optim": {"learning_rate": 0.002, "warmup": 0}}  # every weight trains
+SAYS = {"log": {"trackers": [], "samples": ["Name the capital of Peru"], "sample_tokens": 8}}
+LAYERS = "train.shard=layers"
+FSDP = "ACCELERATE_USE_FSDP=true"
+
+
+class Job(NamedTuple):
+    """A run for two processes."""
+
+    stage: str
+    recipe: Path
+    words: tuple[str, ...] = (LAYERS,)
+    run: str = "two"
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.parent / self.run
+
+
+def alone(job: Job, *words: str) -> Path:
+    """The run of a job on this process alone, and its folder."""
+    folder = job.recipe.parent / "one"
+    told = align(job.recipe, f"run={folder}", *words, stage=importlib.import_module(f"align.{job.stage}"))
+    assert told.status == 0, told.err
+    return folder
+
+
+def together(here: Path, jobs: list[Job]) -> list[int]:
+    """All jobs on two processes, one after another; of each the bytes that a process held after its first step."""
+    asked = [[job.stage, str(free_port()), str(job.recipe), f"run={job.folder}", *job.words] for job in jobs]
+    told = [child.wait() for child in Child.pair(here, free_port(), *map(json.dumps, asked), stage=several)]
+    assert [one.status for one in told] == [0, 0], told[0].err + told[1].err
+    assert (told[0].err, told[1].err) == ("", "")
+    held = [[json.loads(line)["held"] for line in one.out.splitlines() if line.startswith('{"held')] for one in told]
+    for job, said in zip(jobs, told[0].out.split('{"held'), strict=False):
+        assert ("\nsharded: " in said) == (LAYERS in job.words or FSDP in job.words), said
+    return [max(both) for both in zip(*held, strict=True)]
+
+
+def assert_same(run: Path, other: Path, tolerance: float = 1e-5) -> None:
+    """Every number of metrics.jsonl, every weight, every sampled word."""
+    ours, theirs = metrics(run), metrics(other)
+    assert [record.keys() for record in ours] == [record.keys() for record in theirs]
+    for record, reference in zip(ours, theirs, strict=True):
+        assert flat(record) == pytest.approx(flat(reference), rel=tolerance * 10, abs=tolerance), record["step"]
+    mine, known = weights(run), weights(other)
+    assert mine.keys() == known.keys()
+    for name, tensor in known.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=tolerance, atol=tolerance)
+    said = [lines(folder / "samples.jsonl") for folder in (run, other) if (folder / "samples.jsonl").is_file()]
+    assert len(said) != 1
+    assert not said or said[0] == said[1]
+
+
+@pytest.fixture(scope="module")
+def start(world, cache, tmp_path_factory):
+    return make_start(world, cache, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def wide(world, tmp_path_factory):
+    """A Llama with tied embeddings of 2.7 million weights, beside which a small LoRA does not count."""
+    folder = tmp_path_factory.mktemp("wide")
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **sizes, **ends)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def place(here: Path, name: str) -> Path:
+    (here / name).mkdir()
+    return here / name / "recipe.yaml"
+
+
+def ppo_recipe(world, start, path: Path, **ppo: Any) -> Path:
+    """One prompt a step, so that of two processes one has nothing to sample; language modelling beside it."""
+    ptx = {"sources": [{"path": str(world.talks)}], "examples": 3}
+    more = {"ptx": ptx, "epochs": 2, "minibatches": 1} | ppo
+    return recipe_of(world, start, path, ppo=more, batch={"examples": 1, "row_tokens": 128}, **STEPS)
+
+
+@pytest.mark.timeout(900)  # where the machine is busy
+def test_two_processes_with_a_shard_each_are_as_one(world, wide, start, here, monkeypatch):
+    """LoRA, all weights, and PPO with its roles; a process holds little more than half of the weights; checkpoints go
+    from one process to shards, from shards to whole copies, and from these to one process."""
+    monkeypatch.setattr("world.WAIT", 400)
+    lora = {"model": {"base": wide, "dtype": "float32"}, "lora": {"r": 2}} | STEADY | SAYS
+    whole = Job("sft", world.recipe(place(here, "whole"), lora=None, **GENTLE, **STEPS, **SAYS), (FSDP,))
+    roles = Job("ppo", ppo_recipe(world, start, place(here, "roles")))
+    copies = Job("sft", world.recipe(place(here, "lora"), **lora, **STEPS), ("train.steps=1",), "copies")
+    shards = copies._replace(words=(LAYERS,), run="two")
+    begun = copies._replace(words=(LAYERS, "train.steps=4", "--extend"), run="begun")
+    gone_on = copies._replace(words=("train.steps=3", "--extend"), run="two")
+
+    known = {job: alone(job) for job in (whole, roles)}
+    short = alone(shards)
+    shutil.copytree(short, begun.folder)
+    held = together(here, [whole, roles, copies, shards, begun, gone_on])
+    for job in (whole, roles):
+        assert_same(job.folder, known[job])
+    assert held[3] <= 0.6 * held[2], held
+
+    assert align(shards.recipe, f"run={shards.folder}", "train.steps=4", "--extend").status == 0
+    assert align(shards.recipe, f"run={short}", "train.steps=4", "--extend").status == 0
+    assert_same(begun.folder, short)
+    assert_same(shards.folder, short)
+
+
+def test_what_a_launcher_asks_for(world, here, monkeypatch):
+    recipe = world.recipe(here / "recipe.yaml", train={"steps": 1, "eval_every": None})
+    name, value = FSDP.split("=")
+    monkeypatch.setenv(name, value)
+    told = align(recipe)
+    assert told.status == 0, told.err
+    assert "train.shard: layers has nothing to do: there is one process" in told.out
+    assert name not in os.environ
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    told = align(recipe, "--fresh")
+    assert told.status == 2
+    assert "fsdp_offload_params" in told.err
+
+
+def every_stage(world, wide, here: Path) -> dict[str, Job]:
+    """By name."""
+    small, more = {"base": str(world.base), "dtype": "float32"}, STEPS["train"]
+    made: dict[str, Job] = {}
+
+    def add(stage: str, name: str, make, **sections: Any) -> None:
+        os.chdir(place(here, name).parent)
+        made[name] = Job(stage, make(here / name / "recipe.yaml", **STEPS | sections))
+
+    def preferences(module):
+        return lambda path, **sections: world.preferences(path, module, **sections)
+
+    def labelled(path, **sections):
+        return classes(world, path, data={"train": [{"path": str(path.parent / "rows.jsonl")}]}, **sections)
+
+    add("sft", "whole", world.recipe, model=small | {"base": wide}, lora=None, **GENTLE)
+    add("sft", "recomputed", world.recipe, model=small | {"gradient_checkpointing": True})
+    add("sft", "padded", world.recipe, model=small | {"layout": "padded"}, **SAYS)
+    add("sft", "dora", world.recipe, lora={"r": 4, "dora": True})
+    add("sft", "tokens", world.recipe, model=small | {"add_tokens": ["<|new|>"]})
+    add("dpo", "pairs", preferences(dpo))
+    add("dpo", "copied", preferences(dpo), lora=None, **GENTLE)
+    add("dpo", "cached", preferences(dpo), dpo={"reference": "cached"})
+    add("dpo", "kto", preferences(dpo), dpo={"loss": "kto"})
+    add("dpo", "kto copied", preferences(dpo), lora=None, dpo={"loss": "kto"}, **GENTLE)
+    add("reward", "scores", preferences(reward))
+    add("reward", "all scores", preferences(reward), lora=None, **GENTLE)
+    add("classify", "classes", labelled)
+    add("classify", "blocks", labelled, lora=None, classify={"train": "last_blocks"})
+    add("classify", "both directions", labelled, model={"base": str(bert(here)), "dtype": "float32"})
+    add("classify", "head", labelled, lora=None, classify={"train": "head"})
+    rounded = {"base": wide, "dtype": "bfloat16", "gradient_checkpointing": True}
+    add("sft", "bfloat16, all weights", world.recipe, model=rounded, lora=None, **GENTLE)
+    add("sft", "bfloat16", world.recipe, model={"base": wide, "dtype": "bfloat16"})
+    add("reward", "bfloat16 scores", preferences(reward), model={"base": wide, "dtype": "bfloat16"})
+    for name, start in (("from a checkpoint", "one"), ("from a result", "one/final")):
+        folder = here / "whole" / start
+        add(
+            "sft", name, world.recipe, model=small | {"base": wide}, lora=None, train=more | {"start_from": str(folder)}
+        )
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("stages", [("reward", "classify"), ("sft",), ("dpo",)], ids=", ".join)
+def test_every_stage(world, wide, here, monkeypatch, stages):
+    """With a LoRA, without one, with all that a recipe may ask for besides."""
+    monkeypatch.setattr("world.WAIT", 900)
+    jobs = {name: job for name, job in every_stage(world, wide, here).items() if job.stage in stages}
+    known = {name: alone(job) for name, job in jobs.items()}
+    whole = [job._replace(run="again") for name, job in jobs.items() if name == "whole"]
+    measured = [*whole, *(job._replace(words=(), run="copies") for job in whole)]
+    *_, shards, copies = together(here, [*jobs.values(), *measured])
+    assert not measured or shards <= 0.6 * copies
+    for name, job in jobs.items():
+        assert_same(job.folder, known[name], 3e-2 if "bfloat16" in name else 1e-5)
+    if "classify" in stages:
+        labelled_alike(here, jobs["classes"].folder / "final", known["classes"] / "final")
+
+
+def labelled_alike(here: Path, *finals: Path) -> None:
+    """By `--predict`."""
+    (here / "texts.txt").write_text("Name the city 3\nSay the capital 7\n")
+    ours, theirs = (predicted(final, str(here / "texts.txt")) for final in finals)
+    assert [row["label"] for row in ours] == [row["label"] for row in theirs]
+    shares = [[float(row["p_spam"]) for row in rows] for rows in (ours, theirs)]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-4)
+
+
+def bert(here: Path) -> Path:
+    """An encoder of two layers that knows the words of the texts."""
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *sorted({w for row in ROWS for w in row["text"].lower().split()}),
+    ]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertForMaskedLM(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(here / "bert")
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(here / "bert")
+    return here / "bert"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_launcher_configured_for_fsdp(world, here):
+    """As `accelerate config` writes it."""
+    recipe = world.recipe(here / "recipe.yaml", **STEPS)
+    (here / "fsdp.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nmixed_precision: 'no'\nmachine_rank: 0\n"
+        "num_machines: 1\nnum_processes: 2\nrdzv_backend: static\nsame_network: true\nuse_cpu: false\n"
+        "fsdp_config:\n  fsdp_version: 2\n  fsdp_offload_params: false\n  fsdp_cpu_ram_efficient_loading: true\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "fsdp.yaml"]
+    command += ["--main_process_port", str(free_port()), "-m", "align.sft", str(recipe), f"run={here / 'two'}"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    told = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("sharded: ") == 1
+    assert align(recipe).status == 0
+    assert_same(here / "two", here / "run")
