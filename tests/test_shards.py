@@ -32,7 +32,7 @@ from align import dpo, reward
 
 STEPS = {"train": {"steps": 2, "eval_every": 1, "save_every": 1}}
 STEADY = {"optim": {"learning_rate": 0.005, "schedule": "constant", "warmup": 0}}
-GENTLE = {"optim": {"learning_rate": 0.002, "warmup": 0}}  # every weight trains
+GENTLE = {"optim": {"learning_rate": 0.0005, "warmup": 0}}  # every weight trains
 SAYS = {"log": {"trackers": [], "samples": ["Name the capital of Peru"], "sample_tokens": 8}}
 LAYERS = "train.shard=layers"
 FSDP = "ACCELERATE_USE_FSDP=true"
