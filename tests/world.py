@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import multiprocessing
 import os
+import socket
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -23,6 +25,8 @@ from align import sft
 
 torch.set_num_threads(1)  # products this small are fastest so
 CITIES = ["France: Paris", "Italy: Rome", "Japan: Tokyo", "Peru: Lima", "Egypt: Cairo", "Cuba: Havana", "法国: 巴黎"]
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET = 0x00020000, 0x04000000, 0x40000000  # of sched.h
+MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18  # of mount.h
 WAIT = 120  # seconds after which a process that should have come to something has hung
 
 
@@ -253,6 +257,21 @@ class Child:
 
 def _child(main: Callable[[list[str]], None], argv: list[str], env: dict[str, str], log: str) -> None:
     os.environ.update(env)
+    if host := env.get("NAMESPACE"):
+        _move(host)
     for number, path in ((1, log), (2, str(Path(log).with_suffix(".err")))):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     main(argv)
+
+
+def _move(host: str) -> None:
+    """Into the network namespace of this name, as a host of this name. It needs a process with one thread."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{host}") as namespace:
+        assert libc.setns(namespace.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+    assert libc.unshare(CLONE_NEWUTS | CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+    socket.sethostname(host)
+    assert libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0, os.strerror(ctypes.get_errno())
+    for file in Path("/etc/netns", host).iterdir():  # as `ip netns exec` does
+        where = f"/etc/{file.name}".encode()
+        assert libc.mount(bytes(file), where, None, MS_BIND, None) == 0, os.strerror(ctypes.get_errno())

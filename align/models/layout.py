@@ -107,7 +107,8 @@ def faster_attention(trunk: Trunk, faster: Attention | None) -> tuple[Attention,
     try:
         agrees = all(_agrees(faster, kind, forest) for kind in _kinds(trunk, forest))
     except Exception as error:  # of whatever kind: compilers have their own
-        return dense_attention, f"the faster way fails ({(str(error) or repr(error)).splitlines()[0]})"
+        said = " ".join((str(error) or repr(error)).splitlines()[:2])  # compilers name the cause in the second line
+        return dense_attention, f"the faster way fails ({said})"
     return (faster, "") if agrees else (dense_attention, "the numbers of the faster way differ")
 
 
@@ -128,11 +129,15 @@ def _kinds(trunk: Trunk, forest: Forest) -> set[_Kind]:
         found.add(_Kind(tuple(part.shape for part in states), states[0].dtype, tuple(more)))
         return dense_attention(*parts)
 
-    training, trunk.forest_attention = trunk.training, attend
+    training, before = trunk.training, trunk.forest_attention
+    trunk.forest_attention = attend
     trunk.eval()
-    with torch.no_grad():
-        trunk.states(forest)
-    trunk.train(training)
+    try:
+        with torch.no_grad():
+            trunk.states(forest)
+    finally:
+        trunk.forest_attention = before
+        trunk.train(training)
     return found
 
 

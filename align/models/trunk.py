@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from align.data.templates.ends import turn_ends
 from align.data.templates.texts import said
-from align.data.trees import FLEX_BLOCK, Forest
+from align.data.trees import GPU_MULTIPLE, Forest
 from align.models import acceleration
 from align.models.attention import NAME as FOREST
 from align.models.attention import Attention, ForestMask, dense_attention
@@ -29,6 +29,7 @@ from align.models.base import Base, compute_dtype
 from align.models.checkpoints.results import META
 from align.models.layout import faster_attention, layout_of
 from align.models.lora import Switch, acts, adapted, beneath
+from align.models.memory import budgets
 from align.objectives.logprobs import linear_logprobs
 from align.recipe.schema import Lora, Model
 
@@ -74,6 +75,7 @@ class Trunk(nn.Module):
             again = {"context_fn": lambda: (nullcontext(), self.acting(self.acts_as))} if self.adapted else {}
             causal.gradient_checkpointing_enable({"use_reentrant": False, **again})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
+        self.budgets = budgets(config, self.dtype, self.device)
         self.forest_attention: Attention = dense_attention
         self.layout, self.layout_reason = layout_of(self, model.layout)
         self.attend(FOREST if self.packed else self.own_attention)
@@ -90,7 +92,7 @@ class Trunk(nn.Module):
     @property
     def row_multiple(self) -> int:
         """What the length of a planted row is rounded up to."""
-        return 1 if self.device.type == "cpu" else FLEX_BLOCK
+        return 1 if self.device.type == "cpu" else GPU_MULTIPLE
 
     @property
     def plain(self) -> nn.Module:
@@ -169,7 +171,7 @@ class Trunk(nn.Module):
         with self.autocast():
             return Trunk.hidden(self, forest, forest.where).to(self.dtype)
 
-    def projection(self, temperature: float = 1.0) -> dict[str, Tensor | float | None]:
+    def projection(self, temperature: float = 1.0) -> dict[str, Any]:
         """What makes logits of `states`, divided by the temperature."""
         layer = beneath(self.head)
         bias = layer.bias
@@ -180,6 +182,7 @@ class Trunk(nn.Module):
             "bias": None if bias is None else bias.to(self.dtype),
             "scale": self.scale / temperature,
             "softcap": None if self.softcap is None else self.softcap / temperature,
+            "chunk_bytes": self.budgets.logits_bytes,
         }
 
     def _scores(self, forest: Forest) -> Tensor:
@@ -270,7 +273,7 @@ class Trunk(nn.Module):
         if not self.outputs:  # over what save_pretrained of a whole model wrote
             self.generation_config().save_pretrained(folder)
         role = "adapter" if self.adapted else "model"
-        trunk = [link.model_dump() for link in self.links]
+        trunk = [link.model_dump(exclude_none=True) for link in self.links]
         meta = {"role": role, "base": self.base_name, "fingerprint": self.fingerprint, "trunk": trunk, **about}
         (folder / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -31,7 +31,8 @@ from align.training.batches import Batches, Planted
 from align.training.borders.stops import Stopped
 from align.training.meters import Sums, Throughput
 from align.training.plan import Plan, learning_rate
-from align.training.runs.checkpoint import CheckpointWriter, published
+from align.training.planning.forecast import forecast, planned_rows
+from align.training.runs.checkpoint import CheckpointWriter, Tensors, published
 from align.training.runs.run import Run
 from align.training.runs.start import find_start, start_from, terms_of
 from align.training.runs.state import adamw, capture, gathered, restore, trained_parameters, whole
@@ -92,21 +93,43 @@ class Loop:
         self.plan = Plan(self.recipe, data.train, run.standing.step, run.standing.place)
         self.module = module or trunk
         let_go(trunk)
-        self.model, self.optimizer = self.module, adamw(self.module, self.recipe.optim, rates or {})
-        if not trunk.sharded:
-            self.model = self.accelerator.prepare(self.model)
+        self.optimizer = adamw(self.module, self.recipe.optim, rates or {})
+        self.model = self._wrapped()
         self.named = trained_parameters(self.model)
         if trunk.sharded:
             agree(self.named.values())
         self.model.train()
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
         acceleration.for_training(trunk)
-        self.batches = Batches(trunk, self.accelerator, self.recipe.batch.row_tokens)
+        trunk.budgets = trunk.budgets.asked(self.recipe.batch.cache_tokens)
+        self.batches = Batches(trunk, self.accelerator, planned_rows(self))
+        self.forecast = forecast(self)
         self.step, self.tokens_seen, self.elapsed = 0, 0, 0.0
         self.memory: dict[str, Any] = {}  # what the algorithm has to know of earlier steps; JSON can hold it
         self.saved, self.blocking_seconds, self.eval_seconds = -1, None, 0.0
         self.throughput = Throughput(self.accelerator.num_processes)
         self.trackers: list[GeneralTracker] = []
+
+    # -- how the processes share the work -----------------------------------------------------------------------
+
+    def _wrapped(self) -> nn.Module:
+        """What computes a loss: under DDP where several processes hold the whole trunk."""
+        return self.module if self.trunk.sharded else self.accelerator.prepare(self.module)
+
+    def _row(self, last: bool) -> AbstractContextManager:
+        """Around a row's forward and backward pass; gradients go from process to process after the last."""
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def _backward(self, total: Tensor) -> None:
+        self.accelerator.backward(total)
+
+    def _captured(self) -> Tensors:
+        """What a checkpoint holds, in the first process; every process must call it."""
+        return capture(self.named, self.optimizer, self.session.first)
+
+    def _result(self) -> dict[str, Tensor]:
+        """What a result holds, in the first process; every process must call it."""
+        return gathered(self.module.saved(), self.session.first)
 
     # -- the run -----------------------------------------------------------------------------------------------
 
@@ -192,11 +215,11 @@ class Loop:
         """Accumulate the gradient of this process's rows; metrics over all processes, `distinct` tokens among them."""
         sums = Sums()
         for number, (examples, row, loss) in enumerate(work, 1):
-            with self.accelerator.no_sync(self.model) if number < len(work) else nullcontext():
+            with self._row(last=number == len(work)):
                 batch = self.batches.plant(examples, row)
                 total, metrics = loss(self.model, batch)
                 # A process without examples in this row computes along, and adds nothing.
-                self.accelerator.backward(total if row else total * 0.0)
+                self._backward(total if row else total * 0.0)
             sums.add("distinct", batch.distinct if row else 0)
             for name, (value, count) in metrics.items() if row else ():
                 sums.add(name, value, count)
@@ -268,7 +291,7 @@ class Loop:
         """A checkpoint of now, unless there is one; with shards, every process must call it."""
         if self.saved == self.step:
             return
-        tensors = capture(self.named, self.optimizer, self.session.first)
+        tensors = self._captured()
         state = {
             "step": self.step, "place": self.plan.place(self.step), "tokens_seen": self.tokens_seen,
             "elapsed_seconds": self.elapsed, "memory": self.memory, "identity": self.run.identity,
@@ -292,7 +315,7 @@ class Loop:
 
     def publish(self, folder: Path, about: dict[str, Any]) -> None:
         """Write the result as it is now; with shards, every process must call it."""
-        result = gathered(self.module.saved(), self.session.first)
+        result = self._result()
         if self.session.first:
             result = {name: tensor.detach().to("cpu") for name, tensor in result.items()}
             told = {"stage": self.recipe.stage, "step": self.step, **about}

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from align.models.base import load_base
 from align.models.trunk import Trunk, Whole
 from align.recipe.errors import UserError
+from align.training import zero
 from align.training.session import Session
 
 FSDP = "ACCELERATE_USE_FSDP"
@@ -53,14 +54,17 @@ def load_trunk(session: Session, outputs: int | None = None) -> Trunk:
     """The recipe's base with its adapter, and a head of `outputs` if any, on this process's device, whole or as a shard
     of it."""
     recipe, accelerator = session.recipe, session.accelerator
+    session.usage.begin()
     device, sharded = accelerator.device, recipe.train.shard == "layers"
     if sharded and accelerator.num_processes == 1:
         session.say("train.shard: layers has nothing to do: there is one process")
         sharded = False
     frozen, loaded_on = recipe.lora is not None, torch.device("cpu") if sharded else device
     base = load_base(recipe.model, device, frozen=frozen, seed=recipe.seed, outputs=outputs, loaded_on=loaded_on)
-    on_device = partial(shard, device=device, processes=accelerator.num_processes)
-    trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed, outputs, on_device if sharded else None)
+    how = partial(shard, device=device, processes=accelerator.num_processes) if sharded else None
+    if zero.stage_of(accelerator) == 3:
+        how = zero.layers_together
+    trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed, outputs, how)
     if sharded:
         session.say(told(trunk))
     return trunk
@@ -101,7 +105,7 @@ def whole(trunk: Trunk, part: nn.Module | None = None) -> Iterator[None]:
 def let_go(trunk: Trunk) -> None:
     """Of embeddings, last norm and head, where they are sharded: a pass leaves them whole for the next, which may not
     come. All parameters are shards again."""
-    if trunk.sharded:
+    if isinstance(trunk, FSDPModule):
         trunk.reshard()
 
 

@@ -15,6 +15,8 @@ from align.training.loop import Learnt, Loop, Loss
 from align.training.meters import Sums
 from align.training.runs.run import Run
 from align.training.session import Session
+from align.training.zero import stage_of
+from align.training.zero_loop import ZeroLoop
 
 
 class Hooks(NamedTuple):
@@ -35,7 +37,8 @@ def fit(session: Session, run: Run, trunk: Trunk, data: Prepared, loss: Loss, **
 
     `loss(trunk, batch)` gives a sum and metrics; `hooks`: those of `Hooks`.
     """
-    Loop(session, run, trunk, data, Supervised(loss, Hooks(**hooks))).run_all()
+    kind = ZeroLoop if stage_of(session.accelerator) else Loop
+    kind(session, run, trunk, data, Supervised(loss, Hooks(**hooks))).run_all()
 
 
 class Supervised:

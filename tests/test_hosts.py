@@ -1,0 +1,97 @@
+"""Two hosts: a process that is killed, or a cable that is cut, ends the run on both within a minute, with the reason.
+Started again, it ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import time
+
+import pytest
+import torch
+from hosts import two_hosts
+from ppo_start import make_start, recipe_of
+from safetensors.torch import load_file
+from test_processes import free_port
+from world import metrics
+
+from align import ppo, sft
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+MINUTE = 60.0  # seconds
+TIMES = int(os.environ.get("ALIGN_FAILURES", "2"))  # of each kind, for each stage
+SEED = int(os.environ.get("ALIGN_SEED", "0"))
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    try:
+        with two_hosts() as both:
+            yield both
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here ({getattr(error, 'stderr', None) or error})")
+
+
+@pytest.fixture
+def recipe_for(world, cache, here, tmp_path_factory):
+    def recipe(stage):
+        if stage is ppo:
+            train = {"steps": 6, "save_every": 2}
+            return recipe_of(world, make_start(world, cache, tmp_path_factory), here / "recipe.yaml", train=train)
+        train = {"steps": 30, "eval_every": 10, "save_every": 5}
+        return world.recipe(here / "recipe.yaml", batch={"examples": 2}, train=train)
+
+    return recipe
+
+
+def result(run):
+    """The trained tensors of `final/`, file by file."""
+    files = sorted((run / "final").rglob("*.safetensors"))
+    assert files
+    return {f"{file.parent.name}/{name}": t for file in files for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("stage", [sft, ppo], ids=["sft", "ppo"])
+@pytest.mark.parametrize("how", ["killed", "cut"])
+def test_a_failure_ends_both_hosts_and_a_rerun_ends_the_same(stage, how, recipe_for, here, hosts):
+    recipe, draw = recipe_for(stage), random.Random(SEED)
+    undisturbed = here / "undisturbed"
+    told = [child.wait() for child in hosts.pair(here, free_port(), recipe, f"run={undisturbed}", stage=stage)]
+    assert [one.status for one in told] == [0, 0], told
+    records, took = len(metrics(undisturbed)), []
+    for number in range(TIMES):
+        run, when = here / f"run{number}", draw.randrange(records)
+        file = run / "metrics.jsonl"
+        reached = lambda: (file.read_bytes().count(b"\n") if file.is_file() else 0) >= when  # noqa: E731, B023
+        children = hosts.pair(here, free_port(), recipe, f"run={run}", stage=stage)
+        if how == "killed":
+            victim = draw.randrange(2)
+            assert children[victim].send_when(9, reached if when else run.exists)
+            ended = [children[1 - victim]]
+        else:
+            assert children[0].send_when(0, reached if when else run.exists)
+            hosts.cut()
+            ended = children
+        began = time.monotonic()
+        told = [child.wait() for child in ended]
+        took.append(time.monotonic() - began)
+        hosts.mend()
+        assert took[-1] < MINUTE
+        assert not (run / "final").exists()
+        for one in told:
+            assert one.status == 2, one
+            assert "Traceback" not in one.err, one.err
+        if how == "killed":
+            assert f"process {victim} (host {hosts.names[victim]}, pid {children[victim].process.pid})" in told[0].err
+            assert "has ended without a word" in told[0].err
+        else:
+            assert f"process 1 (host {hosts.names[1]}, pid" in told[0].err
+            assert f"process 0 (host {hosts.names[0]}, pid" in told[1].err
+            assert all("its host is down, or the network to it" in one.err for one in told)
+        told = [child.wait() for child in hosts.pair(here, free_port(), recipe, f"run={run}", stage=stage)]
+        assert [one.status for one in told] == [0, 0], told
+        assert metrics(run) == metrics(undisturbed)
+        final = result(run)
+        assert all(torch.equal(tensor, final[name]) for name, tensor in result(undisturbed).items())
+    print(f"\n{stage.__name__} {how}: {len(took)} times, ended after {min(took):.1f} to {max(took):.1f} s", flush=True)
