@@ -8,6 +8,10 @@ chat: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest --ignore=tests/real -n 2 --dist loadfile
 
+# All tests, the long ones too, with every example of the fuzz tests.
+test-all: .venv/installed
+	ALIGN_FUZZ=4 .venv/bin/python -m pytest -m "slow or not slow"
+
 # The tests on published data sets, which skip what is not beside the project in ../shared.
 test-real: .venv/installed
 	.venv/bin/python -m pytest tests/real
@@ -24,4 +28,4 @@ install: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-.PHONY: chat test test-real lint install
+.PHONY: chat test test-all test-real lint install

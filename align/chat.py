@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with border("choose a smaller model, or a smaller --max-new"):
+    with border("choose a smaller model, or a smaller --max-new", result=True):
         command = parse(sys.argv[1:] if argv is None else argv)
         trunk = load_talker(command.model, command.adapters, Accelerator(mixed_precision="no"), command.trust)
         talk = Talk(trunk, command.sampling, command.seed, command.system)

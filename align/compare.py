@@ -24,13 +24,12 @@ from align.recipe.load import dump_recipe, load_recipe, parse_command
 from align.recipe.locks import claimed
 from align.recipe.paths import Location
 from align.recipe.schema import PositiveInt, Section
-from align.recipe.streams import safe_streams
 from align.tools.comparison.evaluated import Evaluated, check_alike, read_run
 from align.tools.comparison.figures import compare
 from align.tools.comparison.page import costs, figures, markdown, page
 from align.tools.comparison.statistics import Draws
 from align.tools.comparison.summary import cost, headlines, summary
-from align.training.borders.border import border
+from align.training.borders.border import border, shows
 from align.training.runs.checkpoint import write_atomic
 from align.training.runs.removal import is_written, run_recipe
 
@@ -165,8 +164,9 @@ def _write(recipe: Recipe, console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    with border("compare fewer runs at once"), safe_streams():
-        command = parse_command(sys.argv[1:] if argv is None else argv, Recipe, "align.compare")
+    words = sys.argv[1:] if argv is None else argv
+    with border("compare fewer runs at once", result=shows(words)):
+        command = parse_command(words, Recipe, "align.compare")
         if command.show:
             raise UserError("--show: a comparison has no examples to show; leave it out")
         if command.extend:

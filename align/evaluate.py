@@ -128,6 +128,8 @@ class Rows(Section):
 
     row_tokens: PositiveInt | Literal["auto"] = "auto"
     """Most tokens in one packed row. Changes speed and memory, never a response."""
+    cache_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Most tokens whose keys and values are kept at once while it samples; `auto` follows the free memory."""
 
 
 class Recipe(Section):
@@ -185,8 +187,10 @@ def evaluate(session: Session) -> None:
 
     # 1. The trunk, the policy on it, and what scores.
     trunk = load_policy(recipe.model, saved, session.accelerator, recipe.seed)
+    trunk.budgets = trunk.budgets.asked(recipe.batch.cache_tokens)
     rewards = Rewards(section.scores, trunk, "evaluate.scores")
-    roles = Roles(trunk, NO_UPDATE, rewards.scorers, None, section.generation.temperature, recipe.seed)
+    temperature = section.generation.temperature
+    roles = Roles(trunk, NO_UPDATE, rewards.scorers, None, temperature, recipe.seed, critic=False)
     batches, draws = Batches(trunk, session.accelerator, recipe.batch.row_tokens), Draws(RESAMPLES, recipe.seed)
     if session.first:
         clear(folder, recipe)

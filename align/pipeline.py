@@ -14,6 +14,7 @@ them, and the version of align. Left out on purpose: several machines at once, a
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,13 +30,12 @@ from align.recipe.load import dump_recipe, load_recipe
 from align.recipe.locks import claimed
 from align.recipe.paths import Location, expanded
 from align.recipe.schema import PositiveInt, Section
-from align.recipe.streams import safe_streams
 from align.tools.pipeline.board import Board
 from align.tools.pipeline.jobs import FORKS, Job, Launcher, ask_to_stop, devices
 from align.tools.pipeline.records import Records
 from align.tools.pipeline.stage import Stage
 from align.tools.pipeline.stages import stages_of
-from align.training.borders.border import Parser, border
+from align.training.borders.border import Parser, border, shows
 from align.training.borders.stops import signals
 from align.training.runs.checkpoint import write_atomic
 from align.training.runs.removal import is_written, run_recipe
@@ -63,7 +63,7 @@ class Keys(Section):
     model_config = ConfigDict(extra="allow")
 
     stage: str | None = None
-    """sft, reward, dpo, ppo, classify, evaluate or compare. Default: that of `recipe`."""
+    """sft, reward, dpo, ppo, grpo, distill, classify, evaluate or compare. Default: that of `recipe`."""
     recipe: Location | None = None
     """A recipe to start from, beside the pipeline's file. What is shared is laid over it, then the stage's own keys."""
     sweep: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = Field(default_factory=dict)
@@ -253,8 +253,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="set a key over the file's value")
     parser.add_argument("--dry-run", action="store_true", help="check all, print the plan and every recipe, and stop")
     parser.add_argument("--fresh", action="store_true", help="start every stage over")
-    with border("let fewer stages run at once (jobs)"), safe_streams():  # it goes on, though nobody reads what it says
-        words = parser.parse_intermixed_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    with border("let fewer stages run at once (jobs)", result=shows(given)):
+        words = parser.parse_intermixed_args(given)
         recipe, document = _read(expanded(words.recipe), words.overrides)
         pipeline = Pipeline(recipe, stages_of(document, Path(recipe.run)), Console(), words.fresh)
         if status := pipeline.preview() if words.dry_run else pipeline.run():

@@ -23,8 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,18 +32,19 @@ from torch import Tensor, nn
 
 from align.data.formats.prompts import prompts
 from align.data.trees import Forest
-from align.models.roles import CRITIC, Entropy, Roles, Said
+from align.models.roles import CRITIC, Roles, Said
 from align.objectives import advantages as adv
 from align.objectives.losses import clipped_policy_loss, clipped_value_loss
-from align.recipe.schema import BaseRecipe, Optim, PositiveInt, Section
+from align.recipe.schema import BaseRecipe, Optim, PositiveInt
 from align.training.launch import run_stage
-from align.training.loop import Learnt, Loop, Metrics
-from align.training.meters import Sums, mean_interval
+from align.training.loop import Learnt, Loop, Loss, Metrics, Work
+from align.training.rollouts.epochs import Targets, in_epochs, spent
 from align.training.rollouts.experience import Experience
-from align.training.rollouts.pretraining import Pretraining, Ptx
-from align.training.rollouts.rewards import RewardPart, Rewards, stands_on
-from align.training.rollouts.rollout import Generation, Rollout, Targets, check_samples, explained, figures, minibatches
-from align.training.rollouts.watch import Watch, check_unmoved
+from align.training.rollouts.pretraining import Pretraining
+from align.training.rollouts.rewards import Rewards, stands_on
+from align.training.rollouts.rollout import check_samples, explained, figures, minibatches, score_figures
+from align.training.rollouts.sections import Rewarded, check_rewarded
+from align.training.rollouts.watch import Watch
 from align.training.session import Session
 from align.training.shards import load_trunk
 
@@ -52,19 +52,13 @@ ESTIMATORS = {"k1": adv.k1, "k2": adv.k2, "k3": adv.k3}
 SAMPLING, ORDER = 5, 6  # tell the streams of random numbers apart
 
 
-class Ppo(Section):
+class Ppo(Rewarded):
     """What is rewarded, and how the actor learns from it."""
 
-    rewards: list[RewardPart] = Field(min_length=1)
-    """The parts of the reward: their weighted sum is the score."""
     samples: PositiveInt = 1
     """Responses to each prompt of a step; the prompt is computed once."""
-    generation: Generation = Field(default_factory=Generation)
-    """How they are drawn."""
     epochs: PositiveInt = 4
     """Passes over a step's responses."""
-    minibatches: PositiveInt = 1
-    """Optimizer steps in one pass."""
     critic_learning_rate: Annotated[float | None, Field(gt=0)] = None
     """Peak of the critic's learning rate, which follows the actor's schedule. Default: `optim.learning_rate`."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
@@ -89,25 +83,6 @@ class Ppo(Section):
     """Bound of the loss of tokens with a negative advantage (arXiv 1912.09729). Default: none."""
     value_clip_range: Annotated[float, Field(gt=0)] = 0.2
     """How far a value may move from the one that the advantages came from."""
-    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the actor's entropy, which is added to what it maximises."""
-    stop_kl: Annotated[float | None, Field(gt=0)] = None
-    """Break off a step's epochs when KL(p_old, p) per token is more than this. Default: never."""
-    missing_eos_penalty: Annotated[float, Field(ge=0)] = 0.0
-    """Taken off the score of a response that did not end."""
-    length_penalty: Annotated[float, Field(ge=0)] = 0.0
-    """Taken off the score for every token."""
-    ptx: Ptx | None = None
-    """Language modelling beside PPO, against forgetting. Default: none."""
-    eval_samples: PositiveInt = 1
-    """Responses to each held-out prompt in an evaluation, drawn from the same random numbers each time."""
-    kl_budget: Annotated[float | None, Field(gt=0)] = None
-    """`best/` keeps the actor with the best held-out score whose KL is at most this. Default: whatever its KL."""
-
-    @property
-    def entropy(self) -> Entropy | None:
-        """What the loss needs to know of it."""
-        return "learnt" if self.entropy_coef else None
 
     def critic_rate(self, optim: Optim) -> float:
         """The critic's learning rate as a multiple of the actor's."""
@@ -123,33 +98,31 @@ class Recipe(BaseRecipe):
 
     @model_validator(mode="after")
     def _fits_ppo(self) -> Recipe:
-        if self.lora is None:
-            raise ValueError("`lora: null`: PPO's roles are adapters on one trunk; give a `lora` section")
-        if self.lora.dropout:
-            raise ValueError("`lora.dropout` makes p/p_old random; set it to 0")
-        if self.model.add_tokens:
-            raise ValueError("`model.add_tokens`: PPO's roles share the embedding; train the tokens' rows in SFT first")
-        if self.data.overlong == "truncate":
-            raise ValueError("`data.overlong: truncate`: a prompt without its end asks something else; drop it")
-        if not any(part.weight for part in self.ppo.rewards):
-            raise ValueError("`ppo.rewards`: every part has weight 0; a judge alone rewards nothing")
-        if self.ppo.minibatches > self.batch.examples:
-            raise ValueError("`ppo.minibatches`: there are more than prompts in a step (batch.examples)")
+        check_rewarded(self, self.ppo, "ppo")
         return self
 
 
+class Counts(NamedTuple):
+    """What a minibatch's means are over."""
+
+    tokens: int
+    steps: int
+    actor_learns: float  # 1, or 0 while the critic alone learns
+
+
 def loss(
-    roles: nn.Module, batch: Forest, ppo: Ppo, targets: Targets, said: Said | None = None
+    roles: nn.Module, batch: Forest, ppo: Ppo, targets: Targets, counts: Counts, said: Said | None = None
 ) -> tuple[Tensor, Metrics]:
     """Policy and value loss of a batch, each its share of the minibatch's mean; `said`: what the roles say of it."""
     old_logprobs, advantages, old_values, returns = targets.of(batch)
     logprobs, values, entropy = said or roles(batch, entropy=ppo.entropy)
-    policy, held = clipped_policy_loss(logprobs, old_logprobs, advantages, ppo.clip_range, ppo.dual_clip)
+    log_ratio = logprobs - old_logprobs
+    policy, held = clipped_policy_loss(log_ratio, advantages, ppo.clip_range, ppo.clip_range, ppo.dual_clip)
     value, value_held = clipped_value_loss(values, old_values, returns, ppo.value_clip_range)
     if ppo.entropy_coef:
         policy = policy - ppo.entropy_coef * entropy
-    total = targets.actor_learns * policy.sum() / targets.token_count + value.sum() / targets.step_count
-    n, log_ratio = len(logprobs), (logprobs - old_logprobs).detach()
+    total = counts.actor_learns * policy.sum() / counts.tokens + value.sum() / counts.steps
+    n = len(logprobs)
     return total, {
         "loss": (total, 0),
         "loss/policy": (policy.sum(), n),
@@ -157,7 +130,7 @@ def loss(
         "clip_fraction": (held.sum(), n),
         "clip_fraction/value": (value_held.sum(), len(value)),
         "update_kl": (adv.k3(old_logprobs, logprobs.detach()).sum(), n),
-        "moved": (log_ratio.abs().sum(), n),
+        "moved": (log_ratio.detach().abs().sum(), n),
     }
 
 
@@ -167,28 +140,25 @@ class Algorithm:
     labels = None
 
     def __init__(self, recipe: Recipe, roles: Roles, rewards: Rewards, watch: Watch, ptx: Pretraining | None) -> None:
-        self.recipe, self.ppo, self.rewards, self.watch, self.ptx = recipe, recipe.ppo, rewards, watch, ptx
-        self.experience = Experience(roles, rewards, watch, recipe.ppo.generation.sampling)
+        self.recipe, self.ppo, self.watch, self.ptx = recipe, recipe.ppo, watch, ptx
+        self.experience = Experience(roles, rewards, watch, recipe.ppo)
 
     def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
         """One step of PPO."""
-        ppo, step, started = self.ppo, loop.step + 1, time.perf_counter()
-        kl_coef = loop.memory.setdefault("kl_coef", ppo.kl_coef)
+        ppo, seed, step, started = self.ppo, self.recipe.seed, loop.step + 1, time.perf_counter()
+        kl_coef, prompts = loop.memory.setdefault("kl_coef", ppo.kl_coef), loop.data.train
 
         # 1. Sample responses to the step's prompts.
-        episodes = self.experience.sampled(
-            loop, loop.data.train, chosen, (self.recipe.seed, SAMPLING, step), ppo.samples
-        )
+        episodes = self.experience.sampled(loop, prompts, chosen, (seed, SAMPLING, step), ppo.samples)
         sampled_at = time.perf_counter()
-        # 2. Score them with every role, in the rows of the first epoch.
-        orders = [(self.recipe.seed, ORDER, step, epoch) for epoch in range(ppo.epochs)]
+        # 2. Score them, and have every role read them, in the rows of the first epoch.
+        orders = [(seed, ORDER, step, epoch) for epoch in range(ppo.epochs)]
         epochs = [minibatches(len(chosen), ppo.minibatches, order) for order in orders]
-        rollout, parts = self.experience.scored(
-            loop, loop.data.train, chosen, episodes, epochs[0], ppo.entropy or "known"
-        )
+        parts = self.experience.parts(loop, prompts, chosen, episodes, epochs[0])
+        score = self.experience.score(parts, episodes)  # (E,)
+        rollout = self.experience.read(loop, episodes, epochs[0], ppo.entropy or "known")
 
         # 3. Rewards: the KL penalty at every token, the score at the end.
-        score = self._score(rollout, parts)  # (E,)
         penalty = ESTIMATORS[ppo.kl_estimator](rollout.logprobs, rollout.ref_logprobs)
         rewards = torch.zeros_like(rollout.values)  # (E, T + 1)
         rewards[:, :-1] = -kl_coef * penalty.masked_fill(~rollout.tokens, 0)
@@ -203,65 +173,44 @@ class Algorithm:
         scored_at = time.perf_counter()
 
         # 5. Epochs of minibatches.
-        targets = Targets(rollout, of_tokens, returns, loop.trunk.device)
-        sums, norms, updates, actor_learns = Sums(), {}, 0, step > ppo.critic_warmup
-        for number, group in enumerate(chain.from_iterable(epochs)):
-            targets.minibatch(episodes.numbers(group), actor_learns)
-            said = rollout.said if number == 0 else None  # at first nothing has changed since
-            learning = partial(loss, ppo=ppo, targets=targets, said=said)
-            work = [(episodes, row, learning) for row in loop.batches.rows(episodes, group)]
-            if self.ptx and actor_learns:
-                work = [*self.ptx.work(loop, (step - 1) * ppo.epochs * ppo.minibatches + number), *work]
-            found = loop.gradients(work)
-            terms = found.sums()
-            if number == 0:
-                check_unmoved(loop, terms)
-            if ppo.stop_kl and updates and terms["update_kl"][0] > ppo.stop_kl * terms["update_kl"][1]:
-                loop.optimizer.zero_grad()
-                break
-            norms = loop.update(chosen, rate, terms["loss"][0], 1.0)
-            updates += 1
-            sums.include(found)
+        targets = Targets(rollout, loop.trunk.device, (rollout.logprobs, of_tokens), (rollout.values, returns))
+        actor_learns = step > ppo.critic_warmup
+
+        def loss_of(numbers: np.ndarray, said: Said | None) -> Loss:
+            tokens = int(rollout.lengths[numbers].sum())
+            counts = Counts(tokens, tokens + len(numbers), float(actor_learns))
+            return partial(loss, ppo=ppo, targets=targets, counts=counts, said=said)
+
+        def beside(number: int) -> list[Work]:
+            place = (step - 1) * ppo.epochs * ppo.minibatches + number
+            return self.ptx.work(loop, place) if self.ptx and actor_learns else []
+
+        passes = in_epochs(loop, chosen, rate, rollout, episodes, epochs, loss_of, beside, ppo.stop_kl)
 
         kl = float((rollout.logprobs - rollout.ref_logprobs).sum() / len(score))
         if ppo.kl_target:
             loop.memory["kl_coef"] = adv.adapted(kl_coef, kl, ppo.kl_target, ppo.kl_horizon, len(score))
+        means = score_figures(parts, score, episodes)
         metrics = {
-            **figures(rollout, parts, score, kl_coef),
-            **{name: mean for name, mean in sums.means().items() if name not in ("distinct", "moved", "loss")},
+            **means,
+            **figures(rollout, kl_coef, means["score"]),
+            **passes.metrics,
             **explained(rollout, returns),
-            "updates": updates,
             "learning_rate": rate,
-            f"learning_rate/{CRITIC}": rate * self.ppo.critic_rate(self.recipe.optim),
-            **norms,
-            "sample_seconds": sampled_at - started,
-            "score_seconds": scored_at - sampled_at,
-            "learn_seconds": time.perf_counter() - scored_at,
-            "sampled_tokens_per_second": float(rollout.lengths.sum()) / (sampled_at - started),
+            f"learning_rate/{CRITIC}": rate * ppo.critic_rate(self.recipe.optim),
+            **spent(started, sampled_at, scored_at, int(episodes.said.sum())),
         }
         self.watch.learnt(loop, step, metrics)
-        return Learnt(metrics, int(sums.sums()["distinct"][0]), int(episodes.lengths.sum()))
+        return Learnt(metrics, passes.distinct, int(episodes.lengths.sum()))
 
     def evaluate(self, loop: Loop) -> dict[str, Any]:
         """Scores of responses to the held-out prompts, and how far the actor has gone."""
-        examples, everyone = loop.data.eval, np.arange(len(loop.data.eval))
-        key = (self.recipe.seed, SAMPLING, 0)
-        episodes = self.experience.sampled(loop, examples, everyone, key, self.ppo.eval_samples)
-        rollout, parts = self.experience.scored(loop, examples, everyone, episodes, [everyone])
-        score = self._score(rollout, parts)
-        found = figures(rollout, parts, score, loop.memory.get("kl_coef", self.ppo.kl_coef))
-        self.watch.evaluated(loop, episodes, score, found, self.ppo.kl_budget)
-        low, high = mean_interval(score.view(len(everyone), -1).mean(1))  # over prompts, which are independent
-        return found | {"score_low": low, "score_high": high} if len(everyone) > 1 else found
+        kl_coef = loop.memory.get("kl_coef", self.ppo.kl_coef)
+        return self.experience.evaluated(loop, (self.recipe.seed, SAMPLING, 0), kl_coef)
 
     def conclude(self, loop: Loop) -> dict[str, Any]:
         """What the result's align.json tells besides."""
         return dict(loop.memory)
-
-    def _score(self, rollout: Rollout, parts: dict[str, Tensor]) -> Tensor:
-        """(E,): the sum of the parts less the penalties."""
-        penalty = self.ppo.missing_eos_penalty * ~rollout.ended + self.ppo.length_penalty * rollout.lengths
-        return self.rewards.total(parts) - penalty
 
 
 def train(session: Session) -> None:
@@ -269,12 +218,12 @@ def train(session: Session) -> None:
     recipe = session.recipe
     others = {"ptx": recipe.ppo.ptx.reading(recipe.data)} if recipe.ppo.ptx else {}
     room = {"room": recipe.ppo.generation.max_new, "key": "ppo.generation.max_new"}
-    if not (begun := session.begin(prompts(), others, **room, **stands_on(recipe.ppo.rewards))):
+    if not (begun := session.begin(prompts(), others, **room, **stands_on(recipe.ppo.rewards, "ppo.rewards"))):
         return
     run, data, more = begun
     trunk = load_trunk(session)
     check_samples(trunk)
-    rewards, temperature = Rewards(recipe.ppo.rewards, trunk), recipe.ppo.generation.temperature
+    rewards, temperature = Rewards(recipe.ppo.rewards, trunk, "ppo.rewards"), recipe.ppo.generation.temperature
     roles = Roles(trunk, recipe.lora, rewards.scorers, rewards.leading, temperature, recipe.seed)
     ptx = Pretraining(recipe.ppo.ptx, more["ptx"], recipe.seed) if recipe.ppo.ptx else None
     algorithm = Algorithm(recipe, roles, rewards, Watch(rewards, trunk), ptx)

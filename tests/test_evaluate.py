@@ -137,7 +137,7 @@ def test_what_training_was_and_cost(words, here):
     about = json.loads((run / "final" / "align.json").read_text())
     (run / "final" / "align.json").write_text(json.dumps(about | {"stage": "ppo"}))
     ppo = {"rewards": [{"function": "m:f"}], "samples": 5, "kl_coef": 0.3}
-    records = [{"step": i, "split": split, "response_tokens": 2.5} for i in (1, 2) for split in ("train", "eval")][:-1]
+    records = [{"step": i, "split": split, "sampled_tokens": 50} for i in (1, 2) for split in ("train", "eval")][:-1]
     make_costs(run, {"stage": "ppo", "seed": 8, "ppo": ppo, "batch": {"examples": 4}}, records[:1] + records[2:])
     found = evaluated(here / "one", base, data, run / "final", evaluate=asking())[0]["training"]
     assert found["settings"]["ppo.kl_coef"] == 0.3

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "align"
 FILES = sorted(ROOT.rglob("*.py"))
-STAGES = ("sft", "reward", "dpo", "ppo", "classify")
+STAGES = ("sft", "reward", "dpo", "ppo", "grpo", "distill", "classify")
 FLOORS = {"objectives": 0, "recipe": 1, "data": 2, "models": 3, "training": 4} | dict.fromkeys(STAGES, 5)
 TOOLS = 6
 FAST, DOOR = ("align.models.cpu", "align.models.gpu"), "align.models.acceleration"

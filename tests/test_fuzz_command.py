@@ -8,10 +8,11 @@ import re
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from often import often
 from world import align, lines, write_rows
 
 FUZZ = settings(
-    max_examples=1000,
+    max_examples=often(1000),
     deadline=None,
     derandomize=True,
     database=None,

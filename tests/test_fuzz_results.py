@@ -176,6 +176,35 @@ def damaged_results(data, results: dict, trunk: Trunk, here: Path) -> None:
     assert torch.isfinite(found[0]).all(), what
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(
+            (key, value)
+            for key in ("score_mean", "score_std")
+            for value in (1e39, -1e39, math.nan, math.inf, "1", [], True)
+        ),
+        ("score_std", -1.0),
+    ],
+)
+def test_a_reward_models_mean_and_spread_out_of_range(key, value, results, trunk, here):
+    """What divides every reward of PPO; float32 would hold an infinity."""
+    folder = shutil.copytree(results["reward"], here / "final")
+    file = folder / "align.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=rf"ppo.rewards.0.adapter: .*align.json: {key}: ") as caught:
+        scoring(folder, results, trunk)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.0), (-3e38, 3e38)])
+def test_a_mean_and_a_spread_at_the_edges_are_taken(mean, std, results, trunk, here):
+    folder = shutil.copytree(results["reward"], here / "final")
+    file = folder / "align.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"score_mean": mean, "score_std": std}))
+    assert scoring(folder, results, trunk)[-2:].tolist() == pytest.approx([mean, std])
+
+
 @given(data=st.data())
 @settings(FUZZ, max_examples=40)
 def test_damaged_results(data, results, trunk, here):

@@ -164,7 +164,7 @@ def test_every_problem_of_every_stage_is_told_at_once_with_its_line(folder):
         f"{line_of(path, '- pairs.jsonl')}: there is no item '1' in a list of 1",
         f"{line_of(path, 'pair.jsonl')}: pair.jsonl: no such file or folder; did you mean 'pairs.jsonl'?",
         f"{line_of(path, 'stage: stf')}: there is no stage 'stf'; did you mean 'sft'?",
-        f"{line_of(path, '${sft.best}')}: ${{sft.best}}: `.best` of a ppo stage is all that may follow a name",
+        f"{line_of(path, '${sft.best}')}: ${{sft.best}}: `.best` of a ppo or grpo stage is all that may follow a name",
         f"{line_of(path, 'runs/gone')}: runs/gone/final: no such folder; give the `final/` of a finished run",
         f"{line_of(path, 'each: sft')}: each: 'sft' has no sweep; leave `each` out",
         f"{line_of(path, '  logs:')}: 'logs' cannot be the name of a stage; take letters, digits, - and _",

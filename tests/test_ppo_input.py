@@ -40,7 +40,7 @@ def refused(world, start, here):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"lora": None}, "`lora: null`: PPO's roles are adapters on one trunk"),
+        ({"lora": None}, "`lora: null`: the stage's roles are adapters on one trunk"),
         ({"lora": {"dropout": 0.1}}, "`lora.dropout` makes p/p_old random; set it to 0"),
         ({"data": {"overlong": "truncate"}}, "`data.overlong: truncate`: a prompt without its end asks something else"),
         ({"ppo": {"rewards": []}}, "ppo.rewards: "),
@@ -51,7 +51,7 @@ def refused(world, start, here):
         ({"ppo": {"minibatches": 5}}, "`ppo.minibatches`: there are more than prompts in a step (batch.examples)"),
         ({"ppo": {"generation": {"temperature": 0.0}}}, "ppo.generation.temperature: "),
         ({"ppo": {"generation": {"max_new": 0}}}, "ppo.generation.max_new: "),
-        ({"model": {"add_tokens": ["<|call|>"]}}, "`model.add_tokens`: PPO's roles share the embedding"),
+        ({"model": {"add_tokens": ["<|call|>"]}}, "`model.add_tokens`: the stage's roles share the embedding"),
         ({"lora": {"init": "pissa"}}, "lora.init: pissa does not start at the base as it is"),
         ({"ppo": {"dual_clip": 1.0}}, "ppo.dual_clip: "),
         ({"ppo": {"kl_coef": -0.1}}, "ppo.kl_coef: "),

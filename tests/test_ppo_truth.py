@@ -57,7 +57,10 @@ def figures(policy, reference):
     return float((policy.exp() * reference.rewards).sum()), divergence(policy, reference.logprobs)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_ppo_reaches_the_closed_form(base, here, seed):
     reference, beta = every_response(base), 0.7
     best = best_policy(reference, beta)

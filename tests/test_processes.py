@@ -102,8 +102,11 @@ def test_a_fault_on_two_processes(world, here):
     """Both end with status 2, whether both find it or the first alone, without a traceback; nothing is written."""
     (here / "bad.jsonl").write_text('{"messages": []}\n')
     recipe = world.recipe(here / "recipe.yaml")
-    for fault in ("data.train.0.path=bad.jsonl", "optim.eps=none"):
-        first, second = (child.wait() for child in Child.pair(here, free_port(), recipe, fault))
+    faults = {here / "rows": "data.train.0.path=bad.jsonl", here / "recipe": "optim.eps=none"}
+    for folder in faults:
+        folder.mkdir()
+    for pair in [Child.pair(folder, free_port(), recipe, fault) for folder, fault in faults.items()]:
+        first, second = (child.wait() for child in pair)
         assert (first.status, second.status) == (2, 2), second.err
         assert first.err
         assert "Traceback" not in first.err + second.err
@@ -112,10 +115,11 @@ def test_a_fault_on_two_processes(world, here):
 
 def test_what_the_first_process_finds_holds_for_all(here):
     """What it gives, what it refuses, that it was asked to stop, that it failed; they wait for days, not minutes."""
-    told = {}
+    children = {}
     for how in ("gives", "refuses", "stops", "fails"):
         (here / how).mkdir()
-        told[how] = [child.wait() for child in Child.pair(here / how, free_port(), how, stage=deciding)]
+        children[how] = Child.pair(here / how, free_port(), how, stage=deciding)
+    told = {how: [child.wait() for child in pair] for how, pair in children.items()}
     assert [one.out.splitlines() for one in told["gives"]] == [
         ["seen by 0 [0]", "seen by 0 [0, 0]", "True False", "30 days"],
         ["seen by 0 []", "seen by 1 [1]", "True False", "30 days"],

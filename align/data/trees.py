@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FLEX_BLOCK = 128  # tokens of FlexAttention's blocks
+GPU_MULTIPLE = 256  # what the length of a row on a GPU is rounded up to: two blocks of FlexAttention
 
 
 class Tree(NamedTuple):
@@ -215,64 +215,28 @@ def _long(parts: Sequence[np.ndarray | list[int]]) -> Tensor:
 
 
 class TreeMask:
-    """Who may attend to whom in a packed forest, in the form that each attention kernel wants."""
+    """Who may attend to whom in a packed forest.
+
+    Trees lie depth first, so a segment and all that continues it are one stretch: a key is seen by the tokens from its
+    own to the end of that stretch.
+    """
 
     def __init__(self, forest: Forest) -> None:
         assert forest.packed
         self.forest = forest
-        self._block_masks: dict[int | None, object] = {}
 
     @cached_property
-    def related(self) -> Tensor:
-        """(S, S) bool, True where the row's segment is the column's or continues it, at whatever remove."""
-        related = np.eye(len(self.forest.parents), dtype=bool)
-        for i, above in enumerate(self.forest.parents):
+    def last(self) -> Tensor:
+        """(L,) int64: the token of query q sees that of key k where k <= q < last[k]."""
+        ends = np.cumsum(self.forest.segments)
+        for i in range(len(ends) - 1, -1, -1):
+            above = self.forest.parents[i]
             if above >= 0:
-                related[i] |= related[above]
-        return torch.from_numpy(related).to(self.forest.tokens.device)
+                ends[above] = max(ends[above], ends[i])
+        return torch.from_numpy(np.repeat(ends, self.forest.segments)).to(self.forest.tokens.device)
 
     @cached_property
     def dense(self) -> Tensor:
         """(1, 1, L, L) bool, True where the row's token may attend to the column's."""
-        segment = self.forest.segment[0]
-        index = torch.arange(len(segment), device=segment.device)
-        return (self.related[segment[:, None], segment[None]] & (index[:, None] >= index[None]))[None, None]
-
-    def block_mask(self, window: int | None = None) -> object:
-        """A FlexAttention `BlockMask`; with `window`, only tokens less than `window` positions back.
-
-        L must be a multiple of FLEX_BLOCK. Blocks are found through the segments in them; `create_block_mask` would
-        write out (L, L).
-        """
-        if window not in self._block_masks:
-            from torch.nn.attention.flex_attention import BlockMask
-
-            related, segment, positions = self.related, self.forest.segment[0], self.forest.positions[0]
-
-            def mask(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                seen = (query >= key) & related[segment[query], segment[key]]
-                return seen if window is None else seen & (positions[query] - positions[key] < window)
-
-            some, whole = self._seen_blocks()
-            if window is not None:
-                blocks = positions.view(-1, FLEX_BLOCK)
-                near = blocks.amin(1)[:, None] - blocks.amax(1) < window
-                some, whole = (some | whole) & near, torch.zeros_like(whole)
-            lists: list[Tensor] = []  # of each kind the number of a row's blocks, and which they are
-            for seen in (some[None, None], whole[None, None]):
-                order = seen.byte().argsort(dim=-1, descending=True, stable=True)
-                lists += [seen.sum(-1, dtype=torch.int32), order.int()]
-            self._block_masks[window] = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask)
-        return self._block_masks[window]
-
-    def _seen_blocks(self) -> tuple[Tensor, Tensor]:
-        """(B, B) bool each for B blocks: where the row's see some of the column's, not all, and where all see all."""
-        segment = self.forest.segment[0]
-        assert len(segment) % FLEX_BLOCK == 0, len(segment)
-        blocks = torch.arange(len(segment), device=segment.device) // FLEX_BLOCK
-        holds = torch.zeros(len(segment) // FLEX_BLOCK, len(self.related), device=segment.device)
-        holds[blocks, segment] = 1.0
-        kin, strangers = (holds @ each.float() @ holds.T > 0 for each in (self.related, ~self.related))
-        before = torch.ones_like(kin).tril(-1)
-        own = torch.eye(len(kin), dtype=torch.bool, device=kin.device)
-        return kin & (before & strangers | own), before & ~strangers
+        index = torch.arange(len(self.last), device=self.last.device)[:, None]
+        return ((index >= index.T) & (index < self.last))[None, None]

@@ -61,6 +61,9 @@ class Offer(NamedTuple):
     """W x + b without gradient, prepared once for about so many rows at a time."""
     replayed: Callable[[], Plain] = Plain
     """What runs a step of sampling that is the same work at the same places every time."""
+    traced: Attention | None = None
+    """`attention` without its numbers: what it makes and keeps, on the meta device, for a plan. Default: operands,
+    result and one number for each query and head are kept."""
     remarks: Callable[[Trunk], list[str]] = lambda trunk: []
     """What a user should know of what is missing."""
 

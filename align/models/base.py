@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate.utils import is_bnb_available
-from safetensors import safe_open
 from tokenizers import AddedToken
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -23,9 +20,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from align.data.templates.templates import chat_tokenizer
 from align.models.checkpoints.adapters import Merged, merge, plain_tokenizer, with_rows
+from align.models.checkpoints.fingerprints import weights_fingerprint
 from align.models.checkpoints.results import CONFIG, SCORING, Link, read_about, read_result
 from align.models.checkpoints.sources import (
     base_folder,
+    check_finite_files,
     check_weights,
     first_line,
     foreign,
@@ -33,19 +32,11 @@ from align.models.checkpoints.sources import (
     is_folder,
     read_config,
 )
+from align.models.kept import cast
+from align.models.quantized import check_installed, loading, numbers, quantized_fingerprint, settle
 from align.models.scoring import is_encoder, with_head
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
-
-ELSEWHERE = (
-    "base_model_name_or_path",
-    "revision",
-    "peft_version",
-    "transformers_version",
-    "base",
-    "trunk",
-    "_name_or_path",
-)
 
 
 class Base(NamedTuple):
@@ -53,10 +44,10 @@ class Base(NamedTuple):
 
     model: PreTrainedModel
     tokenizer: Tokenizer
-    fingerprint: str  # of the weights, adapters merged on load and added rows included
+    fingerprint: str  # of the weights, its bits, adapters and added rows included
     name: str  # as the recipe names it
     source: str  # what peft and transformers can load it from: a folder or a hub id
-    links: tuple[Link, ...] = ()  # what the trunk is made of: the base, and each merged adapter
+    links: tuple[Link, ...] = ()  # what the trunk is made of: the base, and each adapter
     added: tuple[int, ...] = ()  # ids of the tokens whose embedding rows train
 
 
@@ -82,12 +73,15 @@ def load_tokenizer(section: Model) -> Tokenizer:
     return chat_tokenizer(tokenizer, section.chat_template, section.template_options)
 
 
-def base_config(section: Model, scores: bool) -> PreTrainedConfig:
+def base_config(section: Model, scores: bool, described: Path | None = None) -> PreTrainedConfig:
     """The config of the model that is loaded: without dropout, with the recipe's settings where its weights are new.
 
-    `scores`: it gets a head. UserError for what cannot be what is asked for.
+    `scores`: it gets a head. `described`: a folder with its config.json, where its weights need not be there.
+    UserError for what cannot be what is asked for.
     """
-    folder = base_folder(section)
+    if described is None:
+        check_installed(section.quantize)
+    folder = described or base_folder(section)
     config = read_config(folder, f"model.base: {section.base}", section.trust_remote_code)
     about = read_about(folder, "model.base")
     if about and about.stage in SCORING and not scores:
@@ -102,7 +96,7 @@ def base_config(section: Model, scores: bool) -> PreTrainedConfig:
             raise UserError(f"model.config: {section.base} has no setting {', '.join(map(repr, unknown))}")
         for key, value in section.config.items():
             setattr(config, key, value)
-    else:
+    elif described is None:
         check_weights(folder, config, f"model.base: {section.base}")
     return config
 
@@ -119,10 +113,11 @@ def load_base(
     """Load the model that computes on `device`. A frozen trunk is held in the dtype it computes in, a trained one in
     float32.
 
-    With `outputs` it has a head of as many scores in place of the output projection. `loaded_on`: where it stays for
-    now, if not on the device.
+    Adapters of earlier runs are merged into it, or kept beside its layers where it is quantised. With `outputs` it has
+    a head of as many scores in place of the output projection. `loaded_on`: where it stays for now, if not on the
+    device.
     """
-    place = loaded_on or device
+    place, dtype = loaded_on or device, compute_dtype(section.dtype, device)
     results = [read_result(name, "model.adapter") for name in section.adapters]
     folder, config = base_folder(section), base_config(section, outputs is not None)
     kind = AutoModelForCausalLM
@@ -131,18 +126,18 @@ def load_base(
     if section.init == "random":
         model, fingerprint = _new_model(section, config, seed, kind)
     else:
-        model, fingerprint = (
-            _load_model(section, folder, config, device, seed, kind),
-            weights_fingerprint(folder, section.base),
-        )
-    trunk = Merged(model, (Link(name=section.base, path=str(folder.resolve()), fingerprint=fingerprint),), fingerprint)
+        model = _load_model(section, folder, config, place, dtype, seed, kind)
+        fingerprint = weights_fingerprint(folder, section.base)
+    bits = section.quantize
+    link = Link(name=section.base, path=str(folder.resolve()), fingerprint=fingerprint, quantize=bits)
+    trunk = Merged(model, (link,), quantized_fingerprint(fingerprint, bits))
     for name, result in zip(section.adapters, results, strict=True):
         trunk = merge(trunk, result, name)
     tokenizer = load_tokenizer(section)
     added = tuple(sorted(tokenizer.convert_tokens_to_ids(section.add_tokens)))
     if added:
         trunk = with_rows(trunk, added, partial(len, tokenizer), "model.add_tokens")
-    model = _cast(trunk.model, section, compute_dtype(section.dtype, device) if frozen else torch.float32, place)
+    model = _cast(trunk.model, section, dtype if frozen else torch.float32, place)
     if outputs and kind is AutoModelForCausalLM:
         model = with_head(model, outputs, seed).to(place)
     if getattr(model, "generation_config", None) is not None:
@@ -174,39 +169,36 @@ def _no_dropout(config: PreTrainedConfig) -> None:
 
 def _cast(model: PreTrainedModel, section: Model, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Weights in `dtype` on the device; UserError where one of them is no finite number."""
+    cast(model, dtype)
     if not section.quantize:
-        model = model.to(device)
-        for p in model.parameters():  # buffers, such as rotary frequencies, stay in the float32 that they need
-            if p.is_floating_point():
-                p.data = p.data.to(dtype)
-    for name, p in model.named_parameters():
-        if p.is_floating_point() and not torch.isfinite(p).all():
+        model = model.to(device)  # only now: merged weights are float32, which may not fit there
+    for name, p in numbers(model):
+        if not torch.isfinite(p).all():
             raise UserError(f"model.base: {section.base}: {name} has values that are not finite numbers in {dtype}")
     return model
 
 
 def _load_model(
-    section: Model, folder: Path, config: PreTrainedConfig, device: torch.device, seed: int, kind: type
+    section: Model,
+    folder: Path,
+    config: PreTrainedConfig,
+    place: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    kind: type,
 ) -> PreTrainedModel:
-    options: dict[str, object] = {}
+    options = {}
     if section.quantize:
-        if not is_bnb_available():
-            raise UserError("model.quantize: bitsandbytes is not installed; run: pip install bitsandbytes")
-        compute = compute_dtype(section.dtype, device)
-        four = section.quantize == "4bit"
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=four,
-            load_in_8bit=not four,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=compute,
-        )
-        options["device_map"] = {"": device}
+        check_finite_files(folder, f"model.base: {section.base}")  # rounding would hide it
+        with torch.device("meta"):
+            skeleton = empty_model(section, config, kind)
+        options = loading(section.quantize, dtype, place, skeleton)
     with foreign(f"model.base: {section.base} cannot be loaded"), torch.random.fork_rng():
         torch.manual_seed(seed)  # an encoder's new head is drawn here
         model, told = kind.from_pretrained(
             folder,
             config=config,
-            dtype="auto" if not section.quantize else compute_dtype(section.dtype, device),
+            dtype="auto",
             use_safetensors=True,
             trust_remote_code=section.trust_remote_code,
             output_loading_info=True,
@@ -228,6 +220,8 @@ def _load_model(
     if lacking:  # a reward model or classifier, say: its output projection would be random
         what = "language model" if kind is AutoModelForCausalLM else "model"
         raise UserError(f"model.base: {section.base} is no whole {what}: it lacks {', '.join(lacking[:3])}")
+    if section.quantize:
+        settle(model, dtype)
     return model
 
 
@@ -236,7 +230,7 @@ def _new_model(section: Model, config: PreTrainedConfig, seed: int, kind: type) 
         torch.manual_seed(seed)
         model = empty_model(section, config, kind)
     described = json.dumps([config.to_diff_dict(), seed], sort_keys=True, default=str)
-    return model.float(), hashlib.sha256(described.encode()).hexdigest()[:16]
+    return model.float(), sha256(described.encode()).hexdigest()[:16]
 
 
 def empty_model(section: Model, config: PreTrainedConfig, kind: type) -> PreTrainedModel:
@@ -250,45 +244,3 @@ def empty_model(section: Model, config: PreTrainedConfig, kind: type) -> PreTrai
         if section.init != "random":
             key = f"model.base: {section.base}: no model can be made from its config.json"
         raise UserError(f"{key} ({first_line(error)})") from None
-
-
-def weights_fingerprint(folder: Path, name: str | None = None, sample: int = 4096) -> str:
-    """16 hex digits that tell one checkpoint's weights from another's, whatever dtype they are loaded in.
-
-    Over every tensor's name and shape and up to `sample` of its bytes, evenly spread, straight from the files: a
-    retrained checkpoint differs everywhere, and 100 GB are read no slower than their headers.
-    """
-    digest = hashlib.sha256()
-    with foreign(f"model.base: the weights of {name or folder} are damaged"):
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for tensor in sorted(file.keys()):
-                    part = file.get_slice(tensor)
-                    shape = part.get_shape()
-                    digest.update(f"{tensor} {part.get_dtype()} {shape}".encode())
-                    rows = range(0, shape[0], max(1, shape[0] // 16)) if shape else ()
-                    for row in rows:
-                        values = part[row : row + 1].flatten()
-                        step = max(1, values.numel() // (sample // 16))
-                        digest.update(values[::step].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def result_fingerprint(folder: Path) -> str:
-    """16 hex digits of all that a saved result or checkpoint computes: its weights, its configuration, and what
-    align.json says of its outputs. Where its base lies, and which version wrote it, does not count.
-
-    Weights beside an adapter's are told as `weights_fingerprint` tells them. Raises UserError where a file is damaged.
-    """
-    digest = hashlib.sha256()
-    for name in ("adapter_config.json", "config.json", "align.json"):
-        try:
-            about = dict(json.loads((folder / name).read_bytes())) if (folder / name).is_file() else {}
-        except (ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{folder / name}: it is damaged ({first_line(error)})") from None
-        parts = {key: sorted(v) if key == "target_modules" and isinstance(v, list) else v for key, v in about.items()}
-        told = {key: value for key, value in parts.items() if key not in ELSEWHERE}
-        digest.update(f"{name} {json.dumps(told, sort_keys=True)}".encode())
-    weights = folder / "adapter_model.safetensors"
-    digest.update(weights.read_bytes() if weights.is_file() else weights_fingerprint(folder).encode())
-    return digest.hexdigest()[:16]

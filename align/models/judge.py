@@ -27,7 +27,9 @@ from align.models.checkpoints.sources import (
     read_config,
     speaking_of,
 )
+from align.models.kept import cast, folded
 from align.models.limits import positions_of
+from align.models.quantized import is_quantized, numbers
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
 
@@ -119,7 +121,7 @@ def read_judge(name: str, label: str | int | None, key: str, device: torch.devic
     about = read_about(folder, f"{key}.model")
     with speaking_of(f"{key}.model"):
         if is_file(folder / CONFIG):
-            model = _with_adapter(name, about is not None, f"{key}.model")
+            model = _with_adapter(name, about is not None, f"{key}.model", device, dtype)
         else:
             folder = base_folder(Model(base=name))
             config = read_config(folder, told)
@@ -135,8 +137,9 @@ def read_judge(name: str, label: str | int | None, key: str, device: torch.devic
     longest = (about and about.max_length) or 4096
     if limit := positions_of(model.config):
         longest = min(longest, limit)
-    model = model.to(device, dtype).requires_grad_(False)
-    if not all(torch.isfinite(p).all() for p in model.parameters()):
+    model = model if is_quantized(model) else model.to(device, dtype)
+    cast(model.requires_grad_(False), dtype)
+    if not all(torch.isfinite(p).all() for _, p in numbers(model)):
         raise UserError(f"{told} (it has values that are not finite numbers in {dtype})")
     return Judge(model, tokenizer, chosen, longest)
 
@@ -147,8 +150,9 @@ def _check_whole(model: PreTrainedModel, loaded: dict[str, Any], told: str) -> N
         raise UserError(f"{told} (it lacks {lacking[0]}, so it is no finished one)")
 
 
-def _with_adapter(name: str, ours: bool, key: str) -> PreTrainedModel:
-    """A base with its adapter and head merged in, so that it runs as fast as the base."""
+def _with_adapter(name: str, ours: bool, key: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A base with its adapter and head merged in, so that it runs as fast as the base; a quantised one keeps them, and
+    is on its device."""
     result = read_result(name, key, "a finished reward or classify run", ours)
     heads = [weight for name, weight in result.weights.items() if name.endswith(("score.weight", "out_proj.weight"))]
     heads += [weight for name, weight in result.weights.items() if name.endswith("classifier.weight")]
@@ -158,8 +162,12 @@ def _with_adapter(name: str, ours: bool, key: str) -> PreTrainedModel:
     if ours:
         if result.about.stage not in SCORING:
             raise UserError(f"{key}: {result.folder} is a result of stage {result.about.stage}, which scores nothing")
-        section = trunk_of(result, key, FETCH).model_copy(update={"dtype": "float32"})
-        base = load_base(section, torch.device("cpu"), frozen=True, outputs=outputs)
+        section = trunk_of(result, key, FETCH)
+        if section.quantize:
+            section = section.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+        else:
+            section, device = section.model_copy(update={"dtype": "float32"}), torch.device("cpu")
+        base = load_base(section, device, frozen=True, outputs=outputs)
         if base.fingerprint != result.about.fingerprint:
             raise UserError(f"{key}: {stranger(result, base, 'this trunk')}")
         model = base.model
@@ -178,7 +186,7 @@ def _with_adapter(name: str, ours: bool, key: str) -> PreTrainedModel:
     with foreign(f"{key}: {result.folder} cannot be put on its base"):
         adapted = get_peft_model(model, result.config.peft("SEQ_CLS"))
         put(adapted, result.weights, "default", f"{key}: {result.folder}")
-        return adapted.merge_and_unload()
+        return folded(adapted)
 
 
 def _label(model: PreTrainedModel, label: str | int | None, known: list[str] | None, name: str, key: str) -> int | None:

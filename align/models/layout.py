@@ -107,7 +107,8 @@ def faster_attention(trunk: Trunk, faster: Attention | None) -> tuple[Attention,
     try:
         agrees = all(_agrees(faster, kind, forest) for kind in _kinds(trunk, forest))
     except Exception as error:  # of whatever kind: compilers have their own
-        return dense_attention, f"the faster way fails ({(str(error) or repr(error)).splitlines()[0]})"
+        said = " ".join((str(error) or repr(error)).splitlines()[:2])  # compilers name the cause in the second line
+        return dense_attention, f"the faster way fails ({said})"
     return (faster, "") if agrees else (dense_attention, "the numbers of the faster way differ")
 
 
@@ -128,19 +129,25 @@ def _kinds(trunk: Trunk, forest: Forest) -> set[_Kind]:
         found.add(_Kind(tuple(part.shape for part in states), states[0].dtype, tuple(more)))
         return dense_attention(*parts)
 
-    before, trunk.forest_attention = trunk.forest_attention, attend
+    training, before = trunk.training, trunk.forest_attention
+    trunk.forest_attention = attend
+    trunk.eval()
     try:
         with torch.no_grad():
             trunk.states(forest)
     finally:
         trunk.forest_attention = before
+        trunk.train(training)
     return found
 
 
 def _agrees(faster: Attention, kind: _Kind, forest: Forest) -> bool:
-    """In values and gradients, on random states."""
+    """In values and gradients, on random states that lie in memory as projections do, token by token."""
     draw, results = torch.Generator().manual_seed(0), []
-    states = [torch.randn(shape, generator=draw).to(forest.tokens.device, kind.dtype) for shape in kind.shapes]
+    states = [
+        torch.randn(1, tokens, heads, size, generator=draw).to(forest.tokens.device, kind.dtype).transpose(1, 2)
+        for _, heads, tokens, size in kind.shapes
+    ]
     for attend in (dense_attention, faster):
         given = [part.clone().requires_grad_() for part in states]
         with torch.enable_grad():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -23,8 +24,9 @@ class Switch:
     peft's own switches walk the whole model, and decide what trains besides.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PeftModel) -> None:
         """Takes over the layers that there are; adapters that are added later need another switch."""
+        self.known = frozenset(model.peft_config)
         self.acting: list[str] = []  # one name; none for the bare model
         self.tables: list[TrainableTokensLayer] = []  # at most two: rows of added tokens, which not every role has
         for layer in model.modules():
@@ -35,9 +37,22 @@ class Switch:
 
     def turn(self, name: str | None) -> None:
         """To an adapter; None: to the bare model."""
+        assert name is None or name in self.known, f"{name} was added after this switch was made"
         self.acting[:] = [] if name is None else [name]
         for table in self.tables:
             table._active_adapter = [name] if name in table.token_indices else []
+
+
+def adapted(causal: nn.Module, section: Lora, scores: bool = False, added: Sequence[int] = ()) -> PeftModel:
+    """A model with an adapter, which starts as the model itself; UserError where it cannot take one. See
+    `lora_config`."""
+    check_targets(causal, section, bool(added), scores)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tied weights: merging unties them
+            return get_peft_model(causal, lora_config(section, causal, scores, added))
+    except ValueError as error:
+        raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
 
 
 def lora_config(section: Lora, model: nn.Module, scores: bool = False, added: Sequence[int] = ()) -> LoraConfig:
@@ -90,3 +105,15 @@ def check_targets(model: nn.Module, section: Lora, tokens: bool = False, scores:
         problems.append("model.add_tokens: the output head has a bias, of which peft can train no rows; use lora: null")
     if problems:
         raise UserError(*problems)
+
+
+def beneath(layer: nn.Module) -> nn.Module:
+    """A layer of the base, without what peft has put around it."""
+    while hasattr(layer, "token_adapter") or hasattr(layer, "base_layer"):
+        layer = layer.token_adapter if hasattr(layer, "token_adapter") else layer.base_layer
+    return layer
+
+
+def acts(tokens: TrainableTokensLayer) -> bool:
+    """Whether rows of some adapter stand in place of the base's."""
+    return bool(tokens.active_adapters) and not tokens.disable_adapters

@@ -1,7 +1,9 @@
-"""The roles of PPO on one trunk: actor, critic, reward and reference share its weights and differ in an adapter.
+"""The roles of PPO and GRPO on one trunk: actor, critic, reward and reference share its weights and differ in an
+adapter.
 
 The actor's adapter starts at zero, so that actor and reference are equal; the critic's is a copy of the reward's, and
-so is its head, in the units of the normalised score. Without a reward on this trunk, the critic starts at zero.
+so is its head, in the units of the normalised score. Without a reward on this trunk, the critic starts at zero. GRPO
+has no critic.
 
 Shapes: n labelled tokens, P paths (responses), S = n + P steps: before each token of a path, and after its last.
 """
@@ -80,18 +82,20 @@ class Roles(nn.Module):
         leading: str | None,
         temperature: float = 1.0,
         seed: int = 0,
+        *,
+        critic: bool = True,
     ) -> None:
-        """`scorers` by role name; the critic starts as the `leading` one, at 0 without one."""
+        """`scorers` by role name; the critic, if there is one, starts as the `leading` one, at 0 without one."""
         super().__init__()
         self.trunk, self.temperature = trunk, temperature
         self.heads = nn.ModuleDict()
         for role, scorer in scorers.items():
             self._add(role, scorer.lora, seed, scorer)
             self.heads[role] = _head(scorer.head, trunk)
-        if leading is None:
+        if critic and leading is None:
             self._add(CRITIC, lora, seed)
             self.heads[CRITIC] = _head(torch.zeros(1, trunk.width), trunk)
-        else:
+        elif critic:
             first = scorers[leading]
             self._add(CRITIC, first.lora, seed, first)
             spread = first.std or 1.0
@@ -101,13 +105,18 @@ class Roles(nn.Module):
             part = name.split(".")
             parameter.requires_grad_(CRITIC in part or ("default" in part and "lora" in name))
 
+    @property
+    def valued(self) -> bool:
+        """Whether there is a critic."""
+        return CRITIC in self.heads
+
     def forward(self, forest: Forest, valued: bool = True, entropy: Entropy | None = None) -> Said:
         """What actor and critic say of a batch, the latter only if `valued`."""
         states, head = self.trunk.states(forest), self.trunk.projection(self.temperature)
         known = states.new_empty(len(states), dtype=torch.float32) if entropy == "known" else None
         return Said(
             linear_logprobs(states, labels=forest.labels, **head, entropies=known),
-            self.scores(CRITIC, forest, steps(forest)) if valued else None,
+            self.scores(CRITIC, forest, steps(forest)) if valued and self.valued else None,
             linear_entropy(states, **head) if entropy == "learnt" else known,
         )
 

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from align.models.quantized import like
 from align.recipe.errors import UserError
 
 
@@ -43,4 +44,4 @@ def with_head(causal: PreTrainedModel, outputs: int, seed: int) -> PreTrainedMod
     draw = torch.Generator().manual_seed(seed)
     model.score = nn.Linear(width, outputs, bias=False)
     model.score.weight.data = torch.randn(outputs, width, generator=draw) / (width + 1) ** 0.5
-    return model.requires_grad_()
+    return like(model, causal)

@@ -9,7 +9,6 @@ Shapes: R rows, L tokens in a row, d hidden size, n labels of the batch.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -17,23 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from align.data.templates.ends import turn_ends
 from align.data.templates.texts import said
-from align.data.trees import FLEX_BLOCK, Forest
+from align.data.trees import GPU_MULTIPLE, Forest
 from align.models import acceleration
 from align.models.attention import NAME as FOREST
 from align.models.attention import Attention, ForestMask, dense_attention
 from align.models.base import Base, compute_dtype
 from align.models.checkpoints.results import META
 from align.models.layout import faster_attention, layout_of
-from align.models.lora import Switch, check_targets, lora_config
+from align.models.lora import Switch, acts, adapted, beneath
+from align.models.memory import budgets
 from align.objectives.logprobs import linear_logprobs
-from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
 
 Whole = Callable[..., AbstractContextManager]  # within whole(part), a part, or whole() all weights are in one piece
@@ -64,19 +61,21 @@ class Trunk(nn.Module):
         causal.requires_grad_(not self.adapted)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.causal = _adapt(causal, lora, base, bool(outputs)) if self.adapted else causal
+            self.causal = adapted(causal, lora, bool(outputs), base.added) if self.adapted else causal
         if self.adapted:
             self.causal.active_peft_config.base_model_name_or_path = base.source
         self.whole: Whole = shard(self) if shard else lambda part=None: nullcontext()
         self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, self.device)
         self.acts_as: str | None = "default"  # the adapter in use; None: the bare trunk
-        self.switch = Switch(self.causal)
-        self._act("default")
+        if self.adapted:
+            self.switch = Switch(self.causal)
+            self._act("default")
         if model.gradient_checkpointing:
             # The backward pass computes again what some role has computed, whatever role acts by then.
             again = {"context_fn": lambda: (nullcontext(), self.acting(self.acts_as))} if self.adapted else {}
             causal.gradient_checkpointing_enable({"use_reentrant": False, **again})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
+        self.budgets = budgets(config, self.dtype, self.device)
         self.forest_attention: Attention = dense_attention
         self.layout, self.layout_reason = layout_of(self, model.layout)
         self.attend(FOREST if self.packed else self.own_attention)
@@ -93,7 +92,7 @@ class Trunk(nn.Module):
     @property
     def row_multiple(self) -> int:
         """What the length of a planted row is rounded up to."""
-        return 1 if self.device.type == "cpu" else FLEX_BLOCK
+        return 1 if self.device.type == "cpu" else GPU_MULTIPLE
 
     @property
     def plain(self) -> nn.Module:
@@ -172,7 +171,7 @@ class Trunk(nn.Module):
         with self.autocast():
             return Trunk.hidden(self, forest, forest.where).to(self.dtype)
 
-    def projection(self, temperature: float = 1.0) -> dict[str, Tensor | float | None]:
+    def projection(self, temperature: float = 1.0) -> dict[str, Any]:
         """What makes logits of `states`, divided by the temperature."""
         layer = beneath(self.head)
         bias = layer.bias
@@ -183,6 +182,7 @@ class Trunk(nn.Module):
             "bias": None if bias is None else bias.to(self.dtype),
             "scale": self.scale / temperature,
             "softcap": None if self.softcap is None else self.softcap / temperature,
+            "chunk_bytes": self.budgets.logits_bytes,
         }
 
     def _scores(self, forest: Forest) -> Tensor:
@@ -273,7 +273,7 @@ class Trunk(nn.Module):
         if not self.outputs:  # over what save_pretrained of a whole model wrote
             self.generation_config().save_pretrained(folder)
         role = "adapter" if self.adapted else "model"
-        trunk = [link.model_dump() for link in self.links]
+        trunk = [link.model_dump(exclude_none=True) for link in self.links]
         meta = {"role": role, "base": self.base_name, "fingerprint": self.fingerprint, "trunk": trunk, **about}
         (folder / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -281,7 +281,8 @@ class Trunk(nn.Module):
         """The context in which the trunk computes."""
         if self.autocast_dtype in (None, torch.float32):
             return nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        # Where it is sharded no rounded copies of whole weights may stay.
+        return torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=not self.sharded)
 
     def attend(self, name: str) -> None:
         """Compute attention by the function of this name from now on."""
@@ -291,26 +292,3 @@ class Trunk(nn.Module):
     def layers(self) -> list[nn.Module]:
         """The decoder's blocks, in order."""
         return max((m for m in self.decoder.modules() if isinstance(m, nn.ModuleList)), key=len)
-
-
-def beneath(layer: nn.Module) -> nn.Module:
-    """A layer of the base, without what peft has put around it."""
-    while hasattr(layer, "token_adapter") or hasattr(layer, "base_layer"):
-        layer = layer.token_adapter if hasattr(layer, "token_adapter") else layer.base_layer
-    return layer
-
-
-def acts(tokens: TrainableTokensLayer) -> bool:
-    """Whether rows of some adapter stand in place of the base's."""
-    return bool(tokens.active_adapters) and not tokens.disable_adapters
-
-
-def _adapt(causal: nn.Module, lora: Lora, base: Base, scores: bool) -> PeftModel:
-    check_targets(causal, lora, bool(base.added), scores)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tied weights: merging unties them
-            adapted = get_peft_model(causal, lora_config(lora, causal, scores, base.added))
-    except ValueError as error:  # one that cannot take an adapter
-        raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
-    return adapted

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Of float32 logits held at once: enough rows for an efficient product, few enough not to matter beside the trunk.
-CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = 48 * 2**20  # of float32 logits held at once, where the caller does not say
 
 
 def linear_logprobs(
@@ -22,12 +21,13 @@ def linear_logprobs(
     scale: float = 1.0,
     softcap: float | None = None,
     entropies: Tensor | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """log softmax(scale * (hidden @ weight.T + bias))[labels], computed chunk by chunk.
 
     hidden (n, d), weight (V, d), labels (n,) int64, bias (V,) or None -> (n,) float32 (float64 of float64). `softcap` c
     passes logits through c * tanh(logits / c) (Gemma 2, arXiv 2408.00118). `entropies` (n,) float32 is filled with the
-    softmax's entropy at each position, in nats, without gradient.
+    softmax's entropy at each position, in nats, without gradient. `chunk_bytes` of float32 logits are held at once.
 
     The gradient of one log-probability with respect to its own hidden state, W[label] - softmax @ W, does not depend
     on what is later done with it. So where the weight is frozen it is taken in the forward pass, while the softmax is
@@ -36,7 +36,7 @@ def linear_logprobs(
     assert hidden.ndim == 2, hidden.shape
     assert labels.shape == hidden.shape[:1], (labels.shape, hidden.shape)
     assert weight.ndim == 2, weight.shape
-    return _LinearLogprobs.apply(hidden, weight, labels, bias, scale, softcap, entropies)
+    return _LinearLogprobs.apply(hidden, weight, labels, bias, scale, softcap, entropies, chunk_bytes)
 
 
 @torch.no_grad()
@@ -49,6 +49,7 @@ def linear_kl(
     scale: float = 1.0,
     softcap: float | None = None,
     other_head: tuple[Tensor, Tensor | None] | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """KL(p || q) over the whole vocabulary at each position, (n,), in nats, without gradient.
 
@@ -58,7 +59,8 @@ def linear_kl(
     assert hidden.shape == other.shape, (hidden.shape, other.shape)
     assert hidden.ndim == 2, hidden.shape
     kl = torch.empty(len(hidden), dtype=_wide(weight), device=hidden.device)
-    ours, theirs, head = _Chunks(hidden, weight), _Chunks(other, weight), (weight, bias)
+    ours, theirs = (_Chunks(states, weight, chunk_bytes) for states in (hidden, other))
+    head = weight, bias
     for part in ours.parts:
         p, q = (
             _capped(chunks.logits(states[part], *head), scale, softcap).log_softmax(-1)
@@ -75,6 +77,7 @@ def linear_entropy(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """Entropy of the softmax of the projection (see `linear_logprobs`) at each position, (n, d) -> (n,), in nats.
 
@@ -82,7 +85,7 @@ def linear_entropy(
     """
     assert hidden.ndim == 2, hidden.shape
     assert not weight.requires_grad, "the head must be frozen"
-    return _LinearEntropy.apply(hidden, weight, bias, scale, softcap)
+    return _LinearEntropy.apply(hidden, weight, bias, scale, softcap, chunk_bytes)
 
 
 def _capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -98,9 +101,8 @@ def _wide(weight: Tensor) -> torch.dtype:
 class _Chunks:
     """Goes through positions chunk by chunk, in two buffers that are filled anew each time."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        most = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-        rows = min(len(hidden), max(1, most // (4 * len(weight))))
+    def __init__(self, hidden: Tensor, weight: Tensor, chunk_bytes: int) -> None:
+        rows = min(len(hidden), max(1, chunk_bytes // (4 * len(weight))))
         self.parts = [slice(first, min(first + rows, len(hidden))) for first in range(0, len(hidden), max(rows, 1))]
         self.narrow = hidden.new_empty(rows, len(weight))
         self.wide = (
@@ -154,13 +156,13 @@ def _logits_gradient(softmax, total, slope, labels, scale):
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, scale, softcap, entropies):
-        ctx.scale, ctx.softcap = scale, softcap
+    def forward(ctx, hidden, weight, labels, bias, scale, softcap, entropies, chunk_bytes):
+        ctx.scale, ctx.softcap, ctx.chunk_bytes = scale, softcap, chunk_bytes
         ctx.weight_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         ahead = hidden.requires_grad and not ctx.weight_trains
         logprobs = torch.empty(len(hidden), dtype=_wide(weight), device=hidden.device)
         jacobian = torch.empty_like(hidden) if ahead else None
-        chunks = _Chunks(hidden, weight)
+        chunks = _Chunks(hidden, weight, chunk_bytes)
         for part in chunks.parts:
             logits = chunks.logits(hidden[part], weight, bias)
             filled = None if entropies is None else entropies[part]
@@ -179,12 +181,12 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx, upstream):
         if not ctx.weight_trains:
             (jacobian,) = ctx.saved_tensors
-            return upstream[:, None].to(jacobian.dtype) * jacobian, *[None] * 6
+            return upstream[:, None].to(jacobian.dtype) * jacobian, *[None] * 7
         hidden, weight, labels, bias = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight))
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=_wide(weight))
-        chunks = _Chunks(hidden, weight)
+        chunks = _Chunks(hidden, weight, ctx.chunk_bytes)
         for part in chunks.parts:
             logits = chunks.logits(hidden[part], weight, bias)
             _, softmax, total, slope = _log_softmax_parts(logits, labels[part], ctx.scale, ctx.softcap)
@@ -196,16 +198,16 @@ class _LinearLogprobs(torch.autograd.Function):
             torch.mm(gradient, weight, out=grad_hidden[part])
             grad_weight += gradient.T @ hidden[part]
         bias_gradient = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), None, bias_gradient, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, bias_gradient, *[None] * 4
 
 
 class _LinearEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, scale, softcap):
+    def forward(ctx, hidden, weight, bias, scale, softcap, chunk_bytes):
         ahead = hidden.requires_grad
         entropy = torch.empty(len(hidden), dtype=_wide(weight), device=hidden.device)
         jacobian = torch.empty_like(hidden) if ahead else None
-        chunks = _Chunks(hidden, weight)
+        chunks = _Chunks(hidden, weight, chunk_bytes)
         for part in chunks.parts:
             raw = chunks.logits(hidden[part], weight, bias)
             logprobs = _capped(raw, scale, softcap).log_softmax(-1)
@@ -224,4 +226,4 @@ class _LinearEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         (jacobian,) = ctx.saved_tensors
-        return upstream[:, None].to(jacobian.dtype) * jacobian, None, None, None, None
+        return upstream[:, None].to(jacobian.dtype) * jacobian, *[None] * 5

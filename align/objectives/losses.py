@@ -1,4 +1,4 @@
-"""Losses of reward models, DPO and its variants, and PPO: pure functions of log-probabilities and scores.
+"""Losses of reward models, DPO and its variants, PPO and GRPO: pure functions of log-probabilities and scores.
 
 Nothing is reduced here but tokens into paths: a stage sums what it is given and divides by the global count.
 
@@ -162,22 +162,48 @@ def kto(
     return weight * torch.sigmoid(torch.where(desirable, -away, away))
 
 
-def clipped_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float, dual_clip: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """max(-A r, -A clip(r, 1 - e, 1 + e)), r = p / p_old, all (n,) -> loss (n,), and (n,) bool where the clip decides.
+def response_log_ratios(log_ratio: Tensor, path: Tensor, paths: int, per_token: bool) -> Tensor:
+    """Of each token the log-ratio of its whole response, (n,) and path (n,) -> (n,): its tokens' sum, or their mean.
 
-    Schulman et al. 2017 (arXiv 1707.06347), eq. 7. With `dual_clip` c > 1 the loss of a token with A < 0 stays below
-    -A c, whatever its ratio (Ye et al. 2019, arXiv 1912.09729, eq. 5).
+    The sum is the ratio of a response that counts as one action (RLOO: Ahmadian et al. 2024, arXiv 2402.14740); the
+    mean, `per_token`, is GSPO's (Zheng et al. 2025, arXiv 2507.18071, eq. 7).
     """
-    assert logprobs.shape == old_logprobs.shape == advantages.shape, (logprobs.shape, old_logprobs.shape)
+    assert log_ratio.shape == path.shape, (log_ratio.shape, path.shape)
+    sums = path_sums(log_ratio, path, paths)
+    return (sums / path_counts(path, paths).clamp(min=1) if per_token else sums)[path]
+
+
+def clipped_policy_loss(
+    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """max(-A r, -A clip(r, 1 - low, 1 + high)), log r = log p / p_old, all (n,) -> loss (n,), and (n,) bool where the
+    clip decides.
+
+    Schulman et al. 2017 (arXiv 1707.06347), eq. 7, with one e on both sides; two, as in DAPO (Yu et al. 2025, arXiv
+    2503.14476), eq. 10. With `dual_clip` c > 1 + high the loss of a token with A < 0 stays below -A c, whatever its
+    ratio (Ye et al. 2019, arXiv 1912.09729, eq. 5).
+    """
+    assert log_ratio.shape == advantages.shape, (log_ratio.shape, advantages.shape)
     assert dual_clip is None or dual_clip > 1, dual_clip
-    ratio = (logprobs - old_logprobs).exp()
-    free, held = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    ratio = log_ratio.exp()
+    free, held = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(free, held)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
     return loss, held > free
+
+
+def weighted_policy_loss(
+    logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """-min(r, 1 + high) A log p, all (n,) -> loss (n,), and (n,) bool where the bound holds the ratio.
+
+    CISPO (MiniMax 2025, arXiv 2506.13585), eq. 4: the ratio is a weight without gradient, so that no token is left out.
+    At r = 1 its value is not PPO's, its gradient is.
+    """
+    assert logprobs.shape == log_ratio.shape == advantages.shape, (logprobs.shape, log_ratio.shape)
+    ratio = log_ratio.detach().exp()
+    return -ratio.clamp(max=1 + clip_high) * advantages * logprobs, ratio > 1 + clip_high
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:

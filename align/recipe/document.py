@@ -16,12 +16,13 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
-from align.recipe.errors import UserError
+from align.recipe.errors import UserError, brief
 
 Keys = tuple[str | int, ...]  # ("data", "train", 0, "path")
 
 FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+")
 MAX_BYTES, MAX_DEPTH, MAX_VALUES = 2**18, 32, 20_000
+UNQUOTED = re.compile(r"alias|anchor|cannot start any token")  # what YAML takes their first character for
 LONG = 64  # characters of a text that count as one value more
 Pair = tuple[yaml.Node, yaml.Node]
 
@@ -91,6 +92,8 @@ class _Reader:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line, fault = mark.line + 1, ", ".join(filter(None, (error.context, error.problem)))
+            if UNQUOTED.search(fault):
+                fault += "; a text that begins with * & ! % @ or ` stands in quotes"
         else:
             if node is None:  # nothing but space and comments
                 self.places[keys] = self._place(1)
@@ -202,7 +205,7 @@ class Document:
 
     def override(self, number: int, text: str) -> None:
         """Set one `key.path=value`; list items go by index, and the index after the last appends."""
-        here = Place(10**9 + number, f"override {text!r}")
+        here = Place(10**9 + number, f"override {brief(text)!r}")
         try:
             self._override(here, text)
         except UserError as error:

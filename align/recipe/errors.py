@@ -7,6 +7,8 @@ import re
 # C0 and C1 but for line breaks and tabs, what turns the direction of text, halves of surrogate pairs, other line breaks
 UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+SHOWN = 100  # characters of a user's word in a message
+
 
 def printable(text: str) -> str:
     """Text as a terminal may be given it: control characters and the like are spelt out, as `\\x1b`.
@@ -15,6 +17,11 @@ def printable(text: str) -> str:
     show text that is not there. Line breaks and tabs stay, and so does text of any language.
     """
     return UNSHOWN.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def brief(text: str) -> str:
+    """A word of the command line, or a key, as a message repeats it: cut where it is long."""
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
 class UserError(ValueError):

@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from align.recipe.document import FLOAT, Document, Keys, Problem, dotted, is_text_only_in_quotes, spoken
-from align.recipe.errors import UserError
+from align.recipe.errors import UserError, brief
 from align.recipe.help import (
     arms,
     choices,
@@ -32,7 +32,7 @@ from align.recipe.schema import BaseRecipe
 
 FLAGS = ("--fresh", "--show", "--extend")  # in the order of Command's fields
 MOST = 100  # problems that are told of one recipe; the rest are counted
-STAGES = ("sft", "reward", "dpo", "ppo", "classify")
+STAGES = ("sft", "reward", "dpo", "ppo", "grpo", "distill", "classify")
 
 
 class Command(NamedTuple):
@@ -60,7 +60,7 @@ def parse_command(argv: Sequence[str], recipe_type: type[BaseRecipe], program: s
     overrides = [word for word in argv if not word.startswith("-") and _is_override(word)]
     paths = [word for word in argv if not word.startswith("-") and not _is_override(word)]
     problems = [_unknown_flag(flag) for flag in flags if flag not in FLAGS]
-    problems += [f"{word!r} is one argument too many; an override is key.path=value" for word in paths[1:]]
+    problems += [f"{brief(word)!r} is one argument too many; an override is key.path=value" for word in paths[1:]]
     if not paths:
         problems.append("no recipe is named")
     if {"--fresh", "--extend"} <= {*flags}:
@@ -176,7 +176,7 @@ def _say(fault: dict, keys: Keys, kind: Any, recipe_type: type[BaseRecipe], docu
         case "missing":
             return f"missing key {keys[-1]!r} in {dotted(section)}; it takes {words(kind)}"
         case "extra_forbidden":
-            return f"unknown key {keys[-1]!r} in {dotted(section)}; {_meant(keys[-1], section, recipe_type)}"
+            return f"unknown key {brief(keys[-1])!r} in {dotted(section)}; {_meant(keys[-1], section, recipe_type)}"
         case "value_error":
             return f"{name}: {fault['ctx']['error']}" if keys else str(fault["ctx"]["error"])
     value, written = fault["input"], document.place(keys).written
@@ -222,7 +222,7 @@ def _is_override(word: str) -> bool:
 def _unknown_flag(flag: str) -> str:
     bare = flag.lstrip("-")
     if "." in bare or "=" in bare:
-        wanted = bare if "=" in bare else f"{bare}=value"
-        return f"unknown option {flag!r}; an override is written without dashes: {wanted}"
+        wanted = brief(bare) if "=" in bare else f"{bare}=value"
+        return f"unknown option {brief(flag)!r}; an override is written without dashes: {wanted}"
     close = get_close_matches(flag, (*FLAGS, "--schema", "--help"), 1)
-    return f"unknown option {flag!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+    return f"unknown option {brief(flag)!r}" + (f"; did you mean {close[0]!r}?" if close else "")

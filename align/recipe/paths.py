@@ -17,7 +17,7 @@ LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of Linux
 def expanded(path: str) -> str:
     """A path with `~`, `$NAME` and `${NAME}` replaced; expanding the result again changes nothing.
 
-    Raises UserError for a variable that is not set, and for what cannot be a path.
+    Raises UserError for a variable that is not set, and for what cannot be a path, such as an empty text.
     """
 
     def value(found: re.Match) -> str:
@@ -27,6 +27,8 @@ def expanded(path: str) -> str:
         return os.environ[name]
 
     whole = os.path.expanduser(VARIABLE.sub(value, path))
+    if not whole.strip():
+        raise UserError(f"{path[:80]!r} is empty, so it names no file; name one, or leave it out")
     if VARIABLE.search(whole):
         raise UserError(f"{path[:80]!r} stands for {whole[:80]!r}, which holds a variable itself; write it out")
     try:

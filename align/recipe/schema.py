@@ -33,8 +33,8 @@ class Model(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     adapter: Location | list[Location] | None = None
-    """`final/` folder of an earlier run: its LoRA is merged into the base, in float32, when the model is loaded. A list
-    is merged in its order, that of training: `[runs/sft/final, runs/dpo/final]`."""
+    """`final/` folder of an earlier run: its LoRA is merged into the base, in float32, when the model is loaded, or
+    kept beside a quantised one. A list is taken in its order, that of training: `[runs/sft/final, runs/dpo/final]`."""
     add_tokens: list[str] = Field(default_factory=list)
     """Tokens whose embedding rows train beside the LoRA. What the tokenizer does not have is added to it, and a row for
     what has none."""
@@ -44,9 +44,10 @@ class Model(Section):
     """With `init: random`: entries that replace those of the base's config, such as `hidden_size`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen trunk: `auto` is bfloat16 where the device computes it natively, else float32. What trains is
-    float32."""
+    float32. `float16` is for tools that train nothing."""
     quantize: Literal["8bit", "4bit"] | None = None
-    """Load the trunk quantised (needs bitsandbytes and a LoRA)."""
+    """Hold the frozen trunk's linear layers in so many bits: `4bit` is NF4 with double quantisation (QLoRA, Dettmers et
+    al. 2023, arXiv 2305.14314). Needs bitsandbytes and a LoRA."""
     layout: Literal["auto", "tree", "padded"] = "auto"
     """How batches are laid out. `auto` tries the packed tree layout on the loaded model and keeps it if it is exact."""
     gradient_checkpointing: bool = False
@@ -71,7 +72,7 @@ class Model(Section):
     @model_validator(mode="after")
     def _rows_are_whole(self) -> Model:
         if self.add_tokens and self.quantize:
-            raise ValueError("`add_tokens` trains embedding rows, which `quantize` cannot have yet; leave one out")
+            raise ValueError("`add_tokens` trains embedding rows, which `quantize` cannot have; leave one out")
         return self
 
     @property
@@ -185,6 +186,9 @@ class Batch(Section):
     """Examples in one optimizer step, over all processes: a number of the experiment, not of the hardware."""
     row_tokens: PositiveInt | Literal["auto"] = "auto"
     """Most tokens in one packed row (one forward pass on one device). Changes speed and memory, never the update."""
+    cache_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Most tokens of prompts and responses whose keys and values are kept at once, where a run samples. `auto` follows
+    the free memory. Changes speed and memory, never what is drawn."""
 
 
 class Optim(Section):
@@ -273,14 +277,20 @@ class BaseRecipe(Section):
             raise ValueError(
                 "a quantised trunk cannot be trained itself: give a `lora` section or drop `model.quantize`"
             )
+        if self.model.quantize and self.lora.dora:
+            raise ValueError(
+                "DoRA rescales rows of whole weights, which a quantised trunk has not: set `lora.dora: false` or drop "
+                "`model.quantize`"
+            )
         if self.model.init == "random" and (self.lora or self.model.quantize or self.model.adapters):
             raise ValueError(
                 "new weights are trained whole: with `model.init: random` set `lora: null`, and no `model.quantize` "
                 "or `model.adapter`"
             )
-        if self.train.shard == "layers" and self.model.quantize:
+        if self.model.dtype == "float16":
             raise ValueError(
-                "`train.shard: layers` cannot shard a quantised trunk yet; leave out `model.quantize` or `train.shard`"
+                "`model.dtype: float16` cannot train: small gradients become 0 in it; set bfloat16, or float32 where "
+                "the device has no bfloat16"
             )
         if self.model.config and self.model.init != "random":
             raise ValueError("`model.config` needs `model.init: random`")

@@ -23,9 +23,8 @@ from transformers.utils import logging as transformers_logging
 from align.recipe.errors import UserError
 from align.recipe.load import parse_command
 from align.recipe.schema import BaseRecipe
-from align.recipe.streams import safe_streams
 from align.training import zero
-from align.training.borders.border import border
+from align.training.borders.border import border, shows
 from align.training.borders.foreign import reason
 from align.training.borders.peers import Peers
 from align.training.borders.processes import PATIENCE, FirstFailed, FirstRefused
@@ -36,7 +35,11 @@ from align.training.shards import fsdp_asked
 TOGETHER = 2.0  # seconds: of one Ctrl-C, a stage hears from the terminal and from its launcher
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MENDED = (OSError, MemoryError, torch.OutOfMemoryError)  # what the user can mend, besides UserError
-MEMORY = "lower batch.row_tokens, set model.gradient_checkpointing=true, or choose a smaller model"
+MEMORY = (
+    "lower batch.row_tokens, or batch.cache_tokens where it samples, set model.gradient_checkpointing=true, or choose "
+    "a smaller model"
+)
+CUBLAS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with it cuBLAS sums in the same order every time (its manual, 2.1.4)
 
 
 def run_stage(
@@ -49,8 +52,10 @@ def run_stage(
     left is a fault of ours, with exit status 1."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|peft|accelerate")
-    with safe_streams(), border(MEMORY), _among_processes() as peers:
-        words, fsdp = sys.argv[1:] if argv is None else argv, fsdp_asked()
+    os.environ.setdefault(*CUBLAS)  # read when CUDA starts
+    words = sys.argv[1:] if argv is None else argv
+    with border(MEMORY, result=shows(words)), _among_processes() as peers:
+        fsdp = fsdp_asked()
         if "train" in recipe_type.model_fields:  # else nothing trains, and each process holds the whole trunk
             words = [*words, *fsdp]
         command = parse_command(words, recipe_type, program)

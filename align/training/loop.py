@@ -31,6 +31,7 @@ from align.training.batches import Batches, Planted
 from align.training.borders.stops import Stopped
 from align.training.meters import Sums, Throughput
 from align.training.plan import Plan, learning_rate
+from align.training.planning.forecast import forecast, planned_rows
 from align.training.runs.checkpoint import CheckpointWriter, Tensors, published
 from align.training.runs.run import Run
 from align.training.runs.start import find_start, start_from, terms_of
@@ -100,7 +101,9 @@ class Loop:
         self.model.train()
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
         acceleration.for_training(trunk)
-        self.batches = Batches(trunk, self.accelerator, self.recipe.batch.row_tokens)
+        trunk.budgets = trunk.budgets.asked(self.recipe.batch.cache_tokens)
+        self.batches = Batches(trunk, self.accelerator, planned_rows(self))
+        self.forecast = forecast(self)
         self.step, self.tokens_seen, self.elapsed = 0, 0, 0.0
         self.memory: dict[str, Any] = {}  # what the algorithm has to know of earlier steps; JSON can hold it
         self.saved, self.blocking_seconds, self.eval_seconds = -1, None, 0.0

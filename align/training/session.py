@@ -27,6 +27,7 @@ from align.recipe.locks import claimed
 from align.recipe.schema import BaseRecipe, Data
 from align.training.borders.processes import any_asked, decided, first_then_others
 from align.training.borders.stops import Signals, Stopped
+from align.training.planning.usage import Usage
 from align.training.runs.identity import identity_of
 from align.training.runs.run import Run
 from align.training.runs.start import find_start
@@ -55,6 +56,7 @@ class Session:
     extend: bool = False
     signals: Signals = field(default_factory=Signals)
     held: ExitStack = field(default_factory=ExitStack)  # what is let go of when the stage ends
+    usage: Usage = field(default_factory=Usage)  # the memory that it takes
 
     @property
     def first(self) -> bool:

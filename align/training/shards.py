@@ -54,6 +54,7 @@ def load_trunk(session: Session, outputs: int | None = None) -> Trunk:
     """The recipe's base with its adapter, and a head of `outputs` if any, on this process's device, whole or as a shard
     of it."""
     recipe, accelerator = session.recipe, session.accelerator
+    session.usage.begin()
     device, sharded = accelerator.device, recipe.train.shard == "layers"
     if sharded and accelerator.num_processes == 1:
         session.say("train.shard: layers has nothing to do: there is one process")

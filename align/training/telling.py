@@ -8,6 +8,7 @@ import torch
 
 from align.models.sampling.decode import answer
 from align.training.meters import costs
+from align.training.planning import forecast
 from align.training.report.page import write_report
 from align.training.runs.run import open_trackers
 
@@ -34,6 +35,8 @@ def introduce(loop: Loop) -> None:
         f"{plan.shape} (about {mean:,.0f} tokens), {plan.epoch_size / plan.per_step:,.1f} steps an epoch, "
         f"rows of up to {loop.batches.row_tokens:,} tokens"
     )
+    for line in forecast.told(loop, loop.forecast):
+        say(line)
 
 
 def log(loop: Loop, record: dict[str, Any], quiet: bool = False) -> None:
@@ -70,6 +73,7 @@ def close(loop: Loop) -> None:
             tracker.finish()
         cost = {"steps": loop.step, "tokens_seen": loop.tokens_seen, "train_seconds": loop.elapsed}
         saving = {"save_blocking_seconds": loop.blocking_seconds, "save_durable_seconds": durable}
-        loop.run.summarise(cost | costs(loop.trunk, loop.throughput, loop.data.train.lengths) | saving)
+        cost |= costs(loop.trunk, loop.throughput, loop.data.train.lengths) | forecast.outcome(loop, loop.forecast)
+        loop.run.summarise(cost | saving)
         write_report(loop.run.folder)
     loop.accelerator.wait_for_everyone()

@@ -6,7 +6,6 @@ import pytest
 import torch
 from models.tiny import tree
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from align.data.trees import Forest, TreeMask, plant
 from align.models.attention import Attention, ForestMask, dense_attention, forest_attention
@@ -85,36 +84,3 @@ def test_what_a_function_makes_of_a_forest_is_made_once():
     assert made == [mask.forest]
     assert mask.dense(3) is mask.dense(3)
     assert mask.dense(3).sum() < mask.dense().sum()
-
-
-def test_blocks_of_flex_attention_are_those_of_its_own_search():
-    forest = plant([tree(300, 150, 200, seed=1), tree(40), tree(500), tree(90, 30, 20, 5)], multiple=128)
-    ours = TreeMask(forest).block_mask()
-    length = forest.tokens.shape[1]
-    found = create_block_mask(ours.mask_mod, 1, 1, length, length, device="cpu")
-    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
-        assert torch.equal(getattr(ours, name), getattr(found, name)), name
-    assert torch.equal(ours.to_dense(), found.to_dense())
-    assert ours.full_kv_num_blocks.sum() > 3  # blocks that need no mask
-    near = TreeMask(forest).block_mask(60)
-    searched = create_block_mask(near.mask_mod, 1, 1, length, length, device="cpu").to_dense().bool()
-    assert (searched <= near.to_dense().bool()).all()  # none is missed
-    assert near.to_dense().sum() < ours.to_dense().sum()
-    assert ours.kv_num_blocks.sum() + ours.full_kv_num_blocks.sum() < (length // 128) * (length // 128 + 1) / 2
-
-
-@pytest.mark.parametrize("window", [None, 4])
-def test_the_block_mask_says_what_the_dense_mask_does(window):
-    """FlexAttention under the block mask, uncompiled, gives the same values."""
-    forest = plant([tree(7, 6, 4, seed=4), tree(12, seed=5), tree(1, 3, 2, seed=6)], multiple=128)
-    length = forest.tokens.shape[1]
-    draw = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, heads, length, 16, generator=draw) for heads in (4, 2, 2))
-    mask = ForestMask(forest)
-    ours, _ = forest_attention(None, query, key, value, None, sliding_window=window, forest=mask)
-    block_mask = TreeMask(forest).block_mask(window)
-    flex = flex_attention(query, key, value, block_mask=block_mask, enable_gqa=True).transpose(1, 2)
-    torch.testing.assert_close(ours, flex, rtol=1e-4, atol=1e-5)
-    if window is None:
-        dense = create_mask(block_mask.mask_mod, 1, 1, length, length, device="cpu")
-        assert torch.equal(dense, mask.dense())

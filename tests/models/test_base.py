@@ -13,10 +13,11 @@ import torch
 from models.tiny import save_base, stir, tiny_model, tree
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from align.data.trees import plant
-from align.models.base import compute_dtype, load_base, load_tokenizer, weights_fingerprint
+from align.models.base import compute_dtype, load_base, load_tokenizer
+from align.models.checkpoints.fingerprints import weights_fingerprint
 from align.models.checkpoints.results import META
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
@@ -65,6 +66,19 @@ def test_a_frozen_trunk_has_the_dtype_it_computes_in(folder):
         assert dtypes(loaded(folder, dtype=choice).model) == {getattr(torch, choice)}
         assert compute_dtype(choice, CPU) == getattr(torch, choice)
     assert dtypes(loaded(folder, dtype="auto").model) == {compute_dtype("auto", CPU)}
+
+
+def test_weights_are_cast_before_they_move_to_the_device(folder, monkeypatch):
+    """A base with adapters merged in is float32, and may not fit there."""
+    moved, move = [], PreTrainedModel.to
+
+    def watched(model, *args):
+        moved.append(dtypes(model))
+        return move(model, *args)
+
+    monkeypatch.setattr(PreTrainedModel, "to", watched)
+    loaded(folder, dtype="bfloat16")
+    assert moved == [{torch.bfloat16}]
 
 
 def test_a_trained_trunk_is_float32_and_computes_in_its_dtype(folder):

@@ -49,6 +49,15 @@ def test_a_turn_is_what_pefts_own_switches_do():
     assert not torch.allclose(said[0], said[2])
 
 
+def test_an_adapter_that_was_added_later_needs_another_switch():
+    model = adapted(["default"])
+    switch = Switch(model)
+    model.add_adapter("critic", model.peft_config["default"])
+    with pytest.raises(AssertionError, match="critic was added after"):
+        switch.turn("critic")
+    Switch(model).turn("critic")
+
+
 def test_a_turn_leaves_alone_what_trains():
     model = adapted(["default", "critic"])
     before = {name: p.requires_grad for name, p in model.named_parameters()}

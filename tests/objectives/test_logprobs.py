@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,7 +34,8 @@ def made(n=13, d=6, v=11, dtype=torch.float64, bias=True, seed=0):
 
 @pytest.fixture(params=[32 * 2**20, 4 * 11 * 4], ids=["one chunk", "chunks of 4"], autouse=True)
 def chunked(request, monkeypatch):
-    monkeypatch.setattr(logprobs, "CHUNK_BYTES", {"cpu": request.param, "cuda": request.param})
+    for function in (logprobs.linear_logprobs, logprobs.linear_kl, logprobs.linear_entropy):
+        monkeypatch.setitem(inspect.unwrap(function).__kwdefaults__, "chunk_bytes", request.param)
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight", "hidden weight bias", "bias", ""])

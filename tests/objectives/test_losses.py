@@ -21,9 +21,11 @@ from align.objectives.losses import (
     path_counts,
     path_sums,
     preference_pairs,
+    response_log_ratios,
     robust,
     sigmoid,
     simpo,
+    weighted_policy_loss,
 )
 
 LOG2 = torch.tensor(2.0).log()
@@ -199,7 +201,7 @@ def test_unchanged_policy_is_not_clipped():
     """At ratio 1 the loss is -A, its gradient -A, and no token is clipped: the first minibatch of every update."""
     logprobs = torch.tensor([-0.3, -1.7, -2.0], requires_grad=True)
     advantages = torch.tensor([2.0, -3.0, 0.0])
-    loss, clipped = clipped_policy_loss(logprobs, logprobs.detach().clone(), advantages, 0.2, dual_clip=3.0)
+    loss, clipped = clipped_policy_loss(logprobs - logprobs.detach(), advantages, 0.2, 0.2, dual_clip=3.0)
     assert torch.equal(loss, -advantages)
     assert clipped.sum() == 0
     assert torch.equal(torch.autograd.grad(loss.sum(), logprobs)[0], -advantages)
@@ -209,14 +211,41 @@ def test_clipped_policy_loss_by_hand():
     ratio = torch.tensor([1.5, 0.5, 1.5, 0.5, 6.0])
     advantages = torch.tensor([2.0, 2.0, -2.0, -2.0, -2.0])
     logprobs = ratio.log().requires_grad_()
-    loss, clipped = clipped_policy_loss(logprobs, torch.zeros(5), advantages, 0.2)
+    loss, clipped = clipped_policy_loss(logprobs, advantages, 0.2, 0.2)
     close(loss, [-2.4, -1.0, 3.0, 1.6, 12.0])
     assert clipped.tolist() == [True, False, False, True, False]
     # Where the clip decides nothing pulls; elsewhere -A r.
     close(torch.autograd.grad(loss.sum(), logprobs)[0], [0.0, -1.0, 3.0, 0.0, 12.0])
-    capped, _ = clipped_policy_loss(logprobs, torch.zeros(5), advantages, 0.2, dual_clip=3.0)
+    capped, _ = clipped_policy_loss(logprobs, advantages, 0.2, 0.2, dual_clip=3.0)
     close(capped, [-2.4, -1.0, 3.0, 1.6, 6.0])
     assert torch.autograd.grad(capped.sum(), logprobs)[0][-1] == 0
+
+
+def test_two_clips_hold_each_its_side():
+    log_ratio = torch.tensor([1.5, 1.25, 0.5, 0.85]).log()
+    loss, clipped = clipped_policy_loss(log_ratio, torch.tensor([2.0, 2.0, -2.0, -2.0]), 0.1, 0.3)
+    close(loss, [-2.6, -2.5, 1.8, 1.8])
+    assert clipped.tolist() == [True, False, True, True]
+
+
+def test_a_weight_has_no_gradient_and_no_token_is_left_out():
+    """CISPO by hand: ratios 2 and 1/2 under a bound of 1.5."""
+    logprobs = torch.tensor([-1.0, -3.0], requires_grad=True)
+    log_ratio = logprobs - logprobs.detach() + torch.tensor([2.0, 0.5]).log()
+    loss, held = weighted_policy_loss(logprobs, log_ratio, torch.tensor([2.0, -2.0]), 0.5)
+    close(loss.detach(), [3.0, -3.0])
+    assert held.tolist() == [True, False]
+    close(torch.autograd.grad(loss.sum(), logprobs)[0], [-3.0, 1.0])
+
+
+def test_the_ratio_of_a_response_is_its_tokens_product_or_their_geometric_mean():
+    """Responses of two and one tokens; every token has its response's, and its gradient goes to all of them."""
+    log_ratio = torch.tensor([0.2, 0.6, -0.5], requires_grad=True)
+    path = torch.tensor([0, 0, 2])
+    close(response_log_ratios(log_ratio, path, 3, per_token=False).detach(), [0.8, 0.8, -0.5])
+    mean = response_log_ratios(log_ratio, path, 3, per_token=True)
+    close(mean.detach(), [0.4, 0.4, -0.5])
+    close(torch.autograd.grad(mean[0], log_ratio)[0], [0.5, 0.5, 0.0])
 
 
 def test_clipped_value_loss_by_hand():
@@ -249,4 +278,6 @@ def test_mismatched_shapes_are_refused():
     with pytest.raises(AssertionError):
         kto(torch.zeros(2), torch.ones(2, 1, dtype=torch.bool), 0.0, 0.1)
     with pytest.raises(AssertionError):
-        clipped_policy_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2, 1), 0.2)
+        clipped_policy_loss(torch.zeros(2), torch.zeros(2, 1), 0.2, 0.2)
+    with pytest.raises(AssertionError):
+        weighted_policy_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2, 1), 0.2)

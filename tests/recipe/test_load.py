@@ -151,7 +151,8 @@ def test_every_problem_at_once_in_the_order_of_the_file(problems):
                            "did you mean 'auto'?"),
         ("batch.row_tokens=x", "batch.row_tokens: expected a whole number above 0 or 'auto', "
                                "found the text 'x'"),
-        ("model.gradient_checkpointing='on'", "model.gradient_checkpointing: expected true or false, found the text 'on'; drop the quotes"),
+        ("model.gradient_checkpointing='on'", "model.gradient_checkpointing: expected true or false, found the text "
+                                              "'on'; drop the quotes"),
         ("data.train=[]", "data.train: expected a list (each item a section) of length 1 or more, "
                           "found an empty list"),
         ("optim.learning_rate=.inf", "optim.learning_rate: expected a number above 0, found the text '.inf'"),
@@ -171,6 +172,10 @@ def test_every_problem_at_once_in_the_order_of_the_file(problems):
         ("optim..eps=1", "write it as key.path=value, such as optim.learning_rate=1e-4"),
         ("data.train.1.format=text", "missing key 'path' in data.train.1; it takes text"),
         ("run=!!python/name:os.system", "this is not YAML: tags (!) have no meaning in a recipe"),
+        ("model.base=*name", "this is not YAML: found undefined alias 'name'; a text that begins with * & ! % @ or ` "
+                             "stands in quotes"),
+        ("model.base=@name", "this is not YAML: while scanning for the next token, found character '@' that cannot "
+                             "start any token; a text that begins with * & ! % @ or ` stands in quotes"),
         ("log.samples=[a", "this is not YAML: while parsing a flow sequence, expected ',' or ']', "
                            "but got '<stream end>'"),
     ],
@@ -178,6 +183,13 @@ def test_every_problem_at_once_in_the_order_of_the_file(problems):
 def test_one_message_for_one_fault_and_overrides_name_themselves(problems, override, problem):
     (line,) = problems(VALID, override)
     assert line == f"override {override!r}: {problem}"
+
+
+@pytest.mark.parametrize("override", ["optim.eps=" + "x" * 9999, "x" * 9999 + "=1", "optim." + "x" * 9999 + "=1"])
+def test_a_long_override_is_named_by_its_beginning(problems, override):
+    (line,) = problems(VALID, override)
+    assert line.startswith(f"override {override[:99]}…'".replace("override ", "override '"))
+    assert len(line) < 400
 
 
 def test_overrides_follow_the_path(load):
@@ -218,6 +230,12 @@ def test_a_rule_over_several_sections(problems):
     assert problems(VALID, "model.quantize=4bit", "lora=null") == [
         "r.yaml:1: a quantised trunk cannot be trained itself: give a `lora` section or drop `model.quantize`"
     ]
+
+
+def test_float16_is_refused_where_something_trains(problems):
+    (said,) = problems(VALID, "model.dtype=float16")
+    assert said.startswith("r.yaml:1: `model.dtype: float16` cannot train")
+    assert "bfloat16" in said
 
 
 def test_another_stage_is_the_only_thing_said(problems):

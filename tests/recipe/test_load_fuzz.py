@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from often import often
 
 from align.recipe.errors import UserError
 from align.recipe.load import dump_recipe, load_recipe
@@ -34,8 +35,8 @@ TREE = {
     "batch": {"row_tokens": "auto"},
 }
 TEXT = yaml.safe_dump(TREE, sort_keys=False).encode()
-often = settings(
-    max_examples=700,
+FUZZ = settings(
+    max_examples=often(700),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -107,13 +108,13 @@ def load_or_hear_why(file: Path, content: bytes, *overrides: str) -> Recipe | No
     return None
 
 
-@often
+@FUZZ
 @given(content=mutated_trees())
 def test_any_structure(file, content):
     load_or_hear_why(file, content)
 
 
-@often
+@FUZZ
 @given(content=mutated_text() | st.binary(max_size=40))
 def test_any_bytes(file, content):
     load_or_hear_why(file, content)
@@ -124,7 +125,7 @@ dotted = st.lists(st.sampled_from(KEYS), max_size=4).map(".".join)
 written = st.text(max_size=12) | values.map(json.dumps) | st.sampled_from(["[", "*a", "!x", '"\\ud800"', "\udcff"])
 
 
-@often
+@FUZZ
 @given(override=st.builds("{}={}".format, dotted, written) | st.text(max_size=12))
 def test_any_override(file, override):
     load_or_hear_why(file, TEXT, override)
@@ -165,7 +166,7 @@ recipes = recipes_of(st.builds(Model, base=paths), adapters) | recipes_of(
 )
 
 
-@settings(often, max_examples=200)
+@settings(FUZZ, max_examples=often(400))
 @given(recipe=recipes)
 def test_a_dump_loads_back_equal(file, recipe):
     file.write_bytes(dump_recipe(recipe).encode())

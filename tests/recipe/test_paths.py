@@ -38,7 +38,7 @@ def home(tmp_path, monkeypatch):
         ("${SETS}a", "sets/of minea"),
         ("$HOME/$SETS", "{home}/sets/of mine"),
         ("$NEAR/a", "{home}/near/a"),
-        *((plain, plain) for plain in ("a~b", "./~", "a$", "$5", "$", "a b", "", "owner/name", "~nobody-here/a")),
+        *((plain, plain) for plain in ("a~b", "./~", "a$", "$5", "$", "a b", "owner/name", "~nobody-here/a")),
     ],
 )
 def test_what_a_path_stands_for(home, written, whole):
@@ -56,6 +56,9 @@ def test_what_a_path_stands_for(home, written, whole):
         ("${HOME:-x}", "the environment variable HOME:-x is not set"),
         ("$DOLLAR", "'$DOLLAR' stands for '$HOME', which holds a variable itself"),
         ("a\0b", "holds a NUL character"),
+        ("", "'' is empty, so it names no file"),
+        (" \t", "is empty, so it names no file"),
+        ("$ALIGN_TEST_EMPTY", "'$ALIGN_TEST_EMPTY' is empty, so it names no file"),
         ("a/" + "b" * 256, "is too long for the name of a file"),
         ("a/" * 2100, "is too long for the name of a file"),
         ("\ud800", "holds half a character"),
@@ -63,6 +66,7 @@ def test_what_a_path_stands_for(home, written, whole):
 )
 def test_what_is_no_path(home, monkeypatch, written, said):
     monkeypatch.setenv("DOLLAR", "$HOME")
+    monkeypatch.setenv("ALIGN_TEST_EMPTY", "")
     with pytest.raises(UserError) as error:
         expanded(written)
     assert said in str(error.value)

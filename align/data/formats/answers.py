@@ -27,7 +27,7 @@ from align.data.formats.turns import (
     tools_of,
 )
 from align.data.formats.values import encodable, from_json
-from align.data.formats.verdicts import EXPECTED, verdict
+from align.data.formats.verdicts import EXPECTED, LABELS, verdict
 
 Talk = list[Turn]
 
@@ -82,7 +82,8 @@ def _labelled(row: dict[str, Any]) -> Row:
         made = _compared({"tools": row.get("tools")}, {"the last turn": prompt_turns(spoken)})
     good = verdict(row)
     if good is None:
-        raise Refused(f"label: expected {EXPECTED}, found {a(row.get('label'))}")
+        column = next((name for name in LABELS if name in row), "label")
+        raise Refused(f"{column}: expected {EXPECTED}, found {a(row.get(column))}")
     return made._replace(targets=(float(good),))
 
 

@@ -14,7 +14,9 @@ VERDICTS = {
     **dict.fromkeys(("undesirable", "bad", "rejected", "incorrect"), False),
 }
 EXPECTED = "true or false, 1 or 0 or -1, desirable or undesirable, good or bad"
-LABELS = ("label", "kto_tag")  # columns that judge a row's answer; the second is LLaMA-Factory's
+# Columns that judge a row's answer. LLaMA-Factory's comes first: under a format's own names, a row has it as both, and
+# is told of the one that is in the file.
+LABELS = ("kto_tag", "label")
 TRAINED = (  # keys of a turn that is learnt where they say yes: of OpenAI, Axolotl, ms-swift, LLaMA-Factory, verl …
     "train", "training", "trained", "trainable", "train_on_turn", "weight", "loss", "loss_weight", "loss_mask",
     "loss_scale", "calculate_loss",
@@ -61,7 +63,7 @@ def verdict(row: dict[str, Any]) -> bool | None:
             continue
         found[column] = _verdict(column, value)
     if len(set(found.values())) > 1:
-        raise Refused(f"{' and '.join(found)}: one calls the answer good, the other bad")
+        raise Refused(f"{' and '.join(reversed(found))}: one calls the answer good, the other bad")
     return next(iter(found.values()), None)
 
 

@@ -12,6 +12,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from align.data.templates.confined import confined
 from align.recipe.errors import UserError
 
 Message = dict[str, Any]
@@ -92,9 +93,15 @@ def write_marked(
 
 def _rendered(template: str, messages: list[Message], tools: Tools, **options: Any) -> tuple[str, Any]:
     try:
-        texts, spans = render_jinja_template([messages], tools=tools, chat_template=template, **options)
+        with confined():
+            texts, spans = render_jinja_template([messages], tools=tools, chat_template=template, **options)
+        texts[0].encode()
+    except UserError:  # its time was over: it would be for other conversations too
+        raise
+    except UnicodeEncodeError as error:
+        raise Refusal("it writes half a character (a lone surrogate), which is no text") from error
     except Exception as error:  # whatever the template's code does: 1/0, a macro without an end, a missing key
-        reason = str(error).strip().splitlines() or [""]
+        reason = str(error).strip().splitlines() or ["too much memory" if isinstance(error, MemoryError) else ""]
         kind = "" if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: "
         raise Refusal(f"{kind}{reason[0][:200]}") from error
     return texts[0], spans[0] if spans else []

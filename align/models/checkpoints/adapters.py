@@ -1,13 +1,13 @@
-"""Saved adapters on a trunk: whether they belong on it, whether they fit, and merging one after another into a base.
+"""Saved adapters on a trunk: whether they belong on it, whether they fit, and putting one after another into a base.
 
-A trunk is a base with any number of adapters merged into it, in order; each adapter tells the trunk that it was trained
-on, link by link.
+A trunk is a base with any number of adapters in it, in order: merged into its weights, or kept beside those that are
+quantised. Each adapter tells the trunk that it was trained on, link by link.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from align.models.checkpoints.results import META, SCORING, Link, Result, check_fit
 from align.models.checkpoints.sources import folder_on_disk, foreign, is_file
+from align.models.kept import folded
+from align.models.quantized import is_quantized, numbers
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
 
@@ -28,21 +30,31 @@ MERGED = "merged"  # what peft calls an adapter while it is merged
 
 
 class Merged(NamedTuple):
-    """A base, or a base with adapters merged into it."""
+    """A base, or a base with adapters in it."""
 
     model: PreTrainedModel
     links: tuple[Link, ...]  # the base, and each adapter
     fingerprint: str  # of all, rows for added tokens included
 
 
-def merge(trunk: Merged, result: Result, name: str, key: str = "model.adapter") -> Merged:
-    """The trunk with an adapter merged into it, in float32. Raises UserError for one that does not belong on it."""
+def merge(
+    trunk: Merged,
+    result: Result,
+    name: str,
+    key: str = "model.adapter",
+    stays: Callable[[nn.Module], bool] = is_quantized,
+) -> Merged:
+    """The trunk with an adapter in it: merged in float32, and kept beside each layer that `stays` as it is.
+
+    Raises UserError for one that does not belong on it.
+    """
     model, folder = trunk.model, result.folder
     if result.about.stage in SCORING:
         raise UserError(f"{key}: {folder} is a result of stage {result.about.stage}, which only scores texts")
-    if getattr(model, "is_quantized", False):
-        raise UserError(f"{key}: a quantised trunk cannot take an earlier adapter yet; drop model.quantize")
-    for p in model.parameters():
+    if is_quantized(model) and (result.config.tokens or result.config.use_dora):
+        what = "rows of added tokens" if result.config.tokens else "DoRA"
+        raise UserError(f"{key}: {folder} has {what}, which a quantised trunk cannot take; drop model.quantize")
+    for _, p in numbers(model):
         p.data = p.data.float()
     if result.config.tokens:
         trunk = with_rows(trunk, result.config.tokens, lambda: len(plain_tokenizer(folder, key)), f"{key}: {folder}")
@@ -53,7 +65,7 @@ def merge(trunk: Merged, result: Result, name: str, key: str = "model.adapter") 
         adapted = get_peft_model(model, result.config.peft(), adapter_name=MERGED)
         put(adapted, result.weights, MERGED, f"{key}: {folder}")
         untie(model)
-        model = adapted.merge_and_unload()
+        model = folded(adapted, stays)
     link = Link(name=name, path=str(folder.resolve()), fingerprint=result.merged_fingerprint(trunk.fingerprint))
     return Merged(model, (*trunk.links, link), link.fingerprint)
 
@@ -123,6 +135,9 @@ def stranger(result: Result, here: HasLinks, what: str, with_itself: bool = Fals
     )
     named = [link.name for link in about.trunk[1:]]
     bases = {link.fingerprint for link in (*about.trunk[:1], *here.links[:1])}
+    theirs, ours = (links[0].quantize if links else None for links in (about.trunk, here.links))
+    if len(bases) == 1 and theirs != ours:
+        return f"{told}; {f'set model.quantize: {theirs}' if theirs else 'leave model.quantize out'}"
     if len(bases) != 1 or named == given:
         return f"{told}; use the base that it was trained on, {about.base}"
     named += [str(result.folder)] * with_itself
@@ -132,7 +147,8 @@ def stranger(result: Result, here: HasLinks, what: str, with_itself: bool = Fals
 
 
 def _sum(links: Sequence[Link]) -> str:
-    return f" ({' + '.join(link.name for link in links)})" if links else ""
+    bits = {link.name: f" in {link.quantize.removesuffix('bit')} bits" for link in links if link.quantize}
+    return f" ({' + '.join(link.name + bits.get(link.name, '') for link in links)})" if links else ""
 
 
 def trunk_of(
@@ -146,7 +162,7 @@ def trunk_of(
     """
     about, folder = result.about, result.folder
     first, *before = about.trunk or [Link(name=about.base, path=about.base, fingerprint=about.fingerprint)]
-    settings: dict[str, object] = {"base": base, "trust_remote_code": trust}
+    settings: dict[str, object] = {"base": base, "trust_remote_code": trust, "quantize": first.quantize}
     if base is None:
         named = [first.name, first.path, result.config.base_model_name_or_path or first.path]
         found = next(filter(None, map(folder_on_disk, named)), None)

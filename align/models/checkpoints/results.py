@@ -38,11 +38,12 @@ class Known(BaseModel):
 
 
 class Link(Known):
-    """A part of a trunk: the base, or an adapter that was merged into what is before it."""
+    """A part of a trunk: the base, or an adapter on what is before it."""
 
     name: str  # as the recipe named it
     path: str  # the same as a whole path, or a hub id
-    fingerprint: str  # of the trunk with it
+    fingerprint: str  # of the base's weights as its files have them, or of the trunk with the adapter
+    quantize: Literal["8bit", "4bit"] | None = None  # of a base: the bits that its weights were rounded to
 
 
 class Computed(BaseModel):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
@@ -89,6 +89,20 @@ def base_folder(section: Model) -> Path:
         ) from None
 
 
+def config_folder(section: Model) -> Path:
+    """A folder with the base's config.json. Of a hub id that is not on this machine only that file is fetched."""
+    name = section.base
+    if name.startswith("demo/") or is_folder(Path(name)) or folder_on_disk(name) or name.count("/") != 1:
+        return base_folder(section)
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=section.revision)).parent
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"model.base: {name!r} is neither a local folder nor could its config.json be fetched from the hub "
+            f"({first_line(error)}); check the name and the network"
+        ) from None
+
+
 def folder_on_disk(name: str) -> Path | None:
     """The folder of a checkpoint that somebody else's file names, if it is on this machine already; nothing is
     fetched for it."""
@@ -125,8 +139,14 @@ def read_config(folder: Path, told: str, trust: bool = False) -> PreTrainedConfi
 
 
 def check_weights(folder: Path, config: PreTrainedConfig, told: str) -> None:
-    """UserError for a checkpoint without safetensors, with the way to make some; and for a config that asks for a model
-    far larger than its weights, before memory is taken for it."""
+    """UserError for a checkpoint whose weights are quantised; for one without safetensors, with the way to make some;
+    and for a config that asks for a model far larger than its weights, before memory is taken for it."""
+    if bits := getattr(config, "quantization_config", None):
+        method = bits.get("quant_method") if isinstance(bits, dict) else getattr(bits, "quant_method", None)
+        raise UserError(
+            f"{told} is quantised already ({getattr(method, 'value', method) or 'by an unknown method'}); give the "
+            "checkpoint that it was made from, and model.quantize: 4bit or 8bit"
+        )
     if files := sorted(folder.glob("*.safetensors")):
         _check_size(files, config.get_text_config(), told)
         return
@@ -140,6 +160,15 @@ def check_weights(folder: Path, config: PreTrainedConfig, told: str) -> None:
         'trust it: python -c "from transformers import AutoModelForCausalLM as M; '
         "M.from_pretrained('OLD').save_pretrained('NEW')\", and copy the tokenizer's files"
     )
+
+
+def check_finite_files(folder: Path, told: str) -> None:
+    """UserError, which begins with `told`, where a weight in the files of a checkpoint is no finite number."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with foreign(f"{told}: its weights are damaged"), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if not torch.isfinite(file.get_tensor(name)).all():
+                    raise UserError(f"{told}: {name} has values that are not finite numbers")
 
 
 def _check_size(files: list[Path], config: PreTrainedConfig, told: str) -> None:

@@ -10,6 +10,7 @@ from align.models.cpu.fused import fuse
 from align.models.cpu.joined import fixed_products, prepare_products
 from align.models.cpu.packed import arranges, prepared
 from align.models.cpu.segments import segment_attention
+from align.models.cpu.traced import traced_attention
 
 
 def _remarks(model: nn.Module) -> list[str]:
@@ -25,5 +26,6 @@ OFFER = Offer(
     for_training=prepare_products,
     for_sampling=fixed_products,
     linear=prepared,
+    traced=traced_attention,
     remarks=_remarks,
 )

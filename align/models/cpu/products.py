@@ -20,13 +20,20 @@ from transformers.pytorch_utils import Conv1D
 
 from align.models.cpu.native import Small
 from align.models.cpu.packed import Fixed, Ready
+from align.models.kept import keeps
+from align.models.quantized import is_quantized
 
 
 def adopt_layers(model: nn.Module) -> None:
     """Make peft's plain LoRA layers ours, with all adapters in them: the two differ in their forward pass alone."""
     for layer in model.modules():
-        if type(layer) is lora.Linear and isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
+        if type(layer) is lora.Linear and _multiplies(layer.get_base_layer()):
             layer.__class__ = LoraLinear  # as torch's own fully_shard does
+
+
+def _multiplies(base: nn.Module) -> bool:
+    """Whether a layer computes W x + b with its own weights, and nothing more."""
+    return isinstance(base, nn.Linear | Conv1D) and not is_quantized(base) and not keeps(base)
 
 
 class Product(NamedTuple):

@@ -36,12 +36,25 @@ def never_waiting() -> Iterator[None]:
 
 def cuda_graph(step: Step, given: Tensor) -> Step:
     """What the step returns is written over by the next call."""
-    given, graph, stream = given.clone(), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph):
+        return _captured(step, given)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    torch.cuda.empty_cache()  # not before each capture: all that was cached would have to be asked for again
+    return _captured(step, given)
+
+
+def _captured(step: Step, given: Tensor) -> Step:
+    given, graph, stream = given.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # the one before comes back where a capture fails
+        graph.capture_begin()
+        try:
             out = step(given)
-    finally:
-        torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
 
     def again(values: Tensor) -> Tensor:
         given.copy_(values)
@@ -49,6 +62,13 @@ def cuda_graph(step: Step, given: Tensor) -> Step:
         return out
 
     return again
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory was short, said by an error or by one that it came of: a capture ends with an error of its own."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class Replayed(Plain):
@@ -74,7 +94,9 @@ class Replayed(Plain):
                     return step(given)
             if self.again is None:
                 self.again = self.recorder.record(step, given)
-        except RuntimeError:
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise  # the same work without a recording would only seem to fit
             self.recorder = None
             return step(given)
         return self.again(given)

@@ -5,6 +5,8 @@ Shapes: B rows, G key/value heads, H query heads, T tokens that there is room fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -33,20 +35,28 @@ class Recorder:
 class KeyValues:
     """One row a response, each as far as its own length; rows are dropped, reordered or doubled."""
 
-    def __init__(self, recorded: Recorder, spans: list[tuple[int, int]], more: int) -> None:
-        """`spans`: for each row where its prompt stands among the recorded tokens; room for so many `more`."""
-        device = next(iter(recorded.layers.values()))[0].device
-        begin, end = torch.tensor(spans, device=device).T
-        self.lengths = end - begin  # (B,) int64, tokens kept
-        room = max(last - first for first, last in spans) + more
-        places = torch.minimum(begin[:, None] + torch.arange(room, device=device), end[:, None] - 1)  # (B, T)
+    def __init__(self, lengths: Sequence[int], more: int, device: torch.device) -> None:
+        """`lengths` of the rows' prompts, whose keys and values are taken next; room for so many `more` tokens."""
+        self.lengths = torch.tensor(lengths, device=device)  # (B,) int64, tokens kept
+        self._room = max(lengths) + more
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        for layer in list(recorded.layers):
-            self.layers[layer] = tuple(
-                states[0].index_select(1, places.flatten()).unflatten(1, places.shape).transpose(0, 1).contiguous()
-                for states in recorded.layers.pop(layer)
-            )
         self._measure()
+
+    def take(self, recorded: Recorder, first: int, spans: Sequence[tuple[int, int]]) -> None:
+        """Prompts of the rows from `first` on: where each stands among the recorded tokens, which are let go."""
+        begin, end = torch.tensor(spans, device=self.lengths.device).T
+        width = max(stop - start for start, stop in spans)
+        places = torch.minimum(begin[:, None] + torch.arange(width, device=begin.device), end[:, None] - 1)  # (b, w)
+        for layer in list(recorded.layers):
+            given = recorded.layers.pop(layer)
+            if layer not in self.layers:
+                rows = len(self.lengths)
+                self.layers[layer] = tuple(
+                    part.new_zeros(rows, part.shape[1], self._room, part.shape[3]) for part in given
+                )
+            for kept, states in zip(self.layers[layer], given, strict=True):
+                chosen = states[0].index_select(1, places.flatten()).unflatten(1, places.shape)  # (G, b, w, D)
+                kept[first : first + len(spans), :, :width] = chosen.transpose(0, 1)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_more: object) -> tuple[Tensor, Tensor]:
         """(B, G, 1, D) of the newest tokens -> all kept so far with room for more, (B, G, T, D)."""
@@ -79,12 +89,13 @@ class KeyValues:
             return False
         for layer, kept in self.layers.items():  # used whole: a part of them would have to be copied at each step
             self.layers[layer] = tuple(pad(buffer, (0, 0, 0, STRETCH)) for buffer in kept)
+        self._room += STRETCH
         return True
 
     @property
     def room(self) -> int:
         """T."""
-        return next(iter(self.layers.values()))[0].shape[2]
+        return self._room
 
     def get_seq_length(self, *_layer: int) -> int:
         """The longest row."""
@@ -97,7 +108,8 @@ class KeyValues:
     def keep(self, rows: Tensor) -> None:
         """Only these rows, (b,) int64, go on, in this order; one may be named several times."""
         self.lengths = self.lengths[rows]
-        self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
+        for layer, (keys, values) in self.layers.items():  # one after the other: never half a cache more
+            self.layers[layer] = (keys[rows], values[rows])
         self._measure()
 
 

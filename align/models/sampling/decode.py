@@ -23,8 +23,8 @@ from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 
 Heed = Callable[[list[int]], None]
-KEPT_TOKENS = {"cpu": 32_768, "cuda": 1_048_576}  # of all rows that are sampled at once
 FEW_ROWS = 16  # that products are prepared for
+LOOK = {"cpu": 1, "cuda": 8}  # tokens after which the host sees what was said: on a GPU it would wait each time
 LEAVE = {"cpu": 0.75, "cuda": 0.5}  # rows that are done leave when no more than this share goes on
 
 
@@ -50,22 +50,35 @@ def sample(
     responses: list[list[Response]] = [[] for _ in prompts]
     with torch.no_grad(), _evaluating(trunk), acceleration.for_sampling(trunk, FEW_ROWS):
         project = _projection(trunk)
-        for group in _groups(order, prompts, sampling.max_new, max(samples, sampling.beams), trunk.device.type):
-            asked = [prompts[i] for i in group]
-            if sampling.beams > 1:
-                rows = Rows(trunk, project, asked, 1, sampling)
-                with trunk.attending(DECODE):
-                    found = search(rows, len(asked), heed)
-            else:
-                numbers = [(i, number) for i in group for number in range(samples)]
-                drawn = np.stack([uniforms((*keys[i], number), sampling.max_new) for i, number in numbers])
-                draws = _Draws(Rows(trunk, project, asked, samples, sampling), drawn, heed)
-                with trunk.attending(DECODE):
-                    flat = draws.run()
-                found = [flat[first : first + samples] for first in range(0, len(flat), samples)]
+        room = trunk.budgets.cache_tokens
+        for group in _groups(order, prompts, sampling.max_new, max(samples, sampling.beams), room):
+            found = _together(
+                trunk, project, [prompts[i] for i in group], [keys[i] for i in group], sampling, samples, heed
+            )
             for i, own in zip(group, found, strict=True):
                 responses[i] = own[:samples]
     return responses
+
+
+def _together(
+    trunk: Trunk,
+    project: Linear,
+    asked: list[np.ndarray],
+    keys: list[tuple[int, ...]],
+    sampling: Sampling,
+    samples: int,
+    heed: Heed | None,
+) -> list[list[Response]]:
+    """Responses to a group of prompts. What is kept of them is gone when the next group begins."""
+    if sampling.beams > 1:
+        rows = Rows(trunk, project, asked, 1, sampling)
+        with trunk.attending(DECODE):
+            return search(rows, len(asked), heed)
+    drawn = np.stack([uniforms((*key, number), sampling.max_new) for key in keys for number in range(samples)])
+    draws = _Draws(Rows(trunk, project, asked, samples, sampling), drawn, heed)
+    with trunk.attending(DECODE):
+        flat = draws.run()
+    return [flat[first : first + samples] for first in range(0, len(flat), samples)]
 
 
 def answer(trunk: Trunk, prompt: str, most: int, written_as: Literal["chat", "text"], heed: Heed | None = None) -> str:
@@ -115,36 +128,43 @@ def asked_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, written_as: Liter
 
 
 class _Draws:
-    """The responses that are drawn at once; `active` are those that go on."""
+    """The responses that are drawn at once. The host looks at them every few tokens: until then a row that has ended
+    goes on, and what it says after its end is cut off."""
 
     def __init__(self, rows: Rows, drawn: np.ndarray, heed: Heed | None) -> None:
         """`drawn`: (B, max_new) float64."""
         self.rows, self.sampling, self.heed = rows, rows.sampling, heed
         device = rows.logits.device
         self.drawn = torch.from_numpy(drawn).to(device)
-        self.active = torch.arange(len(drawn), device=device)  # rows of `said`
-        self.said = torch.zeros(len(drawn), self.sampling.max_new, dtype=torch.long, device=device)
-        self.lengths = [self.sampling.max_new] * len(drawn)
-        self.ended = [False] * len(drawn)
+        self.said = torch.zeros(drawn.shape, dtype=torch.long, device=device)
+        self.active = torch.arange(len(drawn), device=device)  # rows of `said` that are computed
+        # The same for the host, as far as it has looked.
+        self.ends, self.seen = rows.ends.cpu().numpy(), 0
+        self.heard = np.zeros(drawn.shape, np.int32)
+        self.numbers = np.arange(len(drawn))  # of the active rows
+        self.lengths = np.full(len(drawn), self.sampling.max_new)
+        self.ended = np.zeros(len(drawn), bool)
 
     def run(self) -> list[Response]:
         """Every row to its end."""
+        every = LOOK.get(self.active.device.type, LOOK["cuda"])
         for t in range(self.sampling.max_new):
             tokens = self._next(t)
             self.said[self.active, t] = tokens
-            if self.heed:
-                self.heed(tokens.tolist())
-            going = torch.tensor(self._unfinished(tokens, t), device=tokens.device, dtype=torch.bool)
-            if not going.any() or t + 1 == self.sampling.max_new:
-                break
-            leaving = going.float().mean() <= LEAVE.get(self.active.device.type, LEAVE["cuda"])
-            rows = going.nonzero()[:, 0] if leaving else None
-            if leaving:
-                self.active, tokens = self.active[rows], tokens[rows]
+            rows = None
+            if (t + 1) % every == 0 or t + 1 == self.sampling.max_new:
+                self._look(t + 1)
+                going = ~self.ended[self.numbers]
+                if not going.any() or t + 1 == self.sampling.max_new:
+                    break
+                if going.mean() <= LEAVE.get(self.active.device.type, LEAVE["cuda"]):
+                    self.numbers = self.numbers[going]
+                    rows = torch.from_numpy(going.nonzero()[0]).to(tokens.device)
+                    self.active, tokens = self.active[rows], tokens[rows]
             self.rows.step(tokens, rows)
-        said = self.said.cpu().numpy().astype(np.int32)
         return [
-            Response(row[:length], ended) for row, length, ended in zip(said, self.lengths, self.ended, strict=True)
+            Response(row[:length].copy(), bool(ended))
+            for row, length, ended in zip(self.heard, self.lengths, self.ended, strict=True)
         ]
 
     def _next(self, t: int) -> Tensor:
@@ -153,15 +173,19 @@ class _Draws:
             return logits.argmax(-1)
         return draw(filtered(logits, self.sampling), self.drawn[self.active, t])
 
-    def _unfinished(self, tokens: Tensor, t: int) -> list[bool]:
-        """For every active row whether it goes on; notes where the others ended."""
-        going = []
-        over = torch.isin(tokens, self.rows.ends).tolist()
-        for row, done in zip(self.active.tolist(), over, strict=True):
-            if not self.ended[row] and (done or (self.rows.stop and self.rows.stopped(self.said[row, : t + 1]))):
-                self.ended[row], self.lengths[row] = True, t + 1
-            going.append(not self.ended[row])
-        return going
+    def _look(self, t: int) -> None:
+        """What was said up to token t: notes where rows ended, and tells what they said until then."""
+        first, self.seen = self.seen, t
+        self.heard[self.numbers, first:t] = self.said[self.active, first:t].cpu().numpy()
+        for step in range(first, t):
+            going = self.numbers[~self.ended[self.numbers]]
+            tokens = self.heard[going, step]
+            over = np.isin(tokens, self.ends)
+            if self.rows.stop:
+                over |= np.array([self.rows.stopped(self.heard[row, : step + 1]) for row in going], bool)
+            self.ended[going[over]], self.lengths[going[over]] = True, step + 1
+            if self.heed and len(going):
+                self.heed(tokens.tolist())
 
 
 def _projection(trunk: Trunk) -> Linear:
@@ -177,10 +201,10 @@ def _projection(trunk: Trunk) -> Linear:
 
 
 def _groups(
-    order: list[int], prompts: Sequence[np.ndarray], max_new: int, samples: int, device: str
+    order: list[int], prompts: Sequence[np.ndarray], max_new: int, samples: int, budget: int
 ) -> Iterator[list[int]]:
-    """Prompts of like length together, as many as there is room for."""
-    budget, group, room = KEPT_TOKENS.get(device, KEPT_TOKENS["cuda"]), [], 0
+    """Prompts of like length together, as many as there is room for: a budget of kept tokens."""
+    group, room = [], 0
     for i in order:
         room = room or len(prompts[i]) + max_new  # the first of a group is its longest
         if group and (len(group) + 1) * samples * room > budget:

@@ -5,6 +5,7 @@ Shapes: N prompts, B rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -80,7 +81,7 @@ class Rows:
             logits = logits.index_fill(1, self.ends, -torch.inf)
         return logits
 
-    def stopped(self, said: Tensor) -> bool:
+    def stopped(self, said: Tensor | np.ndarray) -> bool:
         """Whether a response, (t,) of its tokens, has just said a stop text."""
         if len(said) < self.sampling.min_new:
             return False
@@ -90,19 +91,40 @@ class Rows:
 
     def _prompts(self, prompts: list[np.ndarray], copies: int) -> tuple[Tensor, KeyValues]:
         """Logits after each prompt, (B, V), and its keys and values, for every one of its rows."""
+        more = self.sampling.max_new if self.replayed.recorder and self.sampling.beams == 1 else STRETCH
+        kept = KeyValues([len(prompt) for prompt in prompts for _ in range(copies)], more, self.trunk.device)
+        logits, first = [], 0
+        for part in _passes(prompts, self.trunk.budgets.prompt_tokens):
+            recorder = Recorder()
+            logits.append(self.project(self._pass(part, recorder)))
+            edges = np.cumsum([0, *(len(prompt) for prompt in part)])
+            kept.take(recorder, first, [(int(a), int(b)) for a, b in pairwise(edges) for _ in range(copies)])
+            first += len(part) * copies
+        return torch.cat(logits).repeat_interleave(copies, 0), kept
+
+    def _pass(self, prompts: list[np.ndarray], recorder: Recorder) -> Tensor:
+        """Final hidden state of each of n prompts, (n, d), in one packed row."""
         trunk = self.trunk
         trees = [Tree((prompt.astype(np.int32),), (np.zeros(len(prompt), bool),)) for prompt in prompts]
         forest = plant(trees, multiple=trunk.row_multiple).to(trunk.device)
-        recorder = Recorder()
         with trunk.autocast():
-            hidden = trunk.decoder(
+            return trunk.decoder(
                 input_ids=forest.tokens,
                 position_ids=forest.positions,
                 past_key_values=recorder,
                 use_cache=True,
                 forest=trunk.mask(forest),
             ).last_hidden_state[0, forest.ends]
-        edges = np.cumsum([0, *(len(prompt) for prompt in prompts)])
-        spans = [(int(a), int(b)) for a, b in pairwise(edges) for _ in range(copies)]
-        more = self.sampling.max_new if self.replayed.recorder and self.sampling.beams == 1 else STRETCH
-        return self.project(hidden).repeat_interleave(copies, 0), KeyValues(recorder, spans, more)
+
+
+def _passes(prompts: list[np.ndarray], most: int) -> Iterator[list[np.ndarray]]:
+    """Prompts in their order, as many at once as have `most` tokens; one at least."""
+    part, tokens = [], 0
+    for prompt in prompts:
+        if part and tokens + len(prompt) > most:
+            yield part
+            part, tokens = [], 0
+        part.append(prompt)
+        tokens += len(prompt)
+    if part:
+        yield part

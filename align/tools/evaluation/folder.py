@@ -99,7 +99,8 @@ def in_words(
 ) -> Iterator[str]:
     """The measures, and what was left out of them."""
     for name, (value, low, high, n) in metrics.items():
-        yield f"{name:28} {value:9.4g}  ({low:.4g} to {high:.4g}; {n:,} prompts)"
+        span = f"{low:.4g} to {high:.4g}" if math.isfinite(low) else "no interval"
+        yield f"{name:28} {value:9.4g}  ({span}; {n:,} prompt{'s' * (n != 1)})"
     for name, score in responses.scores.items():
         if lost := int((~np.isfinite(score)).sum()):
             yield f"score {name}: {lost:,} of {score.size:,} are not a number, and excluded"

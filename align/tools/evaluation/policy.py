@@ -77,14 +77,12 @@ def _scalars(section: Section) -> list[tuple[str, Any]]:
 
 def _tokens_sampled(run: Path, steps: int | None, recipe: Any) -> int | None:
     """Of all training steps; None where nothing is sampled, or where not every step was logged."""
-    if recipe.stage != "ppo":
-        return None
     here = Run(recipe.model_copy(update={"run": str(run)}))  # which may have been moved
     records = [record for record in here.records("metrics.jsonl") if record["split"] == "train"]
     if len(records) != steps:
         return None
-    each = recipe.batch.examples * recipe.ppo.samples
-    return round(sum(record["response_tokens"] * each for record in records))
+    told = [record["sampled_tokens"] for record in records if "sampled_tokens" in record]
+    return sum(told) if told else None
 
 
 def _numbers(path: Path) -> dict[str, float]:

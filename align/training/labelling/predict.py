@@ -152,7 +152,7 @@ def predict_command(argv: Sequence[str]) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     keep_freed_memory()
-    with border("classify fewer texts at once, or shorter ones"):
+    with border("classify fewer texts at once, or shorter ones", result=True):
         options = parser.parse_args(argv)
         file = None if options.file is None else expanded(options.file)
         folder = Path(expanded(options.predict))

@@ -1,4 +1,4 @@
-"""PPO's part of the run's report: reward against KL, warnings, and responses over time."""
+"""The part of PPO and GRPO in the run's report: reward against KL, warnings, and responses over time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def findings(metrics: Metrics, recipe: str) -> list[Finding]:
     """What went wrong, as far as the metrics tell."""
     train, held = ([*metrics.splits.get(split, {}).values()] for split in ("train", "eval"))
     try:
-        parts: list[dict[str, Any]] = (yaml.safe_load(recipe) or {})["ppo"]["rewards"]
+        written = yaml.safe_load(recipe) or {}
+        parts: list[dict[str, Any]] = written[written["stage"]]["rewards"]
     except (yaml.YAMLError, KeyError, TypeError):
         parts = []
     judges = [_title(part) for part in parts if not part.get("weight", 1.0)]

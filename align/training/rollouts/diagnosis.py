@@ -1,4 +1,4 @@
-"""Known failures of PPO, told from a run's metrics, in words."""
+"""Known failures of PPO and GRPO, told from a run's metrics, in words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 RECENT = 5  # records that a judgement on a course rests on
-NEEDED = ("kl_per_token", "ended", "response_tokens", "entropy", "score")
+NEEDED = ("ended", "response_tokens", "entropy", "score")
 
 
 class Finding(NamedTuple):
@@ -27,7 +27,7 @@ def diagnose(train: Course, held: Course, judges: Sequence[str] = ()) -> list[Fi
     train, held = (_known(course, *NEEDED) for course in (train, held))
     found = []
     if len(train) >= RECENT:
-        found += [*_negative_kl(train), *_no_end(train), *_blind_critic(train)]
+        found += [*_negative_kl(train), *_no_end(train), *_blind_critic(train), *_equal_groups(train)]
     for course in (held, train):
         if len(course) > 1:
             found += [*_lengths(course), *_entropy(course)]
@@ -36,15 +36,15 @@ def diagnose(train: Course, held: Course, judges: Sequence[str] = ()) -> list[Fi
 
 
 def _negative_kl(train: Course) -> list[Finding]:
-    kl = _mean(train, "kl_per_token")
-    if kl > -0.01:
+    told = _known(train, "kl_per_token")  # which is not, where no step asks the reference
+    if len(told) < RECENT or (kl := _mean(told, "kl_per_token")) > -0.01:
         return []
     return [
         Finding(
             "negative KL",
             f"the KL estimate is negative ({kl:.3f} nats a token): responses do not come from the distribution that "
             "scores them, and the penalty pays for going astray. Sample without top_k, top_p, min_p and "
-            "repetition_penalty, or take kl_estimator=k3",
+            "repetition_penalty, or (PPO) take kl_estimator=k3",
         )
     ]
 
@@ -71,6 +71,19 @@ def _blind_critic(train: Course) -> list[Finding]:
             "blind critic",
             f"the critic explains nothing of the returns (explained variance {known:.2f}): raise "
             "critic_learning_rate, or give it a critic_warmup",
+        )
+    ]
+
+
+def _equal_groups(train: Course) -> list[Finding]:
+    told = _known(train, "equal_groups")
+    if len(told) < 4 * RECENT or (share := _mean(told, "equal_groups")) < 0.9:
+        return []
+    return [
+        Finding(
+            "equal groups",
+            f"{share:.0%} of groups have equal scores, which say nothing of better and worse: take more samples, "
+            "prompts that are neither too easy nor too hard, or a reward with more than two values",
         )
     ]
 

@@ -83,9 +83,9 @@ class Answered(NamedTuple):
     response: str
 
 
-def stands_on(parts: Sequence[RewardPart]) -> dict[str, Any]:
+def stands_on(parts: Sequence[RewardPart], key: str) -> dict[str, Any]:
     """What a run's identity has of them: the folder of each model, by recipe key, and whether the rows are read."""
-    named = [(f"ppo.rewards.{i}", part) for i, part in enumerate(parts)]
+    named = [(f"{key}.{i}", part) for i, part in enumerate(parts)]
     models = {key: part.adapter or part.model for key, part in named if part.adapter or part.model}
     return {"results": models, "records": any(part.function for part in parts)}
 

@@ -9,7 +9,7 @@ k + 1 steps: before each token, and after the last. n labels, P paths and S = n 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -72,6 +72,8 @@ class Episodes:
         self.paths = np.full(len(prompts), self.samples, np.int64)
         self.room = self.lengths + self.paths - 1
         self.flat = [response for own in responses for response in own]  # by number
+        self.said = torch.tensor([len(response.tokens) for response in self.flat])  # (E,) int64
+        self.ended = torch.tensor([response.ended for response in self.flat])  # (E,) bool
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -79,6 +81,17 @@ class Episodes:
     def numbers(self, group: np.ndarray) -> np.ndarray:
         """The episodes of a group of prompts, (k,) -> (k * samples,) int64."""
         return (group[:, None] * self.samples + np.arange(self.samples)).ravel()
+
+    def part(self, group: np.ndarray) -> Episodes:
+        """Those of some prompts, (k,) int64, one or more."""
+        return Episodes([self.prompts[i] for i in group], [self.responses[i] for i in group])
+
+    def replaced(self, group: np.ndarray, anew: Episodes) -> Episodes:
+        """With other responses to some prompts, (k,) int64."""
+        responses = list(self.responses)
+        for i, own in zip(group, anew.responses, strict=True):
+            responses[i] = own
+        return Episodes(self.prompts, responses)
 
     def tree(self, i: int) -> Tree:
         """Prompt `i` with its responses as branches, all of their tokens labels; targets are episodes' numbers."""
@@ -91,14 +104,12 @@ class Rollout(NamedTuple):
     """What the roles say of all episodes; float32 and 0 where masked, on the CPU."""
 
     logprobs: Tensor  # (E, T) of the actor that sampled
-    ref_logprobs: Tensor  # (E, T)
+    ref_logprobs: Tensor | None  # (E, T); None where it was not asked
     entropies: Tensor  # (E, T) of the actor, in nats
     values: Tensor  # (E, T + 1) of the critic; 0 where it was not asked
     tokens: Tensor  # (E, T) bool, the policy's mask
     steps: Tensor  # (E, T + 1) bool, the values' mask: one longer
     lengths: Tensor  # (E,) int64, tokens of each
-    ended: Tensor  # (E,) bool, by an end of turn or a stop text
-    scores: dict[str, Tensor]  # by the reward roles, (E,) each
     said: Said | None = None  # of the only row there is, with its graph: nothing has to be said again to learn from it
 
 
@@ -150,44 +161,75 @@ def scored(
     groups: Sequence[np.ndarray],
     scorers: Sequence[str],
     screen: Screen,
+) -> dict[str, Tensor]:
+    """Scores of all episodes by the reward roles, (E,) float32 each, at their ends; `groups` as in `read`."""
+    if not scorers:
+        return {}
+
+    def numbers(forest: Forest) -> list[tuple[Tensor, ...]]:
+        columns = [roles.scores(name, forest, forest.ends).cpu().split(1) for name in scorers]
+        return list(zip(*columns, strict=True))
+
+    columns = _by_episode(batches, episodes, groups, screen, numbers)
+    return {name: torch.cat(column) for name, column in zip(scorers, columns, strict=True)}
+
+
+def read(
+    roles: Roles,
+    batches: Batches,
+    episodes: Episodes,
+    groups: Sequence[np.ndarray],
+    screen: Screen,
     to_learn: Entropy | None = None,
+    reference: bool = True,
 ) -> Rollout:
-    """Actor, critic, reference and reward over packed trees, each prompt once.
+    """What actor, critic and, if so asked, reference say, over packed trees, each prompt once.
 
     `groups` of prompts, (k,) int64 each, share rows as they will when they are trained on, so that the actor says
-    again, to the bit, what it says here. `to_learn`: they are trained on next, with this entropy: the critic is asked
-    too, and if there is but one row, `Rollout.said` is kept.
+    again, to the bit, what it says here. `to_learn`: they are trained on next, with this entropy: the critic, if there
+    is one, is asked too, and if there is but one row, `Rollout.said` is kept.
     """
     rows = [row for group in groups for row in batches.rows(episodes, group)]
-    kept = to_learn is not None and len(rows) == batches.world == 1
+    kept: list[Said] = []
+    keeps = to_learn is not None and len(rows) == batches.world == 1
+
+    def numbers(forest: Forest) -> list[tuple[Tensor, ...]]:
+        with torch.set_grad_enabled(keeps):
+            said = roles(forest, to_learn is not None, to_learn or "known")
+        kept[:] = [said] * keeps
+        counts = path_counts(forest.path, forest.paths).tolist()
+        values = said.logprobs.new_zeros(len(said.logprobs) + forest.paths) if said.values is None else said.values
+        bare = (roles.reference(forest),) if reference else ()
+        columns = [part.detach().cpu().split(counts) for part in (said.logprobs, said.entropy, *bare)]
+        columns.insert(2, values.detach().cpu().split([k + 1 for k in counts]))
+        return list(zip(*columns, strict=True))
+
+    columns = _by_episode(batches, episodes, groups, screen, numbers)
+    logprobs, entropies, values, *bare = (pad_sequence(column, batch_first=True) for column in columns)
+    steps = torch.arange(logprobs.shape[1] + 1) <= episodes.said[:, None]
+    ref_logprobs = bare[0] if bare else None
+    return Rollout(
+        logprobs, ref_logprobs, entropies, values, steps[:, 1:], steps, episodes.said, kept[0] if kept else None
+    )
+
+
+def _by_episode(
+    batches: Batches,
+    episodes: Episodes,
+    groups: Sequence[np.ndarray],
+    screen: Screen,
+    numbers: Callable[[Forest], list[tuple[Tensor, ...]]],
+) -> list[tuple[Tensor, ...]]:
+    """`numbers` of each path of a batch, (…,) each, as columns over all episodes, on every process."""
+    rows = [row for group in groups for row in batches.rows(episodes, group)]
     mine: dict[int, tuple[Tensor, ...]] = {}
     with torch.no_grad(), screen.at_once():
         for row in screen.track(rows, "scoring"):
             forest = batches.plant(episodes, row)
-            with torch.set_grad_enabled(kept):
-                said = roles(forest, to_learn is not None, to_learn or "known")
-            numbers = _numbers(roles, forest, said, scorers)
-            mine |= dict(zip(forest.targets.long().tolist(), numbers, strict=True)) if row else {}
+            found = numbers(forest)
+            mine |= dict(zip(forest.targets.long().tolist(), found, strict=True)) if row else {}
     known = {number: parts for part in gather_object([mine]) for number, parts in part.items()}
-    columns = list(zip(*(known[number] for number in range(len(episodes.flat))), strict=True))
-    logprobs, ref_logprobs, entropies, values = (pad_sequence(column, batch_first=True) for column in columns[:4])
-    lengths = torch.tensor([len(response.tokens) for response in episodes.flat])
-    steps = torch.arange(logprobs.shape[1] + 1) <= lengths[:, None]
-    scores = {name: torch.cat(column) for name, column in zip(scorers, columns[4:], strict=True)}
-    ended = torch.tensor([response.ended for response in episodes.flat])
-    numbers = Rollout(logprobs, ref_logprobs, entropies, values, steps[:, 1:], steps, lengths, ended, scores)
-    return numbers._replace(said=said) if kept else numbers
-
-
-def _numbers(roles: Roles, forest: Forest, said: Said, scorers: Sequence[str]) -> list[tuple[Tensor, ...]]:
-    """Of each path: log-probabilities (k,), the reference's (k,), entropies (k,), values (k + 1,), scores (1,) each."""
-    counts = path_counts(forest.path, forest.paths).tolist()
-    reference = roles.reference(forest)
-    values = reference.new_zeros(len(reference) + forest.paths) if said.values is None else said.values
-    columns = [part.detach().cpu().split(counts) for part in (said.logprobs, reference, said.entropy)]
-    columns.append(values.detach().cpu().split([k + 1 for k in counts]))
-    columns += [roles.scores(name, forest, forest.ends).cpu().split(1) for name in scorers]
-    return list(zip(*columns, strict=True))
+    return list(zip(*(known[number] for number in range(len(episodes.flat))), strict=True))
 
 
 def minibatches(prompts: int, count: int, key: Sequence[int]) -> list[np.ndarray]:
@@ -195,20 +237,26 @@ def minibatches(prompts: int, count: int, key: Sequence[int]) -> list[np.ndarray
     return np.array_split(np.random.default_rng(list(key)).permutation(prompts), min(count, prompts))
 
 
-def figures(rollout: Rollout, parts: dict[str, Tensor], score: Tensor, kl_coef: float) -> dict[str, float]:
-    """Means over a rollout's episodes, or over their real tokens; `parts` and `score` (E,) each."""
-    kl, tokens = float((rollout.logprobs - rollout.ref_logprobs).sum()), float(rollout.lengths.sum())
+def score_figures(parts: dict[str, Tensor], score: Tensor, episodes: Episodes) -> dict[str, float]:
+    """Means over episodes; `parts` and `score` (E,) each."""
     return {
         "score": float(score.mean()),
         **{f"score/{name}": float(part.mean()) for name, part in parts.items()},
-        "kl": kl / len(score),
-        "kl_per_token": kl / tokens,
-        "kl_coef": kl_coef,
-        "reward": float(score.mean()) - kl_coef * kl / len(score),
-        "entropy": float(rollout.entropies.sum()) / tokens,
-        "response_tokens": tokens / len(score),
-        "ended": float(rollout.ended.float().mean()),
+        "response_tokens": float(episodes.said.sum()) / len(score),
+        "ended": float(episodes.ended.float().mean()),
     }
+
+
+def figures(rollout: Rollout, kl_coef: float, score: float) -> dict[str, float]:
+    """Means over a rollout's episodes, or over their real tokens; `score` is the mean of theirs. Nothing of KL where
+    the reference was not asked."""
+    tokens, count = float(rollout.lengths.sum()), len(rollout.lengths)
+    found = {"entropy": float(rollout.entropies.sum()) / tokens}
+    if rollout.ref_logprobs is not None:
+        kl = float((rollout.logprobs - rollout.ref_logprobs).sum())
+        found |= {"kl": kl / count, "kl_per_token": kl / tokens, "kl_coef": kl_coef}
+        found["reward"] = score - kl_coef * kl / count
+    return found
 
 
 def explained(rollout: Rollout, returns: Tensor) -> dict[str, float | None]:
@@ -222,29 +270,3 @@ def explained(rollout: Rollout, returns: Tensor) -> dict[str, float | None]:
         "value/return": float(real.mean()),
         "value/critic": float(values.mean()),
     }
-
-
-class Targets:
-    """What a minibatch learns from, found for each batch by the numbers of its episodes."""
-
-    def __init__(self, rollout: Rollout, advantages: Tensor, returns: Tensor, device: torch.device) -> None:
-        """advantages (E, T), returns (E, T + 1)."""
-        grids = (rollout.logprobs, advantages, rollout.values, returns)
-        self.grids = [grid.to(device) for grid in grids]
-        self.masks = [mask.to(device) for mask in (rollout.tokens, rollout.steps)]
-        self.lengths = rollout.lengths
-        self.token_count = self.step_count = 1
-        self.actor_learns = 1.0
-
-    def minibatch(self, episodes: np.ndarray, actor_learns: bool) -> Targets:
-        """For these episodes, (e,) int64: the losses are means over their tokens and steps."""
-        self.token_count = int(self.lengths[episodes].sum())
-        self.step_count = self.token_count + len(episodes)
-        self.actor_learns = float(actor_learns)
-        return self
-
-    def of(self, batch: Forest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Old log-probabilities (n,), advantages (n,), old values (S,) and returns (S,)."""
-        episode = batch.targets.long()
-        tokens, steps = (mask[episode] for mask in self.masks)
-        return tuple(grid[episode][mask] for grid, mask in zip(self.grids, (tokens, tokens, steps, steps), strict=True))

@@ -1,4 +1,5 @@
-"""What is seen of a PPO run beside its metrics: responses over time, the best actor so far, and warnings in words."""
+"""What is seen of a run that samples, beside its metrics: responses over time, the best actor so far, and warnings in
+words."""
 
 from __future__ import annotations
 
@@ -72,11 +73,3 @@ class Watch:
             if finding.kind not in self._said:
                 self._said.add(finding.kind)
                 loop.session.say(f"warning, step {step}: {finding.text}")
-
-
-def check_unmoved(loop: Loop, terms: dict[str, tuple[float, float]]) -> None:
-    """Before a step's first update p / p_old is 1 and nothing is clipped, to the bit where rows are computed alike."""
-    moved = terms["moved"][0] / terms["moved"][1]  # not a number: the update will tell the user
-    exact = loop.trunk.device.type == "cpu"
-    assert not moved > (0.0 if exact else 0.05), f"the actor differs by {moved} nats a token from the one that sampled"
-    assert not exact or terms["clip_fraction"][0] == 0

@@ -213,7 +213,11 @@ def _fault(path: Path, hashes: bool = True) -> str | None:
             return f"its format is {manifest['format']}, this version of align reads {FORMAT}"
         if manifest["step"] != int(path.name.rpartition("-")[2]):
             return f"its manifest is that of step {manifest['step']}"
+        if "state.json" not in manifest["files"]:
+            return "its manifest has no state.json"
         for name, expected in manifest["files"].items():
+            if Path(name).name != name or not (path / name).is_file():  # else it may name a device, which has no end
+                return f"{name} is no file in it"
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} holds {size} bytes, its manifest says {expected['bytes']}"
@@ -248,9 +252,13 @@ def published(folder: Path, size: int) -> Iterator[Path]:
     with speaking(folder, size):
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        yield beside
-        for file in (*beside.iterdir(), beside):
-            sync(file)
+        try:
+            yield beside
+            for file in (*beside.iterdir(), beside):
+                sync(file)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
         if folder.is_symlink():
             folder.unlink()
         elif folder.exists():
@@ -266,8 +274,9 @@ def speaking(path: Path, size: int) -> Iterator[None]:
     """Say what the disk refused, when `size` bytes were to be written at `path`, in words that help."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else re.sub(r".*error: | \(os error.*", "", str(error))
+    except Exception as error:
+        if (reason := _refused(error)) is None:
+            raise
         near = next((folder for folder in path.parents if folder.is_dir()), Path("/"))
         free = shutil.disk_usage(near).free
         room = f"{size / 1e6:,.1f} MB to write, {free / 1e6:,.1f} MB free in {near}"
@@ -275,3 +284,14 @@ def speaking(path: Path, size: int) -> Iterator[None]:
             f"{path}: cannot be written: {reason} ({room}); make room there or choose another `run` folder. "
             "What was saved before is still whole."
         ) from error
+
+
+def _refused(error: Exception) -> str | None:
+    """What the system said, where it refused a file; None for another error. Libraries in Rust wrap it in their own:
+    safetensors in SafetensorError, tokenizers in a bare Exception."""
+    if isinstance(error, UserError):
+        return None
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = re.search(r"([^:]*) \(os error \d+\)", str(error))
+    return found[1].strip() if found else str(error) if isinstance(error, SafetensorError) else None

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from align.data.examples import Examples
 from align.data.formats.prompts import asked
 from align.data.store import writer_of
-from align.models.base import base_folder, result_fingerprint, weights_fingerprint
+from align.models.base import base_folder
+from align.models.checkpoints.fingerprints import result_fingerprint, weights_fingerprint
 from align.recipe.errors import UserError
 from align.recipe.schema import BaseRecipe
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from typing_extensions import TypedDict
@@ -17,6 +17,7 @@ from align.recipe.schema import Optim
 from align.training.runs.checkpoint import Tensors, load_checkpoint
 
 Named = dict[str, nn.Parameter]
+MOST = 2**53  # what a number of JSON counts to exactly
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
 
 
@@ -66,10 +67,12 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 class _State(TypedDict):
     """What the loop goes on from, besides tensors; JSON holds it."""
 
-    step: Annotated[int, Field(ge=0)]
-    place: Annotated[int, Field(ge=0)]
-    tokens_seen: int
-    elapsed_seconds: float
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)  # type: ignore[misc]
+
+    step: Annotated[int, Field(ge=0, le=MOST)]
+    place: Annotated[int, Field(ge=0, le=MOST)]
+    tokens_seen: Annotated[int, Field(ge=0)]
+    elapsed_seconds: Annotated[float, Field(ge=0)]
     memory: dict[str, Any]
     identity: dict[str, Any]
     fingerprint: str
@@ -81,13 +84,16 @@ STATE = TypeAdapter(_State)
 
 
 def state_of(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """The state of a checkpoint at `path`. Raises UserError where it is not as align writes it."""
+    """The state of a checkpoint at `path`, whose name is its step's. Raises UserError where it is not as align writes
+    it."""
     try:
         STATE.validate_python(state)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         where = ".".join(map(str, fault["loc"]))
         raise UserError(f"{path} is no checkpoint of a run (state.json: {where}: {fault['msg']})") from None
+    if f"{state['step']:06d}" != path.name.rpartition("-")[2]:
+        raise UserError(f"{path} is no checkpoint of a run (state.json: step: it is that of step {state['step']})")
     return state
 
 
@@ -102,7 +108,10 @@ def restore(path: Path, named: Named, optimizer: torch.optim.Optimizer, fingerpr
         )
     if tensors.get("model", {}).keys() != named.keys():
         raise UserError(f"{path} holds other weights than this recipe trains; start over with --fresh")
-    put_back(path, tensors["model"], tensors.get("optimizer", {}), named, optimizer)
+    moments = tensors.get("optimizer", {})
+    if state["step"] and not moments:
+        raise UserError(f"{path} has no moments of AdamW, which has made {state['step']:,} steps; start over with --fresh")
+    put_back(path, tensors["model"], moments, named, optimizer)
     return state
 
 
@@ -117,12 +126,17 @@ def put_back(
 
     Raises UserError for tensors, which came from `path`, that do not fit.
     """
+    owners = {key.rpartition("/")[0] for key in moments}
+    if lacking := sorted({f"{name}/{key}" for name in owners for key in MOMENTS} - moments.keys()):
+        raise UserError(f"{path} does not fit this run: it has no {lacking[0]}")
     wanted = {name: p.shape for name, p in named.items()}
     of_moments = {f"{name}/{key}": () if key == "step" else p.shape for name, p in named.items() for key in MOMENTS}
     for shapes, given in ((wanted, weights), (of_moments, moments)):
         for name, t in given.items():
             if shapes.get(name) != t.shape or not t.is_floating_point():
                 raise UserError(f"{path} does not fit this run: its {name} is of {t.dtype}, {[*t.shape]}")
+            if not torch.isfinite(t).all():
+                raise UserError(f"{path} cannot be gone on with: its {name} has values that are not finite")
     with torch.no_grad():
         for name, p in named.items():
             p.copy_(_like(weights[name], p))

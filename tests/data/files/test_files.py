@@ -15,6 +15,7 @@ import pytest
 from data.voices import SMOLLM, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from often import often
 
 from align.data.files.arrow import unpadded
 from align.data.files.files import read_file
@@ -274,7 +275,7 @@ GOOD = {
 }
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=often(1500), deadline=None)
 @given(data=st.data())
 def test_fuzz_mutated_files_give_rows_faults_or_user_errors(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from data.mutants import mutated
 from hypothesis import given, settings
+from often import often
 
 from align.data.formats.answers import BEST, COMPARED, JUDGED
 from align.data.formats.formats import FORMATS, Fault, Row, convert, detect, find, read_rows
@@ -435,6 +436,9 @@ REFUSED = [
     ("labelled", {"prompt": "q", "completion": "a", "label": 0.5}, "label: expected true or false"),
     ("labelled", {"prompt": "q", "completion": "a", "label": "spam"}, "label: expected true or false, 1 or 0 or"),
     ("labelled", {"prompt": "q", "completion": "a", "label": 7}, "label: expected true or false, 1 or 0 or -1, des"),
+    ("labelled", {"prompt": "q", "completion": "a", "kto_tag": "spam"}, "kto_tag: expected true or false, 1 or 0"),
+    ("labelled", {"prompt": "q", "completion": "a", "kto_tag": None}, "kto_tag: expected true or false, 1 or 0"),
+    ("labelled", {"prompt": "q", "completion": "a", "kto_tag": True, "label": "spam"}, "label: expected true or fals"),
     (
         "labelled",
         {"prompt": "q", "completion": "a", "label": True, "kto_tag": False},
@@ -536,7 +540,7 @@ def assert_canonical(row: Row, format: str) -> None:
         assert row.targets == () or (len(said) == 2 and row.targets[1] == 0.0)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=often(1500), deadline=None)
 @given(mutated(TAKEN, ALL))
 def test_fuzz_only_canonical_rows_or_faults_come_out(case):
     format, row = case

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from data.mutants import mutated
 from hypothesis import given, settings
+from often import often
 
 from align.data.formats.formats import FORMATS, Fault, Row, convert, describe, detect, read_rows
 from align.recipe.errors import UserError
@@ -499,7 +500,7 @@ def assert_canonical(row: Row) -> None:
     assert any(m["role"] == "assistant" and m.get("train", True) for m in row.messages)
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=often(3000), deadline=None)
 @given(mutated(TAKEN, FORMATS))
 def test_fuzz_only_canonical_rows_or_faults_come_out(case):
     format, row = case

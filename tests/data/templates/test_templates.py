@@ -1,4 +1,6 @@
 import re
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from align.data.formats.formats import Fault, Row
 from align.data.formats.prompts import prompts
+from align.data.templates import confined
 from align.data.templates.chats import chat_of
 from align.data.templates.ends import turn_ends
 from align.data.templates.preferences import render_answers
@@ -178,15 +181,39 @@ def test_an_option_turns_thinking_off():
         ("{% for i in range(10 ** 9) %}a{% endfor %}", "OverflowError: "),
         ("{{ messages[50].content }}", "no element 50"),
         ("{{ 'a' * messages }}", "TypeError: "),
+        ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
+        ("{{ cycler.__init__.__globals__ }}", "is unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader for this environment"),
+        ("{% set _ = messages.clear() %}", "is unsafe"),
+        ("{{ '\\ud800' }}", "half a character"),
+        ("{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}", "MemoryError"),
     ],
 )
-def test_whatever_a_template_does_is_one_line(wrong, problem):
+def test_whatever_a_template_does_is_one_line(wrong, problem, monkeypatch):
+    monkeypatch.setattr(confined, "MEMORY", 2**27)
     with pytest.raises(UserError, match=problem) as raised:
         chat_tokenizer(tiny_tokenizer(wrong), None)
     assert len(raised.value.problems) == 1
     later = SMOLLM + "{% if messages | length > 4 %}" + wrong + "{% endif %}"
     fault = render(make_row(talk_of(*"abcdef")), chat_tokenizer(tiny_tokenizer(later), None), "assistant")
     assert problem in fault.reason
+
+
+@pytest.mark.parametrize(
+    "endless",
+    ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ lipsum(10000000) }}"],
+)
+def test_a_template_without_end_is_stopped(endless, monkeypatch):
+    """At the first conversation, or at a later one, where it ends all: the next would take as long."""
+    monkeypatch.setattr(confined, "SECONDS", 0.2)
+    handler, limit = signal.getsignal(signal.SIGVTALRM), resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match=r"takes more than 0\.2 seconds to write one conversation"):
+        chat_tokenizer(tiny_tokenizer(endless), None)
+    later = SMOLLM + "{% if messages | length > 4 %}" + endless + "{% endif %}"
+    with pytest.raises(UserError, match=r"takes more than 0\.2 seconds to write one conversation"):
+        render(make_row(talk_of(*"abcdef")), chat_tokenizer(tiny_tokenizer(later), None), "assistant")
+    assert (signal.getsignal(signal.SIGVTALRM), resource.getrlimit(resource.RLIMIT_AS)) == (handler, limit)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 
 
 @pytest.mark.parametrize(("name", "results"), [("smollm", False), ("gemma", True), ("llama2", True), ("marked", False)])

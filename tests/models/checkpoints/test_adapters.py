@@ -205,6 +205,7 @@ def test_a_chain_is_merged_link_by_link(chain):
     with torch.no_grad():
         before = stir(trunk_on(chain["base"], adapter=names[:2]), 0)
         before.causal.load_adapter(names[2], "again")
+        before.take_in()
         with before.acting("again"):
             expected = before(FOREST)
         torch.testing.assert_close(trunk_on(chain["base"], adapter=names)(FOREST), expected, rtol=1e-5, atol=1e-4)

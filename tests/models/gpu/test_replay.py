@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import weakref
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,3 +168,48 @@ def test_a_search_is_not_recorded(monkeypatch):
     records(trunk, monkeypatch, tapes)
     assert said(trunk, sampling) == expected
     assert tapes.recorded == 0
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_memory_that_is_short_is_said(within, monkeypatch):
+    """By the step itself, or by the capture that it broke."""
+    trunk = tiny_trunk("llama", Lora(r=4, alpha=8))
+
+    def refuses(step, given):
+        try:
+            raise torch.OutOfMemoryError("out of memory")
+        finally:
+            if within:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    records(trunk, monkeypatch, refuses)
+    with pytest.raises(RuntimeError) as told:
+        said(trunk, Sampling(12))
+    assert replay.out_of_memory(told.value)
+    assert trunk.replayed.recorder is not None
+
+
+@pytest.mark.parametrize("short", [0, 1, 2])
+def test_a_capture_empties_the_allocators_cache_only_where_memory_is_short(short, monkeypatch):
+    """Of CUDA stands here what a capture calls; a step that fails at its first `short` captures."""
+    emptied, begun, ended = [], [], []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    graph = SimpleNamespace(capture_begin=lambda: begun.append(1), capture_end=lambda: ended.append(1), replay=int)
+    cuda = SimpleNamespace(
+        CUDAGraph=lambda: graph, Stream=lambda: stream, current_stream=lambda: stream,
+        stream=lambda _: nullcontext(), empty_cache=lambda: emptied.append(len(begun)),
+    )  # fmt: skip
+
+    def step(given):
+        if len(begun) <= short:
+            raise torch.OutOfMemoryError("out of memory")
+        return given + 1
+
+    monkeypatch.setattr(torch, "cuda", cuda)
+    if short == 2:
+        with pytest.raises(torch.OutOfMemoryError):
+            replay.cuda_graph(step, torch.zeros(2))
+    else:
+        assert replay.cuda_graph(step, torch.zeros(2))(torch.ones(2)).tolist() == [1, 1]
+    assert emptied == ([1] if short else [])
+    assert begun == ended

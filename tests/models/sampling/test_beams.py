@@ -93,7 +93,7 @@ def test_a_stop_text_ends_a_response(trunk):
 
 def test_responses_do_not_depend_on_their_neighbours(trunk, monkeypatch):
     together = searched(trunk, 3, 8)
-    monkeypatch.setattr("align.models.sampling.decode.KEPT_TOKENS", {"cpu": 1, "cuda": 1})  # every prompt alone
+    monkeypatch.setattr(trunk, "budgets", trunk.budgets.asked(1))  # every prompt alone
     alone = searched(trunk, 3, 8)
     assert [[r.tokens.tolist() for r in row] for row in alone] == [[r.tokens.tolist() for r in row] for row in together]
 

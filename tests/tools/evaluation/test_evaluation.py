@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from align.tools.comparison.statistics import Draws
-from align.tools.evaluation.folder import identities, source_names
+from align.tools.comparison.statistics import Draws, Estimate
+from align.tools.evaluation.folder import identities, in_words, source_names
 from align.tools.evaluation.harness import figures
 from align.tools.evaluation.measures import distinct, ratio, repetition
 from align.training.rollouts.rewards import RewardPart
@@ -57,3 +58,10 @@ def test_what_a_score_is_goes_by_content_and_label(tmp_path, monkeypatch):
         assert one == copy != other
     labelled = [identity(model="owner/judge", **more) for more in ({}, {"label": 0}, {"label": 1})]
     assert len(set(labelled)) == 3
+
+
+def test_one_prompt_has_no_interval_and_the_screen_says_so():
+    metrics = {"kl": Estimate(0.5, math.nan, math.nan, 1), "tokens": Estimate(7.0, 6.0, 8.0, 20)}
+    one, many = in_words(metrics, SimpleNamespace(scores={}), {}, None)
+    assert one.split() == ["kl", "0.5", "(no", "interval;", "1", "prompt)"]
+    assert many.split() == ["tokens", "7", "(6", "to", "8;", "20", "prompts)"]

@@ -17,7 +17,8 @@ from align.models.sampling.decode import Response
 from align.models.trunk import Trunk
 from align.recipe.schema import Lora, Model
 from align.training.batches import Batches
-from align.training.rollouts.rollout import Episodes, Rollout, Targets, explained, figures, sampled, scored
+from align.training.rollouts.epochs import Targets
+from align.training.rollouts.rollout import Episodes, Rollout, explained, figures, read, sampled, score_figures, scored
 from align.training.screen import Screen
 
 LORA, END = Lora(r=4, alpha=8), 2
@@ -56,7 +57,7 @@ def batches(trunk: Trunk, row_tokens: int) -> Batches:
 
 def rolled(roles: Roles, episodes: Episodes, groups, row_tokens=64) -> Rollout:
     screen = Screen(Console(quiet=True))
-    return scored(roles, batches(roles.trunk, row_tokens), episodes, groups, ["reward"], screen, "known")
+    return read(roles, batches(roles.trunk, row_tokens), episodes, groups, screen, "known")
 
 
 def response(*tokens: int, ended: bool = False) -> Response:
@@ -112,7 +113,7 @@ def test_every_number_is_that_of_plain_models(family, temperature):
     for groups, room in (([[2, 0], [3, 1]], 64), ([[0, 1, 2, 3]], 1), ([[3, 2, 1, 0]], 512)):
         found = rolled(roles, episodes, [np.array(group) for group in groups], room)
         assert found.lengths.tolist() == [4, 1, 7, 2, 1, 3, 5, 5]
-        assert found.ended.tolist() == [k % 2 == 1 for k in found.lengths.tolist()]
+        assert episodes.ended.tolist() == [k % 2 == 1 for k in found.lengths.tolist()]
         assert found.tokens.shape == (8, 7)
         assert found.tokens.sum(1).tolist() == found.lengths.tolist()
         assert found.steps.shape == found.values.shape == (8, 8)
@@ -123,9 +124,14 @@ def test_every_number_is_that_of_plain_models(family, temperature):
             assert not grid[~mask].any(), name
             for number, own in enumerate(expected):
                 torch.testing.assert_close(grid[number][mask[number]], own[name], rtol=1e-4, atol=1e-4, msg=name)
+        screen, rows = Screen(Console(quiet=True)), batches(roles.trunk, room)
+        scores = scored(roles, rows, episodes, [np.array(group) for group in groups], ["reward"], screen)
         torch.testing.assert_close(
-            found.scores["reward"], torch.cat([own["scores"] for own in expected]), rtol=1e-4, atol=1e-4
+            scores["reward"], torch.cat([own["scores"] for own in expected]), rtol=1e-4, atol=1e-4
         )
+        bare = read(roles, rows, episodes, [np.array(group) for group in groups], screen, reference=False)
+        assert bare.ref_logprobs is None
+        assert torch.equal(bare.logprobs, found.logprobs)
 
 
 def test_learning_says_what_scoring_said():
@@ -133,7 +139,7 @@ def test_learning_says_what_scoring_said():
     roles, episodes = roles_of("llama", 0.7), written()
     groups = [np.array([2, 0]), np.array([3, 1])]
     found = rolled(roles, episodes, groups)
-    targets = Targets(found, torch.zeros_like(found.logprobs), found.values, torch.device("cpu"))
+    targets = Targets(found, torch.device("cpu"), [found.logprobs])
     roles.train()
     rows = batches(roles.trunk, 64)
     for group in groups:
@@ -171,7 +177,7 @@ def test_a_minibatch_finds_the_numbers_of_its_episodes():
     found = rolled(roles, episodes, [np.arange(3)], 512)
     places = 100.0 * torch.arange(6)[:, None] + torch.arange(5)[None]
     tokens, steps = places[:, :4] * found.tokens, places * found.steps
-    targets = Targets(found._replace(logprobs=tokens, values=-steps), 2 * tokens, 3 * steps, torch.device("cpu"))
+    targets = Targets(found, torch.device("cpu"), (tokens, 2 * tokens), (-steps, 3 * steps))
     rows = batches(roles.trunk, 512)
     for row in ([0, 1, 2], [2, 0], [1], [1, 2, 0]):
         batch = rows.plant(episodes, row)
@@ -188,12 +194,15 @@ def test_a_minibatch_finds_the_numbers_of_its_episodes():
         assert len(batch.labels) == len(old)
 
 
-def test_a_minibatch_counts_its_tokens_and_steps():
+def test_parts_of_episodes_and_others_in_their_place():
     episodes = written()
-    found = rolled(roles_of("llama", 1.0), episodes, [np.arange(4)])
-    targets = Targets(found, found.logprobs, found.values, torch.device("cpu"))
-    targets.minibatch(episodes.numbers(np.array([1, 2])), actor_learns=False)
-    assert (targets.token_count, targets.step_count, targets.actor_learns) == (7 + 2 + 1 + 3, 13 + 4, 0.0)
+    part = episodes.part(np.array([2, 1]))
+    assert [len(prompt) for prompt in part.prompts] == [12, 3]
+    assert part.said.tolist() == [1, 3, 7, 2]
+    other = episodes.replaced(np.array([1]), episodes.part(np.array([3])))
+    assert other.said.tolist() == [4, 1, 5, 5, 1, 3, 5, 5]
+    assert other.prompts[1] is episodes.prompts[1]
+    assert episodes.said.tolist() == [4, 1, 7, 2, 1, 3, 5, 5], "the first are as they were"
 
 
 def test_a_response_depends_on_its_key_alone():
@@ -225,15 +234,15 @@ def test_figures_by_hand():
     rollout = Rollout(
         torch.tensor([[-1.0, 0, 0], [-1.0, -2.0, -3.0]]), torch.tensor([[-2.0, 0, 0], [-1.5, -2.0, -2.0]]),
         torch.tensor([[0.5, 0, 0], [1.0, 2.0, 0.5]]), values, tokens, steps,
-        torch.tensor([1, 3]), torch.tensor([True, False]), {},
+        torch.tensor([1, 3]),
     )  # fmt: skip
-    found = figures(rollout, {"rule": torch.tensor([1.0, 4.0])}, torch.tensor([2.0, -1.0]), 0.1)
-    assert found == pytest.approx(
-        {
-            "score": 0.5, "score/rule": 2.5, "kl": 0.25, "kl_per_token": 0.125, "kl_coef": 0.1,
-            "reward": 0.475, "entropy": 1.0, "response_tokens": 2.0, "ended": 0.5,
-        }
-    )  # fmt: skip
+    episodes = Episodes([PROMPTS[0]], [[response(5, ended=True), response(5, 6, 7)]])
+    found = score_figures({"rule": torch.tensor([1.0, 4.0])}, torch.tensor([2.0, -1.0]), episodes)
+    assert found == pytest.approx({"score": 0.5, "score/rule": 2.5, "response_tokens": 2.0, "ended": 0.5})
+    assert figures(rollout, 0.1, 0.5) == pytest.approx(
+        {"kl": 0.25, "kl_per_token": 0.125, "kl_coef": 0.1, "reward": 0.475, "entropy": 1.0}
+    )
+    assert figures(rollout._replace(ref_logprobs=None), 0.1, 0.5) == {"entropy": 1.0}
     returns = torch.tensor([[2.0, 2.0, 0, 0], [1.0, 1.0, 3.0, 3.0]])
     # Residuals 1, 0, 1, 0, 1, 0: variance 0.3; returns 2, 2, 1, 1, 3, 3: variance 0.8.
     assert explained(rollout, returns) == pytest.approx(

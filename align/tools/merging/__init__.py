@@ -1,0 +1,1 @@
+"""Results as ordinary checkpoints: merged, checked, described, exported."""

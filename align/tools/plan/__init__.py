@@ -1,0 +1,1 @@
+"""Plans of a recipe, before anything is loaded."""

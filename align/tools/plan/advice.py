@@ -1,0 +1,157 @@
+"""What to change in a recipe that does not fit, and the largest that fits: settings are tried on the plan itself.
+
+The changes are in order of what they cost: first those that change speed alone, then those that change the weights'
+precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from align.recipe.errors import UserError
+from align.recipe.schema import BaseRecipe
+from align.training.planning.devices import Device
+from align.training.planning.memory import Memory, Setting, memory, setting
+from align.training.planning.words import room
+
+MOST_TOKENS = 2**20
+
+
+class Change(NamedTuple):
+    """Keys of a recipe and their values."""
+
+    keys: dict[str, Any]
+    why: str
+
+    @property
+    def words(self) -> str:
+        """As overrides on a command line."""
+        return " ".join(
+            f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in self.keys.items()
+        )
+
+
+def changed(recipe: BaseRecipe, keys: dict[str, Any]) -> BaseRecipe:
+    """The recipe with values at dotted keys. Raises UserError where they do not go with the rest."""
+    values = recipe.model_dump()
+    for key, value in keys.items():
+        *above, last = key.split(".")
+        section = values
+        for name in above:
+            section = section[name]
+        section[last] = value
+    try:
+        return type(recipe).model_validate(values)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def advice(at: Setting, plan: Memory, length: int | None) -> tuple[list[Change], Memory]:
+    """Changes, one after the other until the run fits, and the plan with all of them; none where it fits already."""
+    have, taken = room(at.device, at.processes), []
+    while plan.peak.bytes > have:
+        best = next(_useful(at, plan, length), None)
+        if best is None:
+            break
+        change, at, plan = best
+        taken.append(change)
+    return _merged(taken), plan
+
+
+def _useful(at: Setting, plan: Memory, length: int | None) -> Iterator[tuple[Change, Setting, Memory]]:
+    """Changes that lower the peak, or what does not fit: the cheapest first."""
+    for change in _changes(at, plan):
+        try:
+            other = _at(at, change.keys)
+            found = memory(other, length)
+        except UserError:
+            continue
+        if found.peak.bytes < 0.995 * plan.peak.bytes:
+            yield change, other, found
+
+
+def _changes(at: Setting, plan: Memory) -> Iterator[Change]:
+    recipe, longest = at.recipe, at.recipe.data.max_length
+    rows = recipe.batch.row_tokens
+    row = plan.load.row if rows == "auto" else min(rows, plan.load.row)
+    if recipe.stage == "ppo" and plan.peak.name == "sampling":
+        at_once = plan.cache_tokens // 2
+        if at_once >= plan.load.prompt + plan.load.answer:
+            yield Change({"batch.cache_tokens": at_once}, "fewer responses are sampled at once")
+    if recipe.stage == "ppo" and recipe.ppo.samples == 1:
+        longest += recipe.ppo.generation.max_new
+    if row // 2 >= longest:
+        yield Change({"batch.row_tokens": max(longest, row // 2)}, "shorter rows, more of them")
+    if not recipe.model.gradient_checkpointing:
+        yield Change({"model.gradient_checkpointing": True}, "activations are computed again: a third more time")
+    if at.processes > 1 and recipe.train.shard == "none":
+        yield Change({"train.shard": "layers"}, "the trunk lies over the devices")
+    if recipe.lora is None and recipe.stage != "classify":
+        yield Change({"lora": {"r": 16}}, "a LoRA trains instead of all weights")
+    if recipe.lora is not None and recipe.model.quantize is None and at.shards == 1:
+        yield Change({"model.quantize": "8bit"}, "the trunk in 8 bits")
+    if recipe.lora is not None and recipe.model.quantize == "8bit":
+        yield Change({"model.quantize": "4bit"}, "the trunk in 4 bits")
+    if recipe.data.max_length > 64:
+        yield Change({"data.max_length": recipe.data.max_length // 2}, "shorter examples")
+
+
+def _merged(changes: list[Change]) -> list[Change]:
+    """The last value of each key, where it was first changed."""
+    last: dict[str, Change] = {}
+    for change in changes:
+        last[next(iter(change.keys))] = change
+    return list(last.values())
+
+
+def _at(at: Setting, keys: dict[str, Any]) -> Setting:
+    recipe = changed(at.recipe, keys)
+    if all(key.startswith("batch.") for key in keys):
+        return at._replace(recipe=recipe)
+    return setting(recipe, at.device, at.processes)
+
+
+def largest_row(at: Setting) -> int:
+    """Tokens of the largest row that fits, with everything else as the recipe has it; 0 where none does."""
+
+    def fits(tokens: int) -> bool:
+        keys = {"batch.row_tokens": tokens, "data.max_length": min(tokens, at.recipe.data.max_length)}
+        other = at._replace(recipe=changed(at.recipe, keys))
+        load = memory(other).load._replace(row=tokens, labels=tokens)
+        return memory(other, load=load).peak.bytes <= room(at.device, at.processes)
+
+    return _most(fits, MOST_TOKENS)
+
+
+def largest_rollout(at: Setting, length: int | None) -> int:
+    """Responses that can be sampled at once on one device."""
+    per_prompt, have = at.recipe.ppo.samples, room(at.device, at.processes)
+
+    def fits(episodes: int) -> bool:
+        prompt = length or at.recipe.data.max_length
+        tokens = episodes * (prompt + at.recipe.ppo.generation.max_new)
+        other = at._replace(recipe=changed(at.recipe, {"batch.cache_tokens": tokens}))
+        load = memory(other, length).load._replace(episodes=episodes)
+        moment = next(m for m in memory(other, length, load).moments if m.name == "sampling")
+        return moment.bytes <= have
+
+    return _most(lambda n: fits(n * per_prompt), 2**14) * per_prompt
+
+
+def _most(fits: object, most: int) -> int:
+    """The largest of 1 … most that fits, by halving; 0 where none does."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 32):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def device_line(device: Device) -> str:
+    """A device's name and where its figures come from."""
+    return f"{device.name} ({device.source})" if device.source else device.name

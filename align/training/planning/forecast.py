@@ -1,0 +1,50 @@
+"""The plan that a run makes for itself, once its data is read: what it says of it, and what came of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from align.training.planning.load import found
+from align.training.planning.memory import Memory, memory, row_budget, setting
+from align.training.planning.words import in_words
+
+if TYPE_CHECKING:
+    from align.training.loop import Loop
+
+SMALL = 2**24  # weights; what is smaller fits everywhere, and its plan would take longer than its steps
+
+
+def planned_rows(loop: Loop) -> int | str:
+    """`batch.row_tokens`, or tokens of a row that the memory has room for where it is auto and the model is not small."""
+    wanted, device = loop.recipe.batch.row_tokens, loop.session.usage.device
+    if wanted != "auto" or device is None or _small(loop):
+        return wanted
+    at = setting(loop.recipe, device, loop.accelerator.num_processes)
+    return row_budget(at, length=int(loop.data.train.longest.max()))
+
+
+def forecast(loop: Loop) -> Memory | None:
+    """The plan of a run; None for a small model, or where none can be made."""
+    device = loop.session.usage.device
+    if device is None or _small(loop):
+        return None
+    processes = loop.accelerator.num_processes
+    load = found(loop.recipe, loop.data.train, loop.batches.row_tokens, processes)
+    return memory(setting(loop.recipe, device, processes), load=load)
+
+
+def told(loop: Loop, plan: Memory | None) -> list[str]:
+    """The plan in a few lines."""
+    return in_words(plan, loop.session.usage.device, loop.accelerator.num_processes) if plan else []
+
+
+def outcome(loop: Loop, plan: Memory | None) -> dict[str, Any]:
+    """For summary.json: the peak that was planned, and what was measured beside it."""
+    return {
+        "planned_peak_bytes": plan.peak.bytes if plan else None,
+        "measured_peak_bytes": loop.session.usage.peak,
+    }
+
+
+def _small(loop: Loop) -> bool:
+    return sum(p.numel() for p in loop.model.parameters()) < SMALL

@@ -1,0 +1,75 @@
+"""What the steps of a run compute: rows, tokens and responses, from the recipe or from the data once it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import NamedTuple
+
+import numpy as np
+
+from align.data.packing import pack
+from align.recipe.schema import BaseRecipe
+
+LOOKED_AT = 32  # steps whose rows are laid out to find the largest
+
+
+class Load(NamedTuple):
+    """Of one process, in one step."""
+
+    row: int  # tokens of its largest row
+    rows: int  # rows whose gradients are summed before an update
+    segment: int  # tokens of one text in a row, between two branchings
+    labels: int  # of the largest row
+    tokens: int  # of all examples of a step, over all processes
+    prompt: int = 0  # of PPO: tokens of the longest prompt
+    episodes: int = 0  # responses that the process samples in a step
+    answer: int = 0  # most tokens of a response
+    passes: int = 1  # over the step's examples
+
+
+def expected(recipe: BaseRecipe, row_tokens: int, processes: int, length: int | None = None) -> Load:
+    """From the recipe alone: every example has `length` tokens; default: the most that it may have."""
+    paths = 2 if recipe.stage in ("reward", "dpo") and not _unpaired(recipe) else 1
+    most = length or recipe.data.max_length
+    if recipe.stage != "ppo":
+        return _laid_out([most] * recipe.batch.examples, paths, row_tokens, processes)
+    ppo, prompt = recipe.ppo, length or recipe.data.max_length
+    answer, samples = ppo.generation.max_new, ppo.samples
+    tree = prompt + samples * (answer + 1) - 1
+    each = ceil(recipe.batch.examples / ppo.minibatches)
+    load = _laid_out([tree] * each, samples + 1, row_tokens, processes)
+    return load._replace(
+        labels=load.row * samples * answer // tree, tokens=tree * recipe.batch.examples, prompt=prompt, answer=answer,
+        episodes=ceil(recipe.batch.examples / processes) * samples, passes=ppo.epochs,
+    )  # fmt: skip
+
+
+def found(recipe: BaseRecipe, examples: object, row_tokens: int, processes: int) -> Load:
+    """From the tokenised examples (`room`, `longest`, `labels`, `paths` of each): the largest row of the first steps."""
+    room, per_step = np.asarray(examples.room), recipe.batch.examples
+    if recipe.stage == "ppo":
+        return expected(recipe, row_tokens, processes, int(examples.longest.max()))
+    order = examples.order(recipe.seed, 0)
+    steps = [order[i : i + per_step] for i in range(0, min(len(order), LOOKED_AT * per_step), per_step)]
+    rows, largest, count = [], 0, 0
+    for chosen in steps:
+        laid = pack(room[chosen].tolist(), row_tokens, processes)
+        count = max(count, len(laid) // processes)
+        for row in laid:
+            tokens = int(room[chosen[row]].sum()) if row else 0
+            if tokens > largest:
+                largest, rows = tokens, chosen[row]
+    texts = int((examples.paths[rows] + (examples.paths[rows] > 1)).sum())
+    labels = int(np.asarray(examples.labels)[rows].sum()) if hasattr(examples, "labels") else largest
+    return Load(largest, count, max(1, largest // max(texts, 1)), labels, int(room.mean() * per_step))
+
+
+def _laid_out(lengths: Sequence[int], parts: int, row_tokens: int, processes: int) -> Load:
+    rows = pack(list(lengths), row_tokens, processes)
+    row = max(sum(lengths[i] for i in row) for row in rows)
+    return Load(row, len(rows) // processes, max(1, lengths[0] // parts), row, sum(lengths))
+
+
+def _unpaired(recipe: BaseRecipe) -> bool:
+    return recipe.stage == "dpo" and recipe.dpo.loss == "kto"

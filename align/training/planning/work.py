@@ -1,0 +1,108 @@
+"""What a step computes and sends, and how long it may take.
+
+FLOPs are those of `meters.flops_per_token`: products and attention, not norms. A range of time comes from a range of how
+much of its peak a device reaches; what is sent is taken to overlap with nothing, so that the upper end is no hope.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from align.models.memory import cached_token_bytes
+from align.training.meters import causal_attended, flops_per_token
+from align.training.planning.devices import NETWORK
+from align.training.planning.load import Load
+from align.training.planning.memory import Memory, Setting, trained, trunk_bytes
+
+REACHED = {"cuda": (0.25, 0.55), "cpu": (0.3, 0.9)}  # share of the peak in training
+READ = (0.3, 0.8)  # share of the memory's bandwidth while sampling
+FORWARD = 1 / 2  # of a frozen trunk's training FLOPs (2N of 4N)
+
+
+class Work(NamedTuple):
+    """Of one step, over all processes unless told otherwise."""
+
+    tokens: int  # of the step's examples, or of its prompts and responses
+    episodes: int  # responses that are sampled; 0 without sampling
+    flops: float
+    sent: float  # bytes that each device sends to others
+    seconds: tuple[float, float] | None  # fastest and slowest; None where the device's speed is not known
+
+
+def work(at: Setting, plan: Memory, hosts: int = 1) -> Work:
+    """Of a plan."""
+    load, recipe = plan.load, at.recipe
+    flops = _flops(at, load)
+    episodes = recipe.batch.examples * recipe.ppo.samples if recipe.stage == "ppo" else 0
+    sent = traffic(at, load)
+    return Work(load.tokens, episodes, flops, sent, _seconds(at, load, flops, sent, hosts))
+
+
+def traffic(at: Setting, load: Load) -> float:
+    """Bytes that each device sends in a step.
+
+    A ring reduces or gathers n bytes over P devices in (P - 1) / P * n sent by each; an all-reduce is both. Gradients of
+    an adapter are reduced once an update, in float32. A sharded trunk is gathered for each forward and each backward
+    pass of a row, and once more where activations are computed again.
+    """
+    share = (at.processes - 1) / at.processes
+    updates = load.passes * (at.recipe.ppo.minibatches if at.recipe.stage == "ppo" else 1)
+    sent = 2 * share * 4 * trained(at) * updates if at.shards == 1 or at.adapted else 0.0
+    if at.shards == 1:
+        return sent
+    whole = trunk_bytes(at)
+    policies = 2 if at.recipe.stage == "ppo" else 1
+    gathers = policies * (3 if at.recipe.model.gradient_checkpointing else 2) + _forwards(at)
+    rows = load.rows * updates
+    sent += share * whole * rows * gathers
+    if not at.adapted:  # gradients are reduced to the shards, row by row
+        sent += share * 4 * trained(at) * rows
+    if at.recipe.stage == "ppo":
+        sent += share * whole  # whole while it samples
+    return sent
+
+
+def _forwards(at: Setting) -> int:
+    """Passes without gradient beside each one that learns."""
+    dpo = getattr(at.recipe, "dpo", None)
+    return int(dpo is not None and dpo.loss not in ("simpo", "orpo") and dpo.reference == "same_pass")
+
+
+def _flops(at: Setting, load: Load) -> float:
+    recipe, n = at.recipe, at.skeleton.sizes.multiplied
+    attended = causal_attended([load.prompt + load.answer or max(load.segment, 1)])
+    again = recipe.model.gradient_checkpointing
+
+    def a_token(lora: bool) -> float:
+        try:
+            return flops_per_token(at.skeleton.text, n, attended, lora=lora, gradient_checkpointing=again)
+        except AttributeError:  # layers of another kind than attention
+            return (4 if lora else 6) * n
+
+    learning, forward = a_token(at.adapted), 2 * n
+    if recipe.stage != "ppo":
+        return load.tokens * (learning + _forwards(at) * forward)
+    ppo = recipe.ppo
+    scorers = sum(part.adapter is not None for part in ppo.rewards)
+    scoring = (3 + scorers) * forward  # actor, critic, reference and rewards
+    sampled = recipe.batch.examples * ppo.samples * load.answer + recipe.batch.examples * load.prompt
+    return load.tokens * (2 * learning * load.passes + scoring) + sampled * forward
+
+
+def _seconds(at: Setting, load: Load, flops: float, sent: float, hosts: int) -> tuple[float, float] | None:
+    if not at.device.flops:
+        return None
+    low, high = REACHED.get(at.device.type, REACHED["cuda"])
+    own = flops / at.processes / at.device.flops
+    sampling = _sampling(at, load)
+    link = NETWORK if hosts > 1 else at.device.link
+    waiting = sent / link if link and at.processes > 1 else 0.0
+    return own / high + sampling / READ[1], own / low + sampling / READ[0] + waiting
+
+
+def _sampling(at: Setting, load: Load) -> float:
+    """Seconds at the memory's full bandwidth: every token of a response reads the weights and what is kept so far."""
+    if at.recipe.stage != "ppo" or not at.device.bandwidth:
+        return 0.0
+    kept = load.episodes * (load.prompt + load.answer / 2) * cached_token_bytes(at.skeleton.text, at.dtype)
+    return load.answer * (trunk_bytes(at) + kept) / at.device.bandwidth

@@ -1,0 +1,12 @@
+"""How many examples the fuzz tests try: a quarter by default, all of them where there is time (ALIGN_FUZZ=4)."""
+
+from __future__ import annotations
+
+import os
+
+TIMES = int(os.environ.get("ALIGN_FUZZ", "1"))
+
+
+def often(examples: int) -> int:
+    """Of so many examples, those that this run tries."""
+    return max(1, examples * TIMES // 4)

@@ -1,0 +1,99 @@
+"""On one minibatch, GRPO's loss and gradients equal TRL's, variant by variant; and so do its advantages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from grpo_oracle import Given, made, ours, theirs, trainer_of
+from models.tiny import tiny_trunk
+from oracle import Told, assert_equal, trained
+
+from align.models.roles import Roles
+from align.recipe.schema import Lora
+
+TEMPERATURE = 0.7
+KL = {"kl": "loss", "kl_coef": 0.3}
+# Ours -> TRL's, attributes of the trainer and of its config.
+VARIANTS = {
+    "DeepSeekMath": ({"mean_over": "responses", "kl_unbiased": False, **KL}, {"loss_type": "grpo", "beta": 0.3}, {}),
+    "DAPO": ({"clip_high": 0.28}, {"loss_type": "dapo", "epsilon_high": 0.28}, {}),
+    "of one batch": ({}, {"loss_type": "bnpo"}, {}),
+    "Dr. GRPO": ({"mean_over": "length_free"}, {"loss_type": "dr_grpo"}, {}),
+    "GSPO": (
+        {"ratio": "sequence", "mean_over": "responses", "clip_low": 0.03, "clip_high": 0.04},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon_low": 0.03, "epsilon_high": 0.04},
+        {},
+    ),
+    "GSPO and KL": (
+        {"ratio": "sequence", **KL},
+        {"loss_type": "dapo", "importance_sampling_level": "sequence", "beta": 0.3},
+        {"use_bias_correction_kl": True},
+    ),
+    "CISPO": ({"ratio": "cispo", "clip_high": 0.5}, {"loss_type": "cispo", "epsilon_high": 1.5}, {}),
+    "unbiased KL": (KL, {"loss_type": "dapo", "beta": 0.3}, {"use_bias_correction_kl": True}),
+    "two-sided": ({"dual_clip": 1.4}, {"loss_type": "dapo"}, {"delta": 1.4}),
+    "entropy": ({"entropy_coef": 0.2}, {"loss_type": "dapo", "entropy_coef": 0.2, "_entropy_bonus_enabled": True}, {}),
+}
+PLAIN = {
+    "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0, "importance_sampling_level": "token", "entropy_coef": 0.0,
+    "_entropy_bonus_enabled": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def roles():
+    return Roles(tiny_trunk("llama", Lora(r=4, alpha=8)), Lora(r=4, alpha=8), {}, None, TEMPERATURE, critic=False)
+
+
+@pytest.fixture(scope="module")
+def given(roles) -> Given:
+    return made(roles)
+
+
+@pytest.fixture(scope="module")
+def grpo(roles, tmp_path_factory):
+    return trainer_of("grpo", trained(roles.trunk), tmp_path_factory.mktemp("grpo"), TEMPERATURE)
+
+
+def told(trainer, given, attributes: dict, config: dict) -> Told:
+    for name, value in (PLAIN | attributes).items():
+        setattr(trainer, name, value)
+    for name, value in ({"delta": None, "use_bias_correction_kl": False} | config).items():
+        setattr(trainer.args, name, value)
+    return theirs(trainer, given)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "unended masked"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradient_are_those_of_trl(roles, given, grpo, variant, masked):
+    settings, attributes, config = VARIANTS[variant]
+    given = given._replace(learnt=given.episodes.ended) if masked else given
+    found = ours(roles, given, **({"kl": "none"} | settings))
+    expected = told(grpo, given, attributes, config)
+    assert abs(found.loss) > 1e-3
+    assert_equal(found._replace(loss=abs(found.loss)), expected._replace(loss=abs(expected.loss)))
+    assert found.loss * expected.loss > 0
+
+
+def test_length_unbiased_is_length_free_by_sequence(roles, given, grpo):
+    """LUSPO's loss is ours times the most tokens of a response."""
+    found = ours(roles, given, ratio="sequence", mean_over="length_free", kl="none")
+    expected = told(grpo, given, {"loss_type": "luspo", "importance_sampling_level": "sequence"}, {})
+    assert 8 * found.loss == pytest.approx(expected.loss, rel=1e-5)
+
+
+def test_rloo(roles, given, tmp_path):
+    trainer = trainer_of("rloo", trained(roles.trunk), tmp_path, TEMPERATURE)
+    found = ours(roles, given, ratio="product", mean_over="responses", kl="none")
+    expected = theirs(trainer, given)
+    assert_equal(found._replace(loss=abs(found.loss)), expected._replace(loss=abs(expected.loss)))
+    assert found.loss * expected.loss > 0
+
+
+def test_variants_differ(roles, given):
+    """Else the comparisons would tell nothing."""
+    losses = [ours(roles, given, **({"kl": "none"} | settings)).loss for settings, *_ in VARIANTS.values()]
+    apart = torch.tensor(losses)[:, None] - torch.tensor(losses)
+    same = (apart.abs() < 1e-6).nonzero().tolist()
+    names = list(VARIANTS)
+    assert [(names[i], names[j]) for i, j in same if i < j] == []
