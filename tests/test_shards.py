@@ -15,6 +15,8 @@ import pytest
 import several
 import torch
 from ppo_start import make_start, recipe_of
+from samplers import make_teacher
+from samplers import recipe_of as sampling
 from test_classify import ROWS, predicted
 from test_classify import recipe as classes
 from test_processes import free_port
@@ -28,11 +30,11 @@ from transformers import (
 )
 from world import Child, align, flat, lines, metrics, weights
 
-from align import dpo, reward
+from align import distill, dpo, grpo, reward
 
 STEPS = {"train": {"steps": 2, "eval_every": 1, "save_every": 1}}
 STEADY = {"optim": {"learning_rate": 0.005, "schedule": "constant", "warmup": 0}}
-GENTLE = {"optim": {"learning_rate": 0.002, "warmup": 0}}  # every weight trains
+GENTLE = {"optim": {"learning_rate": 0.0005, "warmup": 0}}  # every weight trains
 SAYS = {"log": {"trackers": [], "samples": ["Name the capital of Peru"], "sample_tokens": 8}}
 LAYERS = "train.shard=layers"
 FSDP = "ACCELERATE_USE_FSDP=true"
@@ -219,6 +221,23 @@ def test_every_stage(world, wide, here, monkeypatch, stages):
         assert_same(job.folder, known[name], 3e-2 if "bfloat16" in name else 1e-5)
     if "classify" in stages:
         labelled_alike(here, jobs["classes"].folder / "final", known["classes"] / "final")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_other_stages_that_sample(world, start, cache, here, monkeypatch):
+    """One prompt a step, so that of two processes one has nothing to sample."""
+    monkeypatch.setattr("world.WAIT", 400)
+    make_teacher(world, start, cache)
+    one = {"batch": {"examples": 1, "row_tokens": 128}} | STEPS
+    jobs = [
+        Job("grpo", sampling(world, start, place(here, "grpo"), grpo, **one)),
+        Job("distill", sampling(world, start, place(here, "distill"), distill, {"on_policy": 1}, **one)),
+    ]
+    known = [alone(job) for job in jobs]
+    together(here, jobs)
+    for job, reference in zip(jobs, known, strict=True):
+        assert_same(job.folder, reference)
 
 
 def labelled_alike(here: Path, *finals: Path) -> None:
