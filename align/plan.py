@@ -74,7 +74,7 @@ def planned(asked: argparse.Namespace) -> Report:
         changes=changes,
         mended=mended,
         largest_row=largest_row(at),
-        largest_rollout=largest_rollout(at, asked.tokens) if recipe.stage == "ppo" else None,
+        largest_rollout=largest_rollout(at, asked.tokens) if plan.load.episodes else None,
     )
 
 

@@ -5,7 +5,8 @@ A moment is a sum of parts that are there at once. The plan's peak is that of th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,10 +15,10 @@ from align.models.memory import MOST_PROMPTS, Budgets, budgets, cached_token_byt
 from align.recipe.schema import BaseRecipe, Model
 from align.training.planning.activations import Row, Way, row
 from align.training.planning.devices import Device
-from align.training.planning.load import Load, expected
+from align.training.planning.load import Load, expected, sampling_of
 from align.training.planning.skeleton import Skeleton, joined
 
-PACKED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}  # bytes a weight; nf4 has a float32 scale for each block of 64
+PACKED = {"4bit": 0.5 + 1 / 64 + 4 / 64 / 256, "8bit": 1.0}  # bytes a weight: NF4 with double quantisation; int8
 COPIES = 2**31  # bytes of prepared weights on a CPU, as in models/cpu/joined.py
 LIBRARIES = 140 * 10**6  # resident on a CPU besides: code that is first run, threads, gaps (seen: 30 to 290 MB)
 HEADROOM = 0.9  # share of what is free that rows may take where `batch.row_tokens` is auto
@@ -97,12 +98,19 @@ def setting(recipe: BaseRecipe, device: Device, processes: int) -> Setting:
     """Raises UserError for a base that cannot be had."""
     outputs = {"reward": 1, "classify": len((getattr(recipe, "classify", None) and recipe.classify.labels) or "ab")}
     others = []
-    for part in recipe.ppo.rewards if recipe.stage == "ppo" else ():
+    for part in rewards_of(recipe):
         if part.model:
             others.append(Skeleton(Model(base=part.model), None))
+    if recipe.stage == "distill" and recipe.distill.teacher.base:
+        others.append(Skeleton(Model(base=recipe.distill.teacher.base), None))
     return Setting(
         recipe, device, processes, Skeleton(recipe.model, recipe.lora, outputs.get(recipe.stage)), tuple(others)
     )
+
+
+def rewards_of(recipe: BaseRecipe) -> Sequence[Any]:
+    """The parts of a reward, where a stage has one."""
+    return getattr(sampling_of(recipe), "rewards", ())
 
 
 def memory(at: Setting, length: int | None = None, load: Load | None = None) -> Memory:
@@ -118,7 +126,7 @@ def memory(at: Setting, length: int | None = None, load: Load | None = None) -> 
     if at.device.type == "cpu":  # elsewhere the copy lies in the host's memory
         copy = Part("the checkpoint's copy", 12 * trained(at) // (1 if at.adapted else at.shards))
         moments.append(Moment("saving", (*held, *_moments_of_adam(at), copy)))
-    if at.recipe.stage == "ppo":
+    if load.episodes:
         moments.append(_sampling(at, held, load, limits))
     return Memory(tuple(moments), one, load, limits.cache_tokens)
 
@@ -187,8 +195,9 @@ def _held(at: Setting) -> list[Part]:
     if at.shards > 1:
         parts.append(Part("layers that are gathered", _gathered(at)))
     if at.adapted:
-        rewards = sum(part.adapter is not None for part in recipe.ppo.rewards) if recipe.stage == "ppo" else 0
-        roles = _policies(at) + rewards
+        roles = _policies(at) + sum(part.adapter is not None for part in rewards_of(recipe))
+        if recipe.stage == "distill":
+            roles += recipe.distill.teacher.adapter is not None
         parts.append(Part("adapters" if roles > 1 else "adapter", 4 * (roles * sizes.adapter + _head(at))))
     if recipe.stage == "dpo" and not at.adapted and recipe.dpo.loss not in WITHOUT_REFERENCE:
         if recipe.dpo.reference != "cached":
@@ -200,7 +209,7 @@ def _held(at: Setting) -> list[Part]:
     if at.way.kernels and at.shards == 1 and prepared <= COPIES:
         parts.append(Part("weights prepared for oneDNN", prepared))
     for other in at.others:
-        parts.append(Part("a model that judges", other.sizes.weights * at.dtype.itemsize))
+        parts.append(Part("another model", other.sizes.weights * at.dtype.itemsize))
     if at.device.type == "cpu":
         parts.append(Part("PyTorch's own", LIBRARIES))
     if at.processes > 1 and at.shards == 1:
@@ -228,7 +237,7 @@ def _moments_of_adam(at: Setting) -> list[Part]:
 
 
 def _loading(at: Setting) -> Moment:
-    """The checkpoint as it is stored, then cast tensor by tensor. Shards and what is merged come by the host's memory."""
+    """The checkpoint as it is stored, then cast tensor by tensor. Shards come by the host's memory."""
     sizes = at.skeleton.sizes
     stored = 0 if at.recipe.model.init == "random" else at.skeleton.stored.itemsize * sizes.weights
     if at.device.type != "cpu" and (at.shards > 1 or at.recipe.model.quantize):
@@ -271,8 +280,8 @@ def _learning(at: Setting, held: list[Part], load: Load, one: Row, limits: Budge
     dpo = getattr(recipe, "dpo", None)
     if dpo and dpo.loss not in WITHOUT_REFERENCE and dpo.reference == "same_pass":
         moments.append(Moment("the reference", (*fixed, *before, kept, Part("a layer", one.forward), *unpack, logits)))
-    if recipe.stage == "ppo":  # the critic's pass beside what the actor has kept
-        moments.append(Moment("the critic", (*fixed, *before, kept, Part("a layer", one.forward), *unpack)))
+    if recipe.stage in ("ppo", "grpo", "distill"):  # another role's pass beside what the actor has kept
+        moments.append(Moment("another role", (*fixed, *before, kept, Part("a layer", one.forward), *unpack)))
     return moments
 
 
@@ -288,7 +297,7 @@ def _chunk(at: Setting, limits: Budgets, labels: int | None = None) -> int:
     rows = max(1, limits.logits_bytes // (4 * at.skeleton.sizes.vocabulary))
     rows = rows if labels is None else min(rows, labels)
     wide = 4 + (at.dtype.itemsize if at.dtype != torch.float32 else 0)
-    entropies = 4 if at.recipe.stage == "ppo" else 0
+    entropies = {"ppo": 4, "distill": 16}.get(at.recipe.stage, 0)  # a distillation has two distributions at once
     return rows * at.skeleton.sizes.vocabulary * (wide + entropies)
 
 
@@ -302,9 +311,10 @@ def _budgets(at: Setting, room: int) -> Budgets:
 def _sampling(at: Setting, held: list[Part], load: Load, limits: Budgets) -> Moment:
     """Keys and values of the responses that are sampled at once."""
     longest = load.prompt + load.answer
-    at_once = min(load.episodes, max(limits.cache_tokens // longest, at.recipe.ppo.samples))
+    samples = sampling_of(at.recipe).samples
+    at_once = min(load.episodes, max(limits.cache_tokens // longest, samples))
     token = cached_token_bytes(at.skeleton.text, at.dtype)
-    prompts = min(MOST_PROMPTS, load.prompt * at_once // at.recipe.ppo.samples)
+    prompts = min(MOST_PROMPTS, load.prompt * at_once // samples)
     one = row(at.skeleton, at.way, max(prompts, 1), load.prompt)
     recorded = prompts * token + one.forward
     parts = [*held, *_moments_of_adam(at), Part("keys and values", max(at_once * longest * token, recorded))]
