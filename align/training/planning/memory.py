@@ -199,9 +199,8 @@ def _held(at: Setting) -> list[Part]:
         if recipe.stage == "distill":
             roles += recipe.distill.teacher.adapter is not None
         parts.append(Part("adapters" if roles > 1 else "adapter", 4 * (roles * sizes.adapter + _head(at))))
-    if recipe.stage == "dpo" and not at.adapted and recipe.dpo.loss not in WITHOUT_REFERENCE:
-        if recipe.dpo.reference != "cached":
-            parts.append(Part("the reference's copy", trunk_bytes(at) // at.shards))
+    if recipe.stage == "dpo" and not at.adapted and _asks_reference(recipe):
+        parts.append(Part("the reference's copy", trunk_bytes(at) // at.shards))
     if at.device.type == "cpu" and at.adapted and at.shards == 1 and at.skeleton.stored == at.dtype:
         # Weights that need no cast stay in the file's pages; those that are joined are copied out of them.
         parts.append(Part("joined weights, beside the file", joined(at.skeleton, "cpu") * at.dtype.itemsize))
@@ -277,12 +276,16 @@ def _learning(at: Setting, held: list[Part], load: Load, one: Row, limits: Budge
         moments.append(
             Moment("end of the backward pass", (*fixed, gradients, Part("a layer's gradients", one.backward)))
         )
-    dpo = getattr(recipe, "dpo", None)
-    if dpo and dpo.loss not in WITHOUT_REFERENCE and dpo.reference == "same_pass":
+    if recipe.stage == "dpo" and _asks_reference(recipe):
         moments.append(Moment("the reference", (*fixed, *before, kept, Part("a layer", one.forward), *unpack, logits)))
     if recipe.stage in ("ppo", "grpo", "distill"):  # another role's pass beside what the actor has kept
         moments.append(Moment("another role", (*fixed, *before, kept, Part("a layer", one.forward), *unpack)))
     return moments
+
+
+def _asks_reference(recipe: BaseRecipe) -> bool:
+    """Whether DPO computes its reference row by row."""
+    return recipe.dpo.loss not in WITHOUT_REFERENCE and recipe.dpo.reference == "same_pass"
 
 
 def _unpacked(at: Setting) -> list[Part]:
