@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from align.recipe.errors import UserError
 from align.recipe.schema import BaseRecipe
 from align.training.planning.load import sampling_of
-from align.training.planning.memory import Memory, Setting, memory, setting
+from align.training.planning.memory import Memory, memory
+from align.training.planning.parts import Setting, setting
 from align.training.planning.words import room
 
 MOST_TOKENS = 2**20

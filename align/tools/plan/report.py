@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from align.tools.plan.advice import Change
-from align.training.planning.memory import Memory, Moment, Setting, trained
+from align.training.planning.memory import Memory, Moment
+from align.training.planning.parts import Setting, trained
 from align.training.planning.words import room, size
 from align.training.planning.work import Work
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from align.models.checkpoints.sources import first_line
 from align.training.planning.load import found
-from align.training.planning.memory import Memory, memory, row_budget, setting
+from align.training.planning.memory import Memory, memory, row_budget
+from align.training.planning.parts import setting
 from align.training.planning.words import in_words
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from align.models.memory import cached_token_bytes
 from align.training.meters import causal_attended, flops_per_token
 from align.training.planning.devices import NETWORK
 from align.training.planning.load import Load, sampling_of
-from align.training.planning.memory import Memory, Setting, rewards_of, trained, trunk_bytes
+from align.training.planning.memory import Memory
+from align.training.planning.parts import Setting, rewards_of, trained, trunk_bytes
 
 REACHED = {"cuda": (0.25, 0.55), "cpu": (0.3, 0.9)}  # share of the peak in training
 READ = (0.3, 0.8)  # share of the memory's bandwidth while sampling
@@ -41,7 +42,7 @@ def work(at: Setting, plan: Memory, hosts: int = 1) -> Work:
 def traffic(at: Setting, load: Load) -> float:
     """Bytes that each device sends in a step.
 
-    A ring reduces or gathers n bytes over P devices in (P - 1) / P * n sent by each; an all-reduce is both. The gradients
+    A ring reduces or gathers n bytes over P devices in (P - 1) / P * n sent by each; an all-reduce is both. Gradients
     of an adapter are reduced once an update, in float32. A sharded trunk is gathered for each forward and each backward
     pass of a row, and once more where activations are computed again.
     """
