@@ -12,7 +12,7 @@ from typing import get_args, get_origin
 import pytest
 
 import align
-from align import classify, dpo, ppo, reward, sft
+from align import classify, distill, dpo, grpo, ppo, reward, sft
 from align.recipe.help import arms, is_section, sections
 from align.recipe.schema import BaseRecipe, Source
 
@@ -90,7 +90,7 @@ def test_the_page_of_sft_lists_every_key_with_its_default():
     assert listed("sft.md") == defaults(sft.Recipe)
 
 
-@pytest.mark.parametrize("stage", [reward, dpo, classify, ppo], ids=lambda stage: stage.__name__)
+@pytest.mark.parametrize("stage", [reward, dpo, classify, ppo, grpo, distill], ids=lambda stage: stage.__name__)
 def test_the_page_of_another_stage_lists_its_own_keys_and_sft_has_the_others(stage):
     name = stage.__name__.rpartition(".")[2]
     wanted = defaults(stage.Recipe)

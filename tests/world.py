@@ -214,7 +214,9 @@ class Child:
     """
 
     _context = multiprocessing.get_context("forkserver")
-    _context.set_forkserver_preload(["align.sft", "align.reward", "align.dpo", "align.ppo"])
+    _context.set_forkserver_preload(
+        ["align.sft", "align.reward", "align.dpo", "align.ppo", "align.grpo", "align.distill"]
+    )
 
     def __init__(
         self, folder: Path, *argv: object, stage: ModuleType = sft, rank: dict[str, str] | None = None

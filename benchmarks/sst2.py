@@ -1,6 +1,6 @@
-"""Whether PPO learns on real parts: an SST-2 classifier as the reward, beginnings of SST-2 sentences as prompts.
+"""Whether PPO or GRPO learns on real parts: an SST-2 classifier as reward, beginnings of SST-2 sentences as prompts.
 
-    python benchmarks/ppo_sst2.py --actor FOLDER [--judge FOLDER] [--seeds 0 1 2]
+    python benchmarks/sst2.py [--stage ppo | grpo] --actor FOLDER [--judge FOLDER] [--seeds 0 1 2]
 
 The reward is the log-odds of `positive` (label 1) that a classifier of align.classify, trained on SST-2 by
 recipes/sentiment.yaml, gives to the text of prompt and response together; `--judge` is its `final/`. Prompts are the
@@ -21,15 +21,21 @@ from pathlib import Path
 
 import yaml
 
-from align import classify, ppo
+from align import classify, grpo, ppo
 from align.models.base import load_tokenizer
 from align.recipe.schema import Model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+STAGES = {"ppo": ppo, "grpo": grpo}
+SETTINGS = {  # as many episodes a step
+    "ppo": {"batch": {"examples": 16}, "own": {"samples": 4}},
+    "grpo": {"batch": {"examples": 8}, "own": {"samples": 8, "epochs": 4}},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=SETTINGS, default="ppo")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "sst2")
     parser.add_argument("--actor", default=str(SHARED / "models" / "stories260k"))
     parser.add_argument("--judge", help="default: trained now")
@@ -51,7 +57,7 @@ def main() -> None:
         shown = f"{row['before']:>10.3f}{row['after']:>10.3f}{low:>12.3f} –{high:>7.3f}{row['kl']:>9.2f}"
         print(f"{row['seed']:<6}{shown}{row['seconds']:>10.0f}")
     line = {
-        "benchmark": "ppo_sst2", "seeds": rows, "actor": Path(args.actor).name,
+        "benchmark": "sst2", "stage": args.stage, "seeds": rows, "actor": Path(args.actor).name,
         "learned": sum(row["low"] > row["before"] and row["kl"] < 10 for row in rows),
         "seconds": round(time.perf_counter() - started), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
@@ -82,19 +88,20 @@ def write_stems(args: argparse.Namespace, side: str, folder: Path) -> None:
 
 
 def run_seed(args: argparse.Namespace, seed: int, judge: str, folder: Path) -> dict:
-    run = folder / f"run-{seed}"
+    run, settings = folder / f"run-{seed}", SETTINGS[args.stage]
     recipe = {
-        "stage": "ppo", "run": str(run), "seed": seed, "model": {"base": args.actor}, "lora": {"r": 8, "alpha": 16},
+        "stage": args.stage, "run": str(run), "seed": seed, "model": {"base": args.actor},
+        "lora": {"r": 8, "alpha": 16},
         "data": {
             "train": [{"path": str(folder / "train.jsonl")}],
             "eval": {"sources": [{"path": str(folder / "dev.jsonl")}]},
         },
-        "batch": {"examples": 16},
+        "batch": settings["batch"],
         "optim": {"learning_rate": args.learning_rate, "warmup": 3, "schedule": "linear"},
         "train": {"steps": args.steps, "eval_every": 8, "save_every": None},
         "log": {"trackers": []},
-        "ppo": {
-            "rewards": [{"model": judge, "label": "1", "name": "positive"}], "samples": 4,
+        args.stage: settings["own"] | {
+            "rewards": [{"model": judge, "label": "1", "name": "positive"}],
             "generation": {"max_new": 24}, "kl_coef": args.kl_coef, "eval_samples": 2,
         },
     }  # fmt: skip
@@ -102,7 +109,7 @@ def run_seed(args: argparse.Namespace, seed: int, judge: str, folder: Path) -> d
     path.write_text(yaml.safe_dump(recipe))
     started = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        ppo.main([str(path)])
+        STAGES[args.stage].main([str(path)])
     held = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     held = [record for record in held if record["split"] == "eval"]
     last = held[-1]

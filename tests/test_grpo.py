@@ -1,0 +1,161 @@
+"""GRPO through its command, on a model of 40,000 weights: what it leaves, its figures, and what its settings do."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from ppo_start import MOST, UNEVALUATED, make_start
+from safetensors.torch import load_file
+from samplers import recipe_of
+from world import align, flat, lines, metrics, tree
+
+from align import grpo
+from align.grpo import Grpo, token_weights
+from align.models.roles import Roles
+
+DOCS = (Path(__file__).parents[1] / "docs" / "grpo.md").read_text("utf-8")
+SAMPLES = 3
+
+
+@pytest.fixture(scope="module")
+def start(world, cache, tmp_path_factory):
+    return make_start(world, cache, tmp_path_factory)
+
+
+def ran(world, start, here, own=None, name="run", **sections):
+    told = align(recipe_of(world, start, here / f"{name}.yaml", grpo, own, **sections), stage=grpo)
+    assert (told.status, told.err) == (0, ""), told.err
+    return here / name
+
+
+@pytest.fixture(scope="module")
+def finished(world, start, cache, tmp_path_factory):
+    """A reward model, a rule and a judge; clips that decide."""
+    rewards = [
+        {"adapter": str(start.reward), "weight": 0.5},
+        {"function": "ppo_start:wordy"},
+        {"function": "ppo_start:watching", "weight": 0.0},
+    ]
+    own = {"rewards": rewards, "epochs": 2, "minibatches": 2, "overlong_tokens": 2, "overlong_penalty": 0.5}
+    train = {"steps": 2, "eval_every": 1, "save_every": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGN_CACHE", str(cache))
+        return ran(world, start, tmp_path_factory.mktemp("finished"), own, train=train)
+
+
+def test_exactly_these_files_are_left(finished):
+    checkpoint = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
+    adapter = ("adapter_config.json", "adapter_model.safetensors", "align.json", "generation_config.json")
+    tokenizer = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
+    assert set(tree(finished)) == {
+        *("recipe.yaml", "environment.json", "data.json", "ledger.jsonl", "metrics.jsonl", "summary.json"),
+        *("report.html", "samples.jsonl", "episodes.jsonl"),
+        *(f"checkpoints/step-{step:06d}/{name}" for step in (1, 2) for name in checkpoint),
+        *(f"{result}/{name}" for result in ("best", "final") for name in (*adapter, *tokenizer)),
+    } - ({"samples.jsonl"} - set(tree(finished)))
+    names = load_file(finished / "checkpoints" / "step-000002" / "model.safetensors")
+    assert all("critic" not in name for name in names), "nobody learns values"
+
+
+def test_every_figure_of_the_docs_is_there(finished):
+    """All of the table's, but for a loss which this run has not."""
+    table = DOCS.partition("## Numbers")[2].partition("\n## ")[0]
+    named = {name for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall("`(.*?)`", cell)}
+    parts, interval = {f"score/{name}" for name in ("reward", "wordy", "watching")}, {"score_low", "score_high"}
+    expected = (named - {"score/<name>", "loss/ptx"} - interval) | parts
+    held, first = lines(finished / "metrics.jsonl")[:2]
+    common = {"step", "split", "epoch", "tokens", "tokens_seen", "step_seconds", "elapsed_seconds", "tokens_per_second"}
+    assert set(first) - common == expected
+    sampled = {"kl", "kl_per_token", "kl_coef", "entropy", "response_tokens", "ended", "score", "reward"}
+    assert set(held) - {"step", "split", "eval_seconds"} == sampled | parts | interval
+    assert held["kl"] == 0
+    assert metrics(finished, "eval")[-1]["kl"] != 0
+
+
+ALIKE = ("Name",)  # words of prompts whose responses all score alike
+
+
+def tied(prompts, responses, rows):
+    """By its letters, but 1 for all responses to some prompts."""
+    return [
+        1.0 if any(word in prompt for word in ALIKE) else sum(map(str.isalpha, response))
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+def test_equal_groups_are_counted_sampled_anew_and_dropped(world, start, here):
+    """Sampling anew spends tokens; what is dropped is not learnt from; with nothing left no weight moves."""
+    own = {"rewards": [{"function": "test_grpo:tied"}], "kl": "none"}
+    sections = {"data": UNEVALUATED, "batch": {"examples": 6}}
+    runs = {
+        name: ran(world, start, here, own | more, name, **sections)
+        for name, more in {
+            "kept": {},
+            "dropped": {"equal_groups": "drop"},
+            "again": {"equal_groups": "drop", "resample": 2},
+        }.items()
+    }
+    kept, dropped, again = (metrics(run, "train")[0] for run in runs.values())
+    share = kept["equal_groups"]
+    assert 0 < share < 1
+    assert [each["equal_groups"] for each in (dropped, again)] == [share] * 2
+    assert (kept["learnt_groups"], dropped["learnt_groups"]) == (1, 1 - share)
+    assert dropped["sampled_tokens"] == kept["sampled_tokens"] < again["sampled_tokens"]
+    assert kept["loss/policy"] != dropped["loss/policy"], "the mean is over fewer tokens"
+    weights = [load_file(runs[name] / "final" / "adapter_model.safetensors") for name in ("dropped", "kept")]
+    assert any(not torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    constant = own | {"rewards": [{"function": "align.training.rollouts.rules:sentiment"}], "equal_groups": "drop"}
+    run = ran(world, start, here, constant, "nothing", **sections)
+    (record,) = metrics(run, "train")
+    assert (record["equal_groups"], record["learnt_groups"], record["updates"]) == (1, 0, 0)
+    trained = load_file(run / "final" / "adapter_model.safetensors")
+    assert all(not tensor.any() for name, tensor in trained.items() if "lora_B" in name)
+
+
+def test_without_kl_no_step_asks_the_reference(world, start, here, monkeypatch):
+    """An evaluation still does: it says how far the actor has gone."""
+    asked = []
+    reference = Roles.reference
+    monkeypatch.setattr(Roles, "reference", lambda self, forest: asked.append(1) or reference(self, forest))
+    run = ran(world, start, here, {"kl": "none"})
+    assert [record["kl"] == 0 for record in metrics(run, "eval")] == [True, False]
+    assert len(asked) == 6, "two evaluations of three rows each"
+    assert not {"kl", "reward", "loss/kl"} & set(metrics(run, "train")[0])
+    run = ran(world, start, here, {"kl": "reward", "kl_coef": 0.2}, "rewarded", data=UNEVALUATED)
+    (record,) = metrics(run, "train")
+    assert (len(asked) > 6, record["kl"]) == (True, 0)
+    assert "loss/kl" not in record
+
+
+def test_rows_change_nothing(world, start, here):
+    """Neither does a ptx loss that shares a step; every response still learns its share."""
+    ptx = {"sources": [{"path": str(world.talks)}], "examples": 2}
+    own = {"ptx": ptx, "ratio": "sequence", "unended": "mask", "epochs": 2, "entropy_coef": 0.1}
+    batch = {"examples": 2}
+    narrow, wide = (
+        ran(world, start, here, own, f"{room}", batch=batch | {"row_tokens": room}, data=UNEVALUATED)
+        for room in (1, 512)
+    )
+    (one,), (other,) = metrics(narrow, "train"), metrics(wide, "train")
+    assert one["loss/ptx"] > 0
+    assert flat(one) == pytest.approx(flat(other), rel=1e-4, abs=1e-4)
+    assert json.loads((narrow / "final" / "align.json").read_text())["stage"] == "grpo"
+
+
+def test_weights_of_tokens_by_hand():
+    """Responses of 1, 3 and 4 tokens, of which the second is not learnt from; the minibatch has the first two."""
+    lengths, learnt = torch.tensor([1, 3, 4]), torch.tensor([True, False, True])
+    of = {
+        name: token_weights(
+            Grpo(rewards=[{"function": "a:b"}], mean_over=name, generation={"max_new": MOST}),
+            lengths, learnt, torch.tensor([0, 1]),
+        ).tolist()
+        for name in ("tokens", "responses", "length_free")
+    }  # fmt: skip
+    assert of["tokens"] == [1.0, 0.0, 0.0]
+    assert of["responses"] == [0.5, 0.0, 0.0]
+    assert of["length_free"] == pytest.approx([1 / (2 * MOST), 0.0, 0.0])

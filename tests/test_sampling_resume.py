@@ -1,0 +1,65 @@
+"""GRPO and distillation killed and gone on with end equal to the bit, and two processes sample and learn as one."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+from ppo_start import make_start
+from samplers import make_teacher, recipe_of
+from test_processes import free_port
+from test_resume import records
+from world import Child, align, flat, lines, metrics, tree, weights
+
+from align import distill, grpo
+
+SETTINGS = {
+    grpo: {"minibatches": 2, "resample": 1, "equal_groups": "drop", "rewards": [{"function": "test_grpo:tied"}]},
+    distill: {"on_policy": 0.7, "divergence": "jsd"},
+}
+STEPS = 3
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=lambda stage: stage.__name__)
+def whole(request, world, cache, tmp_path_factory):
+    """A run that nothing stopped, its recipe and its stage."""
+    stage, folder = request.param, tmp_path_factory.mktemp("whole")
+    start = make_start(world, cache, tmp_path_factory)
+    make_teacher(world, start, cache)
+    train = {"steps": STEPS, "eval_every": 2, "save_every": 1}
+    recipe = recipe_of(world, start, folder / "run.yaml", stage, SETTINGS[stage], train=train)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGN_CACHE", str(cache))
+        told = align(recipe, stage=stage)
+    assert (told.status, told.err) == (0, "")
+    return folder / "run", recipe, stage
+
+
+def test_killed_and_gone_on_with_a_run_ends_equal(whole, here):
+    reference, recipe, stage = whole
+    run = here / "run"
+    child = Child(here, recipe, f"run={run}", stage=stage)
+    assert child.send_when(signal.SIGKILL, lambda: records(run) >= 4)  # of six lines
+    assert child.wait().status == -signal.SIGKILL
+    assert not (run / "final").exists()
+    told = align(recipe, f"run={run}", stage=stage)
+    assert told.status == 0, told.err
+    assert "going on from" in told.out
+    assert metrics(run) == metrics(reference)
+    assert weights(run).keys() == weights(reference).keys()
+    assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(reference).items())
+    assert set(tree(run)) == set(tree(reference))
+    if stage is grpo:
+        assert lines(run / "episodes.jsonl") == lines(reference / "episodes.jsonl")
+
+
+def test_two_processes_are_as_one(whole, here):
+    reference, recipe, stage = whole
+    for child in Child.pair(here, free_port(), recipe, f"run={here / 'two'}", stage=stage):
+        told = child.wait()
+        assert (told.status, told.err) == (0, "")
+    for found, record in zip(metrics(here / "two"), metrics(reference), strict=True):
+        exact = ("step", "split", "tokens_seen", "response_tokens", "sampled_tokens", "learnt_groups", "updates")
+        assert [found.get(name) for name in exact] == [record.get(name) for name in exact]
+        assert flat(found) == pytest.approx(flat(record), rel=1e-4, abs=1e-4)
