@@ -118,6 +118,8 @@ def held(at: Setting) -> list[Part]:
     parts = [Part("trunk", trunk_bytes(at) // at.shards)]
     if at.shards > 1:
         parts.append(Part("layers that are gathered", _gathered(at)))
+        if at.device.type == "cpu":  # the C library keeps what the whole weights took, in pieces too small for a row
+            parts.append(Part("where the whole weights lay", trunk_bytes(at)))
     if at.adapted:
         roles = policies(at) + sum(part.adapter is not None for part in rewards_of(recipe))
         if recipe.stage == "distill":
@@ -141,9 +143,10 @@ def held(at: Setting) -> list[Part]:
 
 
 def _gathered(at: Setting) -> int:
-    """Layers that are whole for a moment: the one that computes, the next, and what lies outside of them."""
+    """Layers that are whole for a moment: the one that computes, the next, and what lies outside of them; each once as
+    it is received, and once as it is computed with."""
     sizes, wide = at.skeleton.sizes, at.dtype.itemsize if at.adapted else 4
-    return wide * (2 * sizes.layer + sizes.weights - sizes.depth * sizes.layer)
+    return 2 * wide * (2 * sizes.layer + sizes.weights - sizes.depth * sizes.layer)
 
 
 def _own(at: Setting, numbers: int) -> int:
