@@ -32,7 +32,7 @@ from align.tools.merging.card import card
 from align.tools.merging.chain import merged_chain, read_results
 from align.tools.merging.checkpoint import refuse_taken, sizes, write
 from align.tools.merging.export import GGUF_TYPES, converter, modelfile, to_gguf
-from align.training.borders.border import Parser, border
+from align.training.borders.border import Parser, border, shows
 from align.training.runs.checkpoint import published
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -147,8 +147,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with border("use a machine with more memory: a merge holds the whole model twice, in float32"):
-        run(parse(sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    with border("use a machine with more memory: a merge holds the whole model twice, in float32", result=shows(words)):
+        run(parse(words))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
     python benchmarks/gpu.py            # on a GPU: prints a table and adds it to benchmarks/results/gpu-DATE.md
     python benchmarks/gpu.py --tiny     # on a CPU: proves every part on tiny shapes, writes nothing
-    python benchmarks/gpu.py --parts ppo dpo --shapes 8B
+    python benchmarks/gpu.py --only ppo grpo --shapes 8B
 
-SFT steps; sampling beside transformers' `generate`; a PPO update; DPO and reward steps on packed trees beside the same
-trunk with padded rows. Random weights have the speed and the memory of trained ones, and need no model hub. A part that
-there is no time or memory for is named, and so is one that fails; the others go on.
+LoRA SFT, also beside TRL's and beside the figure that NVIDIA published; sampling from a policy beside transformers'
+`generate`; a PPO update beside a step of TRL's GRPO; DPO and reward steps on packed trees beside the same trunk with
+padded rows. Random weights have the speed and the memory of trained ones, and need no model hub.
+
+Each part's figures are written down when it is done. The same command measures what is missing, and prints all. A part
+that there is no time or memory for is named, and so is one that fails; the others go on.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import gpu_parts
+import gpu_peers
 import torch
 import transformers
 from gpu_models import Shape
@@ -32,17 +36,20 @@ from gpu_parts import Row, Scale
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET_SECONDS, LEAST_SECONDS = 8.5 * 60, 20  # the latter must be left for a part to begin
-TINY = [Shape("tiny", 64, 128, 2, 4, 2, 256, 512)]
-TINY_SCALE = Scale(steps=2, conversations=8, pairs=4, prompts=(2, 4), samples=2, new=6, updates=1)
+TINY = [Shape("tiny", 64, 128, 2, 4, 2, 256, 256)]
+TINY_SCALE = Scale(steps=2, conversations=8, texts=2, pairs=4, prompts=(2, 4), samples=2, new=6, updates=1)
 SHAPES = [
-    Shape("135M (SmolLM2)", 576, 1536, 30, 9, 3, 49152, 32_768),
-    Shape("1.7B (SmolLM2)", 2048, 8192, 24, 32, 32, 49152, 16_384),
     Shape("8B (Llama 3)", 4096, 14336, 32, 32, 8, 128256, 16_384),
+    Shape("1.7B (SmolLM2)", 2048, 8192, 24, 32, 32, 49152, 16_384),
+    Shape("135M (SmolLM2)", 576, 1536, 30, 9, 3, 49152, 32_768),
 ]
 PARTS: dict[str, Callable[[Shape, Scale, torch.device], Iterator[Row]]] = {
-    "sft": gpu_parts.sft,
-    "sampling": gpu_parts.sampling,
+    "published": gpu_parts.published,
     "ppo": gpu_parts.update,
+    "sampling": gpu_parts.sampling,
+    "sft": gpu_parts.sft,
+    "trl": gpu_peers.sft,
+    "grpo": gpu_peers.grpo,
     "dpo": gpu_parts.preferences,
     "reward": gpu_parts.rewards,
     "checkpointing": partial(gpu_parts.sft, checkpointing=True),
@@ -58,10 +65,12 @@ class OutOfTime(BaseException):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, for a machine without a GPU")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--shapes", nargs="+", default=[], help="only shapes whose names begin so, such as 135M 8B")
     parser.add_argument("--steps", type=int, help="optimizer steps that are timed, in whole rounds over the rows")
     parser.add_argument("--seconds", type=float, default=BUDGET_SECONDS, help="what is not measured by then is not")
+    parser.add_argument("--record", type=Path, help="where figures are kept; default: benchmarks/results/gpu.jsonl")
+    parser.add_argument("--again", action="store_true", help="measure also what the record has")
     args = parser.parse_args()
     if not args.tiny and not torch.cuda.is_available():
         raise SystemExit("no GPU here: not measured (--tiny proves the script on a CPU)")
@@ -72,22 +81,42 @@ def main() -> None:
     shapes = [s for s in (TINY if args.tiny else SHAPES) if s.name.startswith(tuple(args.shapes or [""]))]
     if not shapes:
         parser.error("--shapes: there is no such shape")
-    plan = [(shape, part) for shape in shapes for part in PARTS if part in args.parts]
+    plan = [(shape, part) for shape in shapes for part in PARTS if part in args.only]
     plan.sort(key=lambda item: item[1] in LAST)  # stable
     signal.signal(signal.SIGALRM, _ring)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    record = args.record or (None if args.tiny else RESULTS / "gpu.jsonl")
+    known = {} if args.again else recorded(record)
     started, rows, missing = time.monotonic(), [], {}
     for shape, part in plan:
-        left, before = args.seconds - (time.monotonic() - started), time.monotonic()
-        why = tried(partial(PARTS[part], shape, scale, device), left, rows)
+        key = " ".join([part, shape.name, name, f"torch {torch.__version__}", *map(str, scale)])
+        if key in known:
+            rows += known[key]
+            print(f"{part} {shape.name}: as the record has it", flush=True)
+            continue
+        left, before, own = args.seconds - (time.monotonic() - started), time.monotonic(), []
+        why = tried(partial(PARTS[part], shape, scale, device), left, own)
         told = f"not measured, {why}" if why else f"{time.monotonic() - before:.0f} s"
         print(f"{part} {shape.name}: {told}", flush=True)
+        rows += own
         if why:
             missing[f"{part} {shape.name}"] = why
+        elif record:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            with record.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "rows": [row._asdict() for row in own]}) + "\n")
         release(device)
     report(rows, missing, name, write=not args.tiny)
     if any(why.startswith("failed") for why in missing.values()):
         sys.exit(1)
+
+
+def recorded(record: Path | None) -> dict[str, list[Row]]:
+    """Figures of parts that were measured whole."""
+    if record is None or not record.exists():
+        return {}
+    parts = map(json.loads, record.read_text("utf-8").splitlines())
+    return {part["key"]: [Row(**row) for row in part["rows"]] for part in parts}
 
 
 def tried(part: Callable[[], Iterator[Row]], seconds: float, rows: list[Row]) -> str | None:
@@ -101,6 +130,8 @@ def tried(part: Callable[[], Iterator[Row]], seconds: float, rows: list[Row]) ->
             print("  " + "  ".join(cells(row)), flush=True)
     except OutOfTime:
         return "out of time"
+    except ImportError as error:
+        return f"{error.name} is not installed"
     except torch.OutOfMemoryError:
         return "out of memory"
     except Exception as error:  # whatever it is, the other parts are still to be measured
@@ -112,9 +143,8 @@ def tried(part: Callable[[], Iterator[Row]], seconds: float, rows: list[Row]) ->
 
 
 def release(device: torch.device) -> None:
-    """What a part held and compiled: the next begins as a run of its own would."""
+    """What a part held. What was compiled stays: attention is one function for all shapes of rows."""
     gc.collect()
-    torch.compiler.reset()
     if device.type == "cuda":
         with suppress(RuntimeError):  # of a device that has failed for good
             torch.cuda.empty_cache()

@@ -13,13 +13,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from align.data.trees import Tree
 from align.models.base import Base
+from align.models.memory import free_bytes
 from align.models.scoring import with_head
 from align.models.trunk import Trunk
 from align.recipe.schema import Lora, Model
 
 LORA = Lora(r=16, alpha=32)
 END = 2  # LlamaConfig's end of text
-LONGEST = 2048  # tokens of a conversation at most; LlamaConfig's positions
+LONGEST = 2048  # tokens of a conversation at most
+FILL = 0.7  # of the free memory that a row's activations may take
 
 
 class Shape(NamedTuple):
@@ -32,7 +34,14 @@ class Shape(NamedTuple):
     heads: int
     kv_heads: int
     vocabulary: int
-    row_tokens: int
+    row_tokens: int  # at most
+
+    def fitting(self, device: torch.device, roles: int = 1) -> int:
+        """Tokens of a row whose activations fit beside what is loaded, for roles that train: of each layer and token
+        some eight states and three of the MLP's width in bfloat16. A power of two."""
+        token = 2 * roles * self.layers * (8 * self.hidden + 3 * self.mlp)
+        room = int(FILL * free_bytes(device)) // token
+        return min(self.row_tokens, 2 ** max(8, room.bit_length() - 1))
 
 
 class Drawn:
@@ -66,6 +75,7 @@ def random_model(shape: Shape, device: torch.device) -> nn.Module:
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         vocab_size=shape.vocabulary,
+        max_position_embeddings=8192,
         tie_word_embeddings=shape.hidden < 2048,
     )
     torch.manual_seed(0)
@@ -87,6 +97,12 @@ def adapted(model: nn.Module, shape: Shape, checkpointing: bool = False, outputs
     if not trunk.packed:
         print(f"{shape.name}: padded layout, for {trunk.layout_reason}", flush=True)
     return trunk
+
+
+def whole(shape: Shape, count: int, length: int) -> Drawn:
+    """Texts of one length, all of it learnt."""
+    draw = np.random.default_rng(3)
+    return Drawn([Tree((words(draw, shape, length),), (np.ones(length, bool),)) for _ in range(count)])
 
 
 def conversations(shape: Shape, count: int) -> Drawn:

@@ -17,8 +17,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from gpu_models import END, LORA, Drawn, Shape, adapted, conversations, pairs, prompts, random_model, random_trunk
-from peft import get_peft_model_state_dict
+from gpu_models import (
+    END,
+    LORA,
+    Drawn,
+    Shape,
+    adapted,
+    conversations,
+    pairs,
+    prompts,
+    random_model,
+    random_trunk,
+    whole,
+)
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import GenerationConfig
@@ -43,6 +55,8 @@ from align.training.runs.run import Standing
 from align.training.screen import Screen
 from align.training.session import Session
 
+# LoRA SFT of Llama-3 8B on one H100, tokens/s: NVIDIA NeMo Automodel's performance summary (40.6 % of the peak at 4 N).
+PUBLISHED_TOKENS, PUBLISHED_RATE = 4096, 12_473
 WARM_STEPS, ENOUGH_SECONDS = 3, 10  # steps at least that are not counted; no further round after so long
 
 
@@ -51,6 +65,7 @@ class Scale(NamedTuple):
 
     steps: int = 8  # that are counted, in whole rounds over all rows
     conversations: int = 64
+    texts: int = 16  # of 4,096 tokens
     pairs: int = 64
     prompts: tuple[int, ...] = (16, 64)  # sampled from at once; PPO takes the first number
     samples: int = 4
@@ -72,15 +87,30 @@ class Row(NamedTuple):
 def sft(shape: Shape, scale: Scale, device: torch.device, checkpointing: bool = False) -> Iterator[Row]:
     """LoRA SFT on all linear layers: forward, backward, optimizer step on one packed row."""
     examples = conversations(shape, scale.conversations)
-    trunk = random_trunk(shape, device, checkpointing)
-    seconds, rounds, loss = learning(trunk, examples, lambda batch: -trunk(batch).mean(), shape.row_tokens, scale.steps)
+    yield trained(
+        "sft", random_trunk(shape, device, checkpointing), examples, shape, scale, ", checkpointing" * checkpointing
+    )
+
+
+def published(shape: Shape, scale: Scale, device: torch.device) -> Iterator[Row]:
+    """The same on texts of 4,096 tokens, beside the figure that others have published for an 8B."""
+    length = min(PUBLISHED_TOKENS, shape.row_tokens)
+    row = trained("published", random_trunk(shape, device), whole(shape, scale.texts, length), shape, scale, "")
+    times = {"times_published": row.rate / PUBLISHED_RATE} if shape.name.startswith("8B") else {}
+    yield row._replace(what=f"{row.what}, texts of {length:,}", more=times | row.more)
+
+
+def trained(part: str, trunk: Trunk, examples: Drawn, shape: Shape, scale: Scale, more: str) -> Row:
+    """Steps of SFT in rows that fit; `mfu` counts attention and what a LoRA leaves out, `at_4n` 4 FLOPs a weight."""
+    device, size = trunk.device, shape.fitting(trunk.device)
+    seconds, rounds, loss = learning(trunk, examples, lambda batch: -trunk(batch).mean(), size, scale.steps)
     rate, lengths = rounds * int(examples.lengths.sum()) / seconds, examples.lengths.tolist()
-    flops = flops_per_token(trunk.plain.config, matmul_params(trunk.plain), causal_attended(lengths), lora=True)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    share = mfu(rate, flops, peak_flops(name, trunk.dtype))
-    what = f"{shape.name}, {trunk.layout}, rows of {shape.row_tokens:,}{', checkpointing' * checkpointing}"
-    more = {"loss": loss} if share is None else {"mfu": share, "loss": loss}
-    yield Row("sft", what, rate, "tokens", peak_memory(device), more)
+    weights = matmul_params(trunk.plain)
+    flops = flops_per_token(trunk.plain.config, weights, causal_attended(lengths), lora=True)
+    peak = peak_flops(torch.cuda.get_device_name() if device.type == "cuda" else "CPU", trunk.dtype)
+    shares = {} if peak is None else {"mfu": mfu(rate, flops, peak), "at_4n": mfu(rate, 4 * weights, peak)}
+    what = f"{shape.name}, {trunk.layout}, rows of {size:,}{more}"
+    return Row(part, what, rate, "tokens", peak_memory(device), shares | {"loss": loss})
 
 
 def preferences(shape: Shape, scale: Scale, device: torch.device) -> Iterator[Row]:
@@ -98,30 +128,31 @@ def rewards(shape: Shape, scale: Scale, device: torch.device) -> Iterator[Row]:
 
 def in_layouts(part: str, trunk: Trunk, loss: Callable, shape: Shape, scale: Scale) -> Iterator[Row]:
     """Pairs a second of steps on the mean of `loss`, which sums over a batch's pairs."""
-    examples, rates = pairs(shape, scale.pairs), {}
+    examples, rates, size = pairs(shape, scale.pairs), {}, shape.fitting(trunk.device)
     for layout in dict.fromkeys(("padded", trunk.layout)):
         with laid_out(trunk, layout):
             seconds, rounds, last = learning(
-                trunk, examples, lambda batch: loss(batch) / (batch.paths // 2), shape.row_tokens, scale.steps
+                trunk, examples, lambda batch: loss(batch) / (batch.paths // 2), size, scale.steps
             )
         rates[layout] = rounds * len(examples) / seconds
         more = {"loss": last} if layout == "padded" else {"times_padded": rates[layout] / rates["padded"], "loss": last}
-        what = f"{shape.name}, {layout}, rows of {shape.row_tokens:,}"
+        what = f"{shape.name}, {layout}, rows of {size:,}"
         yield Row(part, what, rates[layout], "pairs", peak_memory(trunk.device), more)
 
 
 def sampling(shape: Shape, scale: Scale, device: torch.device) -> Iterator[Row]:
-    """Responses from the bare trunk, beside transformers' `generate` from the same model on left-padded prompts."""
-    model, examples = random_model(shape, device).eval(), prompts(shape, max(scale.prompts))
-    theirs = yield from generation(model, examples, shape, scale)
-    trunk = adapted(model, shape)
+    """Responses from a policy, trunk and LoRA, beside transformers' `generate` from the same under plain peft, on
+    left-padded prompts."""
+    model, examples = random_model(shape, device), prompts(shape, max(scale.prompts))
+    plain = get_peft_model(model, LoraConfig(r=LORA.r, lora_alpha=LORA.alpha, target_modules="all-linear")).eval()
+    theirs = yield from generation(plain, examples, shape, scale)
+    trunk = adapted(plain.unload(), shape)
     check_samples(trunk)
     how, ids = Sampling(scale.new, min_new=scale.new), [tree.segments[0] for tree in examples.trees]
     for count in scale.prompts:
         keys = [(0, i) for i in range(count)]
-        with trunk.acting(None):
-            work = partial(sample, trunk, ids[:count], how, keys, scale.samples)
-            seconds, peak = second_time(work, device)
+        work = partial(sample, trunk, ids[:count], how, keys, scale.samples)
+        seconds, peak = second_time(work, device)
         rate = count * scale.samples * scale.new / seconds
         what = f"{shape.name}, {count} prompts x {scale.samples}, align"
         yield Row("sampling", what, rate, "tokens", peak, {"times_transformers": rate / theirs[count]})
@@ -164,7 +195,8 @@ def update(shape: Shape, scale: Scale, device: torch.device) -> Iterator[Row]:
         recipe = ppo.Recipe.model_validate(
             {
                 "stage": "ppo", "run": folder, "model": {"base": shape.name}, "lora": LORA.model_dump(),
-                "data": {"train": [{"path": "random"}]}, "batch": {"examples": count},
+                "data": {"train": [{"path": "random"}]},
+                "batch": {"examples": count, "row_tokens": shape.fitting(device, roles=2)},
                 "optim": {"learning_rate": 1e-5, "schedule": "constant", "warmup": 0},
                 "train": {"steps": 1 + scale.updates},
                 "ppo": {
@@ -191,7 +223,7 @@ def update(shape: Shape, scale: Scale, device: torch.device) -> Iterator[Row]:
                 break
     updates, episodes = number, count * scale.samples
     more = {f"{name}_seconds": float(took[i]) / updates for i, name in enumerate(("sampling", "scoring", "epochs"))}
-    what = f"{shape.name}, {count} prompts x {scale.samples}, {scale.new} new tokens, {recipe.ppo.epochs} epochs"
+    what = f"{shape.name}, {count} prompts x {scale.samples}, {scale.new} new tokens, {recipe.ppo.epochs} epochs, align"
     yield Row("ppo", what, updates * episodes / float(took[-1]), "episodes", peak_memory(device), more)
 
 

@@ -1,4 +1,4 @@
-"""A command that the tests start in two processes: several runs one after another, with the bytes that each holds after its first step."""
+"""A command for two processes: several runs one after another, with the bytes that each holds after its first step."""
 
 from __future__ import annotations
 

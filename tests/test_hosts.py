@@ -6,8 +6,10 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 import torch
 from hosts import two_hosts
@@ -95,3 +97,35 @@ def test_a_failure_ends_both_hosts_and_a_rerun_ends_the_same(stage, how, recipe_
         final = result(run)
         assert all(torch.equal(tensor, final[name]) for name, tensor in result(undisturbed).items())
     print(f"\n{stage.__name__} {how}: {len(took)} times, ended after {min(took):.1f} to {max(took):.1f} s", flush=True)
+
+
+@pytest.mark.parametrize("how", ["killed", "cut"])
+def test_two_launchers_end_too(how, world, here, hosts):
+    """accelerate's launcher on each host, a process each: none of it is left."""
+    recipe = world.recipe(here / "recipe.yaml", train={"steps": 5000, "eval_every": None, "save_every": 20})
+    port, launched = free_port(), []
+    for host in range(2):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+        command += ["--num_machines", "2", "--machine_rank", str(host), "--main_process_ip", hosts.address(0)]
+        command += ["--main_process_port", str(port), "-m", "align.sft", str(recipe)]
+        launched.append(hosts.launch(host, command, here / f"host{host}.log"))
+    said = lambda host: (here / f"host{host}.log").read_text()  # noqa: E731
+    file, deadline = here / "run" / "metrics.jsonl", time.monotonic() + 300
+    while not file.is_file() or file.read_bytes().count(b"\n") < 5:
+        assert time.monotonic() < deadline, said(0) + said(1)
+        time.sleep(0.1)
+    processes = [psutil.Process(one.pid).children(recursive=True) for one in launched]
+    if how == "killed":
+        processes[1][-1].kill()  # the one that trains
+    else:
+        hosts.cut()
+    began = time.monotonic()
+    statuses = [one.wait(MINUTE) for one in launched]
+    took = time.monotonic() - began
+    hosts.mend()
+    assert 0 not in statuses
+    assert f"process 1 (host {hosts.names[1]}" in said(0)
+    if how == "cut":
+        assert f"process 0 (host {hosts.names[0]}" in said(1)
+    assert not [one for both in processes for one in both if one.is_running() and one.status() != "zombie"]
+    print(f"\nlaunchers {how}: ended after {took:.1f} s", flush=True)

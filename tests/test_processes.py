@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -129,6 +130,27 @@ def test_what_the_first_process_finds_holds_for_all(here):
     first, second = told["fails"]
     assert (first.status, second.status, second.err) == (1, 1, "")
     assert "KeyError: 'a fault'\nthis is a fault of align itself; please report it" in first.err
+
+
+def test_one_that_dies_or_fails_or_does_not_come_ends_the_other(here):
+    """Even where the first does not look: it waits for nobody, and would print what it decides alone."""
+    told = {}
+    for how in ("dies", "fails alone", "comes late"):
+        (here / how).mkdir()
+        began = time.monotonic()
+        told[how] = [child.wait() for child in Child.pair(here / how, free_port(), how, stage=deciding)]
+        assert time.monotonic() - began < 30
+    first, second = told["dies"]
+    assert (first.status, second.status) == (2, 9)
+    assert re.search(r"^process 1 \(host .*, pid \d+\) has ended without a word: .*start it again", first.err)
+    first, second = told["fails alone"]
+    assert (first.status, second.status, second.err) == (2, 2, "its disk is not there\n")
+    assert re.search(r"^process 1 \(host .*\) has ended: its disk is not there; this run ends here", first.err)
+    first, second = told["comes late"]
+    assert (first.status, second.status) == (2, 2)
+    assert first.err.startswith("of 2 processes, 1 did not come within 1 seconds")
+    assert "process 1 of 2 does not find process 0" in second.err
+    assert "Traceback" not in "".join(one.err for pair in told.values() for one in pair)
 
 
 def test_a_killed_first_process_ends_those_that_wait_for_it(world, here):

@@ -13,9 +13,10 @@ import torch
 import yaml
 from ppo_start import make_start, recipe_of
 from test_processes import assert_close, pair
+from transformers import AutoModelForCausalLM
 from world import align
 
-from align import chat, classify, dpo, evaluate, ppo, reward, sft
+from align import chat, classify, dpo, evaluate, merge, ppo, reward, sft
 from align.models.base import load_base
 from align.models.checkpoints.adapters import put
 from align.models.checkpoints.results import read_result
@@ -128,6 +129,21 @@ def test_prediction_has_the_numbers_of_the_run(chain, here):
     with torch.no_grad(), trunk.attending(trunk.own_attention):
         logits = [trunk.plain(input_ids=torch.tensor([row])).logits[0] for row in ids]
     assert shares == pytest.approx(torch.stack(logits).softmax(-1).numpy(), abs=1e-5)
+
+
+def test_a_merged_result_is_the_quantised_trunk_with_its_adapters(chain, here):
+    """As an ordinary checkpoint of what the bits stand for."""
+    told = align(chain.ppo, "out", stage=merge)
+    assert (told.status, told.err) == (0, "")
+    adapters = [str(chain.sft), str(chain.dpo)]
+    section = Model(base=str(chain.base), dtype="float32", quantize=chain.bits, adapter=adapters)
+    result = read_result(str(chain.ppo), "model.adapter")
+    trunk = Trunk(load_base(section, torch.device("cpu"), frozen=True), section, result.config.section).eval()
+    put(trunk.causal, result.weights, "default", "")
+    ids = torch.tensor([trunk.tokenizer("Name the capital")["input_ids"]])
+    plain = AutoModelForCausalLM.from_pretrained("out")
+    with torch.no_grad(), trunk.attending(trunk.own_attention):
+        torch.testing.assert_close(plain(input_ids=ids).logits, trunk.plain(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("shard", ["none", "layers"])

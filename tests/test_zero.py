@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from test_processes import free_port
-from world import Child, align, metrics, weights
+from world import Child, align, lines, metrics, weights
 
 from align import dpo, ppo, reward, sft
 
@@ -24,6 +24,10 @@ def pair(here, *argv, zero, stage=sft, more=()):
     """Two processes as accelerate's launcher starts them for DeepSpeed."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero), "OMP_NUM_THREADS": "1"}
+    if zero == 3 and not more:  # weights as small as these would stay whole
+        config = here / "zero3.json"
+        config.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+        more = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
     shared |= {"DS_ACCELERATOR": "cpu", **dict(more)}
     ranks = [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
     first, second = [Child(here, *argv, stage=stage, rank=rank) for rank in ranks]
@@ -55,6 +59,7 @@ def test_as_with_one_process_and_gone_on_with(stage, zero, sections, world, here
     given = {
         "optim": {"learning_rate": 0.01, "warmup": 2} | optim,
         "train": {"steps": 6, "eval_every": 3, "save_every": 2},
+        "log": {"trackers": [], "samples": ["Peru?"], "sample_tokens": 4} if stage == "sft" else {"trackers": []},
     }
     recipe = write(path, **given, **sections)
     assert align(recipe, stage=module).status == 0
@@ -62,6 +67,8 @@ def test_as_with_one_process_and_gone_on_with(stage, zero, sections, world, here
     assert (first.status, second.status) == (0, 0), first.err + second.err
     assert f"DeepSpeed ZeRO-{zero}" in first.out
     assert_same(here / "two", here / "run")
+    if stage == "sft":
+        assert lines(here / "two" / "samples.jsonl") == lines(here / "run" / "samples.jsonl")
     checkpoints = here / "two" / "checkpoints"
     for step in (4, 6):  # a checkpoint of two processes goes on with one, and the other way round
         ours, theirs = (p / "checkpoints" / f"step-00000{step}" for p in (here / "two", here / "run"))

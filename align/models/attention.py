@@ -30,10 +30,10 @@ def dense_attention(
     `window`: positions back, its own included, that a token sees; `softcap`: scores s become c * tanh(s / c).
     """
     seen = mask.dense(window)
-    if softcap is None:
-        out = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2)
+    # Repeated, for under a mask PyTorch's own grouping would write out all scores on a GPU.
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale).transpose(1, 2)
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
     return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(1, 2)
 

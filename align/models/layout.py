@@ -142,9 +142,12 @@ def _kinds(trunk: Trunk, forest: Forest) -> set[_Kind]:
 
 
 def _agrees(faster: Attention, kind: _Kind, forest: Forest) -> bool:
-    """In values and gradients, on random states."""
+    """In values and gradients, on random states that lie in memory as projections do, token by token."""
     draw, results = torch.Generator().manual_seed(0), []
-    states = [torch.randn(shape, generator=draw).to(forest.tokens.device, kind.dtype) for shape in kind.shapes]
+    states = [
+        torch.randn(1, tokens, heads, size, generator=draw).to(forest.tokens.device, kind.dtype).transpose(1, 2)
+        for _, heads, tokens, size in kind.shapes
+    ]
     for attend in (dense_attention, faster):
         given = [part.clone().requires_grad_() for part in states]
         with torch.enable_grad():

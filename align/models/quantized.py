@@ -19,6 +19,7 @@ from accelerate.utils import is_bnb_available
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from align.recipe.errors import UserError
 
@@ -49,6 +50,7 @@ def loading(quantize: str, dtype: torch.dtype, device: torch.device, model: PreT
     Four bits are stored as numbers of `dtype`, so that all parameters of a layer can be sharded as one.
     """
     heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    heads += [name for name, _ in model.named_modules() if name.endswith("pooler")]  # an encoder's may be new
     config = BitsAndBytesConfig(
         load_in_4bit=quantize == "4bit",
         load_in_8bit=quantize == "8bit",
@@ -94,6 +96,28 @@ def like(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@torch.no_grad()
+def unpacked(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with plain float32 layers of the values that its bits stand for, to be merged into and saved."""
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, LAYERS):
+            continue
+        if isinstance(layer, EightBit):
+            weight = _weights(layer.weight, layer.scale, torch.float32)  # (o, i)
+        else:
+            weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.quant_state).float()
+        whole = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        if layer.source_cls is Conv1D:
+            whole, weight = Conv1D(layer.out_features, layer.in_features), weight.T.contiguous()
+        whole.weight = nn.Parameter(weight)
+        if layer.bias is not None:
+            whole.bias = nn.Parameter(layer.bias.float())
+        model.set_submodule(name, whole)
+    model.hf_quantizer.remove_quantization_config(model)
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+    return model
+
+
 def _eight_bit_layer(layer: nn.Linear) -> nn.Linear:
     """bitsandbytes' layer with a product of its own; peft knows it by its type."""
     out = EightBit(
@@ -101,7 +125,7 @@ def _eight_bit_layer(layer: nn.Linear) -> nn.Linear:
     )
     scale = layer.weight.SCB.float() / 127  # (o,)
     out.weight = nn.Parameter(layer.weight.data, requires_grad=False)  # (o, i) int8
-    out.bias = layer.bias
+    out.bias, out.source_cls = layer.bias, layer.source_cls
     out.register_buffer("scale", scale, persistent=False)
     return out
 

@@ -281,7 +281,8 @@ class Trunk(nn.Module):
         """The context in which the trunk computes."""
         if self.autocast_dtype in (None, torch.float32):
             return nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        # Where it is sharded no rounded copies of whole weights may stay.
+        return torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=not self.sharded)
 
     def attend(self, name: str) -> None:
         """Compute attention by the function of this name from now on."""

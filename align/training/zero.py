@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,12 +17,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, str_to_bool
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.models.trunk import Trunk, Whole
 from align.recipe.errors import UserError
 from align.recipe.schema import BaseRecipe
 from align.training.runs.state import Named
 
+HELD = -1  # stands among the modules that need a weight now, which DeepSpeed counts
 STAGES = ("sft", "reward", "dpo", "classify")
 INSTEAD = (
     "use train.shard=layers with a launcher's configuration without DeepSpeed (accelerate_configs/8_gpus_shard.yaml)"
@@ -50,7 +51,6 @@ def ready() -> dict[str, Any]:
         raise UserError(
             "the launcher's configuration asks for DeepSpeed: pip install 'align[deepspeed]', or " + INSTEAD
         )
-    os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"  # transformers would make the weights in pieces itself
     if torch.cuda.is_available():
         return {}
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -85,6 +85,7 @@ def settle(accelerator: Accelerator, recipe: BaseRecipe) -> None:
                 problems.append(f"model.{key} does not go with ZeRO-3: leave it out, or {INSTEAD}")
     if problems:
         raise UserError(*problems)
+    unset_hf_deepspeed_config()  # else transformers would lay out weights by itself while it loads them
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     config["gradient_clipping"] = recipe.optim.max_grad_norm or 0.0
     for key in SIZES:
@@ -106,33 +107,37 @@ def layers_together(trunk: Trunk) -> Whole:
 
     for layer in trunk.layers:
         set_z3_leaf_module(layer, True)
+    # Else the first layer's input asks for no gradient, and its weights would be let go of before its backward pass.
+    trunk.plain.get_input_embeddings().register_forward_hook(_ask_for_gradient)
     return lambda part=None: nullcontext()
 
 
-def keep_outside_whole(trunk: Trunk, engine: Any) -> None:
-    """What is not in a layer stays whole on every process, as small weights do: heads are read beside their forward."""
+def _ask_for_gradient(_embeddings: nn.Module, _given: tuple, states: Tensor) -> Tensor:
+    return states.requires_grad_() if torch.is_grad_enabled() and states.is_leaf else states
+
+
+def hold_outside(trunk: Trunk) -> None:
+    """What is not in a layer is whole on every process, until the next step lays it out: heads are read beside their
+    forward pass. Every process must call it."""
     layered = {p for layer in trunk.layers for p in layer.parameters()}
-    kept = [p for p in trunk.parameters() if p not in layered and not p.ds_persist]
-    for p in kept:
-        p.ds_persist = True
-    if kept:
-        engine.optimizer.persistent_parameters.extend(kept)
-        kept[0].all_gather(kept)
-    trunk.whole = partial(_whole, engine)
+    held = [p for p in trunk.parameters() if p not in layered]
+    held[0].all_gather(held)
+    for p in held:
+        p.ds_active_sub_modules.add(HELD)
 
 
 @contextmanager
-def _whole(engine: Any, part: nn.Module | None = None) -> Iterator[None]:
+def whole(trunk: Trunk, engine: Any, part: nn.Module | None = None) -> Iterator[None]:
     """All weights whole, and no process waits for another; every process has to come by."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     offload = engine.optimizer.parameter_offload
-    for p in engine.module.parameters():
+    laid = [p for p in (part or trunk).parameters() if HELD not in p.ds_active_sub_modules]
+    for p in laid:
         p.ds_active_sub_modules.clear()
     for hook in (*offload.forward_hooks, *offload.backward_hooks):
         hook.remove()
     offload.forward_hooks, offload.backward_hooks = [], []
-    laid = [p for p in (part or engine.module).parameters() if not p.ds_persist]
     try:
         with GatheredParameters(laid):
             yield
@@ -142,8 +147,8 @@ def _whole(engine: Any, part: nn.Module | None = None) -> Iterator[None]:
 
 def full(p: nn.Parameter) -> Tensor:
     """A parameter whole, on the CPU; every process must call it."""
+    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
-    from deepspeed.zero import GatheredParameters
 
     if p.requires_grad:
         return safe_get_full_fp32_param(p).detach().cpu()

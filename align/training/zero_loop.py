@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ class ZeroLoop(Loop):
         self.model, _ = self.accelerator.prepare(self.module, optimizer)
         self.named = trained_parameters(self.model)
         if self.stage == 3:
-            zero.keep_outside_whole(self.trunk, self.model)
+            zero.hold_outside(self.trunk)
+            self.trunk.whole = partial(zero.whole, self.trunk, self.model)
         zero.put_moments(self.named, {self.named[name]: state for name, state in by_name.items()}, self.model)
         self.optimizer = optimizer
         self.session.say(
@@ -53,6 +55,8 @@ class ZeroLoop(Loop):
         outer.override_loss_scale(scale)
         self.model.step()
         outer.override_loss_scale(1.0)
+        if self.stage == 3:
+            zero.hold_outside(self.trunk)
         return {"grad_norm": norm}
 
     def _captured(self) -> Tensors:

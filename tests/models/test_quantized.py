@@ -15,7 +15,7 @@ from models.tiny import gradients, save_base, stir, tree
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BitsAndBytesConfig
 
 from align.data.trees import plant
 from align.models import quantized
@@ -290,3 +290,21 @@ def test_an_adapter_that_needs_whole_weights_is_refused(folder, chains, tmp_path
     assert problem(folder, adapter=str(final), quantize="4bit") == (
         f"model.adapter: {final} has {what}, which a quantised trunk cannot take; drop model.quantize"
     )
+
+
+@needed
+@both
+def test_an_encoders_head_and_pooler_stay_numbers(tmp_path, bits):
+    """They may be new: a checkpoint of masked language modelling has neither."""
+    config = BertConfig(
+        vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    base = save_base(tmp_path / "bert", model=BertForMaskedLM(config))
+    row = plant([TREE], packed=False)
+    section = Model(base=str(base), dtype="float32", quantize=bits)
+    trunk = Trunk(load_base(section, CPU, frozen=True, outputs=3), section, LORA, outputs=3)
+    trunk(row).square().sum().backward()
+    assert all(p.grad is not None for p in trunk.parameters() if p.requires_grad)
+    layers = {name for name, layer in trunk.plain.named_modules() if isinstance(layer, quantized.LAYERS)}
+    assert layers
+    assert not [name for name in layers if "pooler" in name or "classifier" in name]

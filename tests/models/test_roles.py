@@ -167,7 +167,8 @@ def test_actor_and_critic_share_no_gradient(start):
 def test_the_result_is_the_actor_alone(start, tmp_path):
     roles, _ = roles_of(start)
     trained(roles)
-    weights = {name: p.detach() for name, p in roles.named_parameters() if p.requires_grad}
+    weights = {name: p.detach() for name, p in roles.saved().items()}
+    assert not any(CRITIC in name.split(".") for name in weights)
     roles.save(tmp_path / "final", weights, {"stage": "ppo"})
     assert {path.name for path in (tmp_path / "final").iterdir() if path.is_dir()} == set()
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start.base), tmp_path / "final").eval()

@@ -10,7 +10,7 @@ Shapes: n tokens, d hidden size, h the MLP's width, r a LoRA's rank.
 
 from __future__ import annotations
 
-from types import MethodType
+from types import MethodType, ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from align.models.cpu import native
 from align.models.cpu.compiled import LANES, serve
 from align.models.cpu.joined import join
 from align.models.cpu.products import LoraLinear, adopt_layers, product, product_backward
+
+KERNELS: dict[str, ModuleType] = {}  # by device: functions of `native`, from elsewhere
 
 
 def fuse(model: nn.Module, joins: bool = True) -> None:
@@ -81,8 +83,8 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        if serve(x, weight):
-            out, scale = native.norm(x, weight, eps)
+        if kernels := _kernels(x, weight):
+            out, scale = kernels.norm(x, weight, eps)
             ctx.save_for_backward(x, weight, scale)
             return out
         wide = x.to(torch.float32, copy=True)
@@ -95,8 +97,8 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         x, weight, scale = ctx.saved_tensors
-        if serve(x, weight) and not ctx.needs_input_grad[1]:
-            return native.norm_backward(upstream, x, weight, scale), None, None
+        if not ctx.needs_input_grad[1] and (kernels := _kernels(x, weight)):
+            return kernels.norm_backward(upstream, x, weight, scale), None, None
         unit = x.to(torch.float32, copy=True).mul_(scale)
         grad_weight = None
         if ctx.needs_input_grad[1]:
@@ -121,14 +123,19 @@ def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
 
 def _gated(both: Tensor) -> Tensor:
     """Gate and up side by side, (n, 2h) -> silu(gate) * up."""
-    if _in_kernels(both):
-        return native.gated(both)
+    if kernels := _of_gates(both):
+        return kernels.gated(both)
     gate, up = both.chunk(2, -1)
     return nn.functional.silu(gate) * up
 
 
-def _in_kernels(both: Tensor) -> bool:
-    return serve(both) and not both.shape[1] % (2 * LANES)
+def _kernels(*tensors: Tensor) -> ModuleType | None:
+    return KERNELS.get(tensors[0].device.type) or (native if serve(*tensors) else None)
+
+
+def _of_gates(both: Tensor) -> ModuleType | None:
+    kernels = _kernels(both)
+    return None if kernels is native and both.shape[1] % (2 * LANES) else kernels
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -139,7 +146,7 @@ class _GatedMlp(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         both, both_kept = product(rows, gate_and_up)  # (n, 2h): gate, up
         middle = _gated(both)
-        kept = middle if _in_kernels(both) else None  # elsewhere memory is dearer than computing it again
+        kept = middle if _of_gates(both) is native else None  # elsewhere memory is dearer than computing it again
         out, down_kept = product(middle, down)
         ctx.save_for_backward(rows, both, kept, *both_kept, *down_kept)
         ctx.operands, ctx.shape, ctx.count = (gate_and_up, down), x.shape, len(both_kept)
@@ -154,6 +161,9 @@ class _GatedMlp(torch.autograd.Function):
         if kept is not None:
             grad_mid, of_down = product_backward(above, kept, down_kept, down)
             grads = native.gated_backward(both, grad_mid)
+        elif kernels := _of_gates(both):
+            grad_mid, of_down = product_backward(above, kernels.gated(both), down_kept, down)
+            grads = kernels.gated_backward(both, grad_mid)
         else:
             (gate, up), grads = both.chunk(2, -1), torch.empty_like(both)
             active, (grad_gate, grad_up) = nn.functional.silu(gate), grads.chunk(2, -1)

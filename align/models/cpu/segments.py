@@ -23,7 +23,6 @@ from align.models.cpu.compiled import WIDEST_HEAD, serve
 KEPT = 8  # stacks and probabilities stay for the backward pass while no larger than so many tensors like the queries
 
 
-@torch.compiler.disable  # its loop follows the batch's segments: a compiler would start again for every batch
 def segment_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: ForestMask, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:

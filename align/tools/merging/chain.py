@@ -18,6 +18,7 @@ from align.models.base import base_config, load_base
 from align.models.checkpoints.adapters import Merged, plain_tokenizer, put, stranger, trunk_of, untie, with_rows
 from align.models.checkpoints.results import SCORING, Link, Result, read_about, read_result
 from align.models.checkpoints.sources import foreign, speaking_of
+from align.models.quantized import unpacked
 from align.models.scoring import is_encoder, with_head
 from align.recipe.errors import UserError
 from align.tools.merging.averages import Average
@@ -78,7 +79,8 @@ def merged_chain(results: Sequence[Result], onto: Sequence[str], trust: bool, av
     with speaking_of(KEY):
         whole = outputs if is_encoder(base_config(bare, outputs is not None)) else None  # its head is its own
         base, steps = load_base(bare, CPU, frozen=True, outputs=whole), []
-        trunk = Merged(base.model.eval(), base.links, base.fingerprint)
+        model = unpacked(base.model) if bare.quantize else base.model
+        trunk = Merged(model.eval(), base.links, base.fingerprint)
         for name, path in zip(names, stands_on.adapters, strict=True):
             trunk, step, _ = _step(trunk, [read_result(path, KEY)], average, name)
             steps.append(step)

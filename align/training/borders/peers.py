@@ -82,6 +82,8 @@ class Peers:
                 self._gather(address, key)
             else:
                 self._meet(address, json.loads(self._store.get(key)))
+        except UserError:
+            raise
         except (DistError, OSError, ValueError) as error:
             raise UserError(
                 f"process {self.rank} of {self.world} does not find process 0 at {address}:{port} within {JOINING:.0f} "

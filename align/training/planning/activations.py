@@ -87,7 +87,7 @@ def row(skeleton: Skeleton, way: Way, tokens: int, segment: int) -> Row:
     if not getattr(skeleton.text, "num_attention_heads", None):  # a trace would take as long as there are tokens
         fewer = segment = RECURRENT_TOKENS
     else:
-        fewer = min(max(2 ** (tokens.bit_length() - 1), TRACED[0]), TRACED[1])
+        fewer = min(max(2 ** round(math.log2(max(tokens, 1))), TRACED[0]), TRACED[1])
         segment = min(fewer, 2 ** round(math.log2(max(segment, 1))))
     return Row(*(part * tokens // fewer for part in _row(skeleton, way, fewer, segment)))
 

@@ -19,6 +19,7 @@ from align.training.planning.skeleton import Skeleton, joined
 
 PACKED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}  # bytes a weight; nf4 has a float32 scale for each block of 64
 COPIES = 2**31  # bytes of prepared weights on a CPU, as in models/cpu/joined.py
+LIBRARIES = 140 * 10**6  # resident on a CPU besides: code that is first run, threads, gaps (seen: 30 to 290 MB)
 HEADROOM = 0.9  # share of what is free that rows may take where `batch.row_tokens` is auto
 MOST_ROW = {"cpu": 2048, "cuda": 16_384}  # tokens that keep the device busy; more only costs memory
 LEAST_ROW = 256
@@ -114,6 +115,9 @@ def memory(at: Setting, length: int | None = None, load: Load | None = None) -> 
     limits = _budgets(at, room)
     moments = [_loading(at), Moment("update", (*held, *_moments_of_adam(at), _gradients(at)))]
     moments += _learning(at, held, load, one, limits)
+    if at.device.type == "cpu":  # elsewhere the copy lies in the host's memory
+        copy = Part("the checkpoint's copy", 12 * trained(at) // (1 if at.adapted else at.shards))
+        moments.append(Moment("saving", (*held, *_moments_of_adam(at), copy)))
     if at.recipe.stage == "ppo":
         moments.append(_sampling(at, held, load, limits))
     return Memory(tuple(moments), one, load, limits.cache_tokens)
@@ -197,6 +201,8 @@ def _held(at: Setting) -> list[Part]:
         parts.append(Part("weights prepared for oneDNN", prepared))
     for other in at.others:
         parts.append(Part("a model that judges", other.sizes.weights * at.dtype.itemsize))
+    if at.device.type == "cpu":
+        parts.append(Part("PyTorch's own", LIBRARIES))
     if at.processes > 1 and at.shards == 1:
         parts.append(Part("gradients to be exchanged", 4 * trained(at)))
     return parts
