@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from align.recipe.errors import UserError
 from align.recipe.schema import BaseRecipe
 from align.training.planning.devices import Device
+from align.training.planning.load import rewarded
 from align.training.planning.memory import Memory, Setting, memory, setting
 from align.training.planning.words import room
 
@@ -75,7 +76,7 @@ def _changes(at: Setting, plan: Memory) -> Iterator[Change]:
     recipe, longest = at.recipe, at.recipe.data.max_length
     rows = recipe.batch.row_tokens
     row = plan.load.row if rows == "auto" else min(rows, plan.load.row)
-    if recipe.stage == "ppo" and plan.peak.name == "sampling":
+    if rewarded(recipe) and plan.peak.name == "sampling":
         at_once = plan.cache_tokens // 2
         if at_once >= plan.load.prompt + plan.load.answer:
             yield Change({"batch.cache_tokens": at_once}, "fewer responses are sampled at once")
@@ -126,11 +127,12 @@ def largest_row(at: Setting) -> int:
 
 def largest_rollout(at: Setting, length: int | None) -> int:
     """Responses that can be sampled at once on one device."""
-    per_prompt, have = at.recipe.ppo.samples, room(at.device, at.processes)
+    own = rewarded(at.recipe)
+    per_prompt, have = own.samples, room(at.device, at.processes)
 
     def fits(episodes: int) -> bool:
         prompt = length or at.recipe.data.max_length
-        tokens = episodes * (prompt + at.recipe.ppo.generation.max_new)
+        tokens = episodes * (prompt + own.generation.max_new)
         other = at._replace(recipe=changed(at.recipe, {"batch.cache_tokens": tokens}))
         load = memory(other, length).load._replace(episodes=episodes)
         moment = next(m for m in memory(other, length, load).moments if m.name == "sampling")

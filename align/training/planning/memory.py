@@ -14,7 +14,7 @@ from align.models.memory import MOST_PROMPTS, Budgets, budgets, cached_token_byt
 from align.recipe.schema import BaseRecipe, Model
 from align.training.planning.activations import Row, Way, row
 from align.training.planning.devices import Device
-from align.training.planning.load import Load, expected
+from align.training.planning.load import Load, expected, rewarded
 from align.training.planning.skeleton import Skeleton, joined
 
 PACKED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}  # bytes a weight; nf4 has a float32 scale for each block of 64
@@ -97,7 +97,7 @@ def setting(recipe: BaseRecipe, device: Device, processes: int) -> Setting:
     """Raises UserError for a base that cannot be had."""
     outputs = {"reward": 1, "classify": len((getattr(recipe, "classify", None) and recipe.classify.labels) or "ab")}
     others = []
-    for part in recipe.ppo.rewards if recipe.stage == "ppo" else ():
+    for part in own.rewards if (own := rewarded(recipe)) else ():
         if part.model:
             others.append(Skeleton(Model(base=part.model), None))
     return Setting(
@@ -118,7 +118,7 @@ def memory(at: Setting, length: int | None = None, load: Load | None = None) -> 
     if at.device.type == "cpu":  # elsewhere the copy lies in the host's memory
         copy = Part("the checkpoint's copy", 12 * trained(at) // (1 if at.adapted else at.shards))
         moments.append(Moment("saving", (*held, *_moments_of_adam(at), copy)))
-    if at.recipe.stage == "ppo":
+    if rewarded(at.recipe):
         moments.append(_sampling(at, held, load, limits))
     return Memory(tuple(moments), one, load, limits.cache_tokens)
 
@@ -187,7 +187,8 @@ def _held(at: Setting) -> list[Part]:
     if at.shards > 1:
         parts.append(Part("layers that are gathered", _gathered(at)))
     if at.adapted:
-        rewards = sum(part.adapter is not None for part in recipe.ppo.rewards) if recipe.stage == "ppo" else 0
+        own = rewarded(recipe)
+        rewards = sum(part.adapter is not None for part in own.rewards) if own else 0
         roles = _policies(at) + rewards
         parts.append(Part("adapters" if roles > 1 else "adapter", 4 * (roles * sizes.adapter + _head(at))))
     if recipe.stage == "dpo" and not at.adapted and recipe.dpo.loss not in WITHOUT_REFERENCE:
@@ -288,7 +289,7 @@ def _chunk(at: Setting, limits: Budgets, labels: int | None = None) -> int:
     rows = max(1, limits.logits_bytes // (4 * at.skeleton.sizes.vocabulary))
     rows = rows if labels is None else min(rows, labels)
     wide = 4 + (at.dtype.itemsize if at.dtype != torch.float32 else 0)
-    entropies = 4 if at.recipe.stage == "ppo" else 0
+    entropies = 4 if rewarded(at.recipe) else 0
     return rows * at.skeleton.sizes.vocabulary * (wide + entropies)
 
 
@@ -302,9 +303,9 @@ def _budgets(at: Setting, room: int) -> Budgets:
 def _sampling(at: Setting, held: list[Part], load: Load, limits: Budgets) -> Moment:
     """Keys and values of the responses that are sampled at once."""
     longest = load.prompt + load.answer
-    at_once = min(load.episodes, max(limits.cache_tokens // longest, at.recipe.ppo.samples))
+    at_once = min(load.episodes, max(limits.cache_tokens // longest, rewarded(at.recipe).samples))
     token = cached_token_bytes(at.skeleton.text, at.dtype)
-    prompts = min(MOST_PROMPTS, load.prompt * at_once // at.recipe.ppo.samples)
+    prompts = min(MOST_PROMPTS, load.prompt * at_once // rewarded(at.recipe).samples)
     one = row(at.skeleton, at.way, max(prompts, 1), load.prompt)
     recorded = prompts * token + one.forward
     parts = [*held, *_moments_of_adam(at), Part("keys and values", max(at_once * longest * token, recorded))]

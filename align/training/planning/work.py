@@ -11,7 +11,7 @@ from typing import NamedTuple
 from align.models.memory import cached_token_bytes
 from align.training.meters import causal_attended, flops_per_token
 from align.training.planning.devices import NETWORK
-from align.training.planning.load import Load
+from align.training.planning.load import Load, rewarded
 from align.training.planning.memory import Memory, Setting, trained, trunk_bytes
 
 REACHED = {"cuda": (0.25, 0.55), "cpu": (0.3, 0.9)}  # share of the peak in training
@@ -33,7 +33,8 @@ def work(at: Setting, plan: Memory, hosts: int = 1) -> Work:
     """Of a plan."""
     load, recipe = plan.load, at.recipe
     flops = _flops(at, load)
-    episodes = recipe.batch.examples * recipe.ppo.samples if recipe.stage == "ppo" else 0
+    own = rewarded(recipe)
+    episodes = recipe.batch.examples * own.samples if own else 0
     sent = traffic(at, load)
     return Work(load.tokens, episodes, flops, sent, _seconds(at, load, flops, sent, hosts))
 
@@ -46,7 +47,8 @@ def traffic(at: Setting, load: Load) -> float:
     pass of a row, and once more where activations are computed again.
     """
     share = (at.processes - 1) / at.processes
-    updates = load.passes * (at.recipe.ppo.minibatches if at.recipe.stage == "ppo" else 1)
+    own = rewarded(at.recipe)
+    updates = load.passes * (own.minibatches if own else 1)
     sent = 2 * share * 4 * trained(at) * updates if at.shards == 1 or at.adapted else 0.0
     if at.shards == 1:
         return sent
@@ -57,7 +59,7 @@ def traffic(at: Setting, load: Load) -> float:
     sent += share * whole * rows * gathers
     if not at.adapted:  # gradients are reduced to the shards, row by row
         sent += share * 4 * trained(at) * rows
-    if at.recipe.stage == "ppo":
+    if own:
         sent += share * whole  # whole while it samples
     return sent
 
@@ -80,13 +82,13 @@ def _flops(at: Setting, load: Load) -> float:
             return (4 if lora else 6) * n
 
     learning, forward = a_token(at.adapted), 2 * n
-    if recipe.stage != "ppo":
+    if (own := rewarded(recipe)) is None:
         return load.tokens * (learning + _forwards(at) * forward)
-    ppo = recipe.ppo
-    scorers = sum(part.adapter is not None for part in ppo.rewards)
-    scoring = (3 + scorers) * forward  # actor, critic, reference and rewards
-    sampled = recipe.batch.examples * ppo.samples * load.answer + recipe.batch.examples * load.prompt
-    return load.tokens * (2 * learning * load.passes + scoring) + sampled * forward
+    policies = 2 if recipe.stage == "ppo" else 1  # actor and critic
+    scorers = sum(part.adapter is not None for part in own.rewards)
+    scoring = (policies + 1 + scorers) * forward  # these, reference and rewards
+    sampled = recipe.batch.examples * own.samples * load.answer + recipe.batch.examples * load.prompt
+    return load.tokens * (policies * learning * load.passes + scoring) + sampled * forward
 
 
 def _seconds(at: Setting, load: Load, flops: float, sent: float, hosts: int) -> tuple[float, float] | None:
@@ -102,7 +104,7 @@ def _seconds(at: Setting, load: Load, flops: float, sent: float, hosts: int) -> 
 
 def _sampling(at: Setting, load: Load) -> float:
     """Seconds at the memory's full bandwidth: every token of a response reads the weights and what is kept so far."""
-    if at.recipe.stage != "ppo" or not at.device.bandwidth:
+    if not rewarded(at.recipe) or not at.device.bandwidth:
         return 0.0
     kept = load.episodes * (load.prompt + load.answer / 2) * cached_token_bytes(at.skeleton.text, at.dtype)
     return load.answer * (trunk_bytes(at) + kept) / at.device.bandwidth
