@@ -17,24 +17,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
-from align.data.formats.prompts import Asked, asked, prompts
-from align.data.formats.reading import Reading
-from align.data.mixture import Prepared
-from align.data.templates.preferences import preferences
-from align.data.templates.render import conversations
 from align.models.roles import Roles
 from align.recipe.errors import UserError
 from align.recipe.paths import Location
 from align.recipe.records import to_json
-from align.recipe.schema import Data, Eval, Model, PositiveInt, Section, Source
-from align.tools.comparison.evaluated import Evaluated, read_run
+from align.recipe.schema import Data, Model, PositiveInt, Section, Source
 from align.tools.comparison.statistics import Draws
-from align.tools.evaluation.drawn_pairs import Preferences, check_conversations, drawn_pairs
+from align.tools.evaluation.drawn_pairs import Preferences, drawn_pairs
 from align.tools.evaluation.folder import (
     PREFERENCES,
     RESULT,
@@ -44,16 +37,15 @@ from align.tools.evaluation.folder import (
     in_words,
     ledger_lines,
     response_lines,
-    source_names,
     tokenizer_hash,
 )
-from align.tools.evaluation.generation import Answering, Prompts, distinct_prompts, respond
-from align.tools.evaluation.harness import LmEval, check_installed, harness
-from align.tools.evaluation.judging import Endpoint, EndpointJudge, judged
+from align.tools.evaluation.generation import Answering, respond
+from align.tools.evaluation.harness import LmEval, harness
+from align.tools.evaluation.judging import Endpoint, judged
 from align.tools.evaluation.measures import accuracies, measures, perplexity
 from align.tools.evaluation.policy import NO_UPDATE, load_policy, read_policy, trained
-from align.tools.evaluation.whole_texts import read_whole, whole_perplexity
-from align.tools.pipeline.written import gathering
+from align.tools.evaluation.reading import read
+from align.tools.evaluation.whole_texts import whole_perplexity
 from align.training.batches import Batches
 from align.training.borders.foreign import foreign
 from align.training.launch import run_stage
@@ -159,18 +151,6 @@ class Recipe(Section):
         return self
 
 
-class Given(NamedTuple):
-    """All that an evaluation reads, before any model is loaded."""
-
-    data: Prepared
-    prompts: Prompts
-    rows: list[Asked]  # what each prompt was made of
-    texts: dict[str, Prepared]  # of `perplexity`, by name
-    whole: dict[str, np.ndarray]  # tokens of `whole_texts`, by name
-    pairs: dict[str, Prepared]
-    judges: list[tuple[EndpointJudge, Evaluated]]
-
-
 def evaluate(session: Session) -> None:
     """The tool, from recipe to evaluation.json."""
     recipe, section, folder = session.recipe, session.recipe.evaluate, Path(session.recipe.run)
@@ -256,55 +236,6 @@ def finished(session: Session, folder: Path) -> bool:
     session.claim(folder)
     check_folder(session.recipe, session.fresh)
     return (folder / RESULT).is_file() and not session.fresh
-
-
-def read(session: Session) -> Given:
-    """Raises UserError with all that cannot be had, before any model is loaded."""
-    recipe, section, problems = session.recipe, session.recipe.evaluate, []
-    judges: list[tuple[EndpointJudge, Evaluated]] = []
-    if section.lm_eval:
-        with gathering(problems):
-            check_installed()
-    for i, judge in enumerate(section.judges):
-        key = f"evaluate.judges.{i}"
-        with gathering(problems):
-            judges.append((EndpointJudge(judge.openai, f"{key}.openai"), read_run(Path(judge.against), None, None)))
-    if problems:
-        raise UserError(*problems)
-    tokenizer = session.tokenizer()
-    room, key = section.generation.max_new, "evaluate.generation.max_new"
-    data = session.prepare(tokenizer, prompts(), room=room, key=key)
-    examples = getattr(data, section.side)
-    if session.show:
-        session.show_examples(data._replace(train=examples), tokenizer)
-    found = distinct_prompts(examples)
-    session.say(f"{len(found.keys):,} prompts from the {section.side} side, {found.repeated:,} rows repeat one of them")
-    for judge, (_, other) in zip(section.judges, judges, strict=True):
-        if (other.about.prompts, other.keys) != (found.key, found.keys):
-            raise UserError(f"{judge.against}: it was evaluated on other prompts; evaluate both on the same ones")
-    everyone = asked(examples)
-    rows = [everyone[int(i)] for i in found.chosen]
-    if section.preferences:
-        check_conversations(rows)
-
-    def others(names: list[str], sources: list[Source], reading: Reading) -> dict[str, Prepared]:
-        sections = [recipe.data.model_copy(update={"train": [source], "eval": Eval()}) for source in sources]
-        return {name: session.prepare(tokenizer, reading, one) for name, one in zip(names, sections, strict=True)}
-
-    names = source_names([*(source.path for source in section.perplexity), *section.whole_texts])
-    texts = others(names[: len(section.perplexity)], section.perplexity, conversations("assistant"))
-    whole = {}
-    if texts:
-        session.say(
-            "perplexity: the end of each turn or text counts; each paragraph of a text file is a text of its own"
-        )
-    for name, path in zip(names[len(texts) :], section.whole_texts, strict=True):
-        with gathering(problems):
-            whole[name] = read_whole(path, tokenizer)
-    if problems:
-        raise UserError(*problems)
-    pairs = others(source_names([source.path for source in section.pairs]), section.pairs, preferences())
-    return Given(data, found, rows, texts, whole, pairs, judges)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ STAGES = ("sft", "reward", "dpo", "ppo", "grpo", "distill", "classify")
 FLOORS = {"objectives": 0, "recipe": 1, "data": 2, "models": 3, "training": 4} | dict.fromkeys(STAGES, 5)
 TOOLS = 6
 FAST, DOOR = ("align.models.cpu", "align.models.gpu"), "align.models.acceleration"
-MOST_LINES = 320
+MOST_LINES = 300
 
 
 def part(module: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +16,12 @@ from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
 from align.recipe.errors import UserError, brief
+from align.recipe.text import recipe_text
 
 Keys = tuple[str | int, ...]  # ("data", "train", 0, "path")
 
 FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+")
-MAX_BYTES, MAX_DEPTH, MAX_VALUES = 2**18, 32, 20_000
+MAX_DEPTH, MAX_VALUES = 32, 20_000
 UNQUOTED = re.compile(r"alias|anchor|cannot start any token")  # what YAML takes their first character for
 LONG = 64  # characters of a text that count as one value more
 Pair = tuple[yaml.Node, yaml.Node]
@@ -188,7 +188,7 @@ class Document:
     def __init__(self, path: Path) -> None:
         reader = _Reader(order=int, where=lambda line: f"{path}:{line}")
         self.path, self.places, self.problems = path, reader.places, reader.problems
-        self.values = reader.read(_text(path))
+        self.values = reader.read(recipe_text(path))
         if self.values is None:
             raise UserError(f"{path}: the file is empty; a recipe needs at least stage, run, model and data")
         if not isinstance(self.values, dict):
@@ -244,30 +244,6 @@ def _index(part: str, items: list, keys: Keys, here: Place) -> int:
         f"{here.where}: {dotted(keys)} is a list of {len(items)}: give an index from 0 to {len(items)} "
         f"({len(items)} appends), found {part!r}"
     )
-
-
-def _text(path: Path) -> str:
-    """The file's text, or a UserError that says why there is none."""
-    try:
-        if path.is_dir():
-            raise UserError(f"{path}: this is a folder; name a recipe file in it")
-        if not path.exists():
-            raise UserError(f"{path}: no such recipe{_beside(path)}")
-        if not path.is_file() or path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: not a recipe, which is a YAML file of a few kilobytes")
-        raw = path.read_bytes()
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _beside(path: Path) -> str:
-    names = {p.stem: p for p in sorted(path.parent.glob("*.y*ml"))} if path.parent.is_dir() else {}
-    close = get_close_matches(path.stem, names, 1)
-    return f"; did you mean '{names[close[0]]}'?" if close else ""
 
 
 def dotted(keys: Keys) -> str:

@@ -274,9 +274,7 @@ class BaseRecipe(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> BaseRecipe:
         if self.model.quantize and self.lora is None:
-            raise ValueError(
-                "a quantised trunk cannot be trained itself: give a `lora` section or drop `model.quantize`"
-            )
+            raise ValueError("a quantised trunk cannot be trained: give a `lora` section or drop `model.quantize`")
         if self.model.quantize and self.lora.dora:
             raise ValueError(
                 "DoRA rescales rows of whole weights, which a quantised trunk has not: set `lora.dora: false` or drop "

@@ -228,7 +228,7 @@ def test_missing_sections_are_placed_at_the_section_around_them(problems):
 
 def test_a_rule_over_several_sections(problems):
     assert problems(VALID, "model.quantize=4bit", "lora=null") == [
-        "r.yaml:1: a quantised trunk cannot be trained itself: give a `lora` section or drop `model.quantize`"
+        "r.yaml:1: a quantised trunk cannot be trained: give a `lora` section or drop `model.quantize`"
     ]
 
 
