@@ -163,7 +163,7 @@ def moments(named: Named, engine: Any) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}/{key}", safe_get_full_optimizer_state(p, key).detach().cpu()
 
 
-def put_moments(named: Named, before: dict[nn.Parameter, dict[str, Tensor]], engine: Any) -> None:
+def put_moments(before: dict[nn.Parameter, dict[str, Tensor]], engine: Any) -> None:
     """AdamW's state into DeepSpeed's parts: that of the parameters before it had them, whole, or that of a first step.
 
     Left to itself it would link parameters to a state that only its first group has by then.
