@@ -153,38 +153,36 @@ def full(p: nn.Parameter) -> Tensor:
 
 
 def moments(named: Named, engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """AdamW's state by `name/key`, whole, on the CPU; none before the first step. Every process must call it."""
+    """AdamW's state by `name/key`, whole, on the CPU. Every process must call it."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    states = engine.optimizer.optimizer.state
-    if not states:
-        return
-    step = next(iter(states.values()))["step"].detach().cpu()
+    step = next(iter(engine.optimizer.optimizer.state.values()))["step"].detach().cpu()
     for name, p in named.items():
         yield f"{name}/step", step.clone()
         for key in ("exp_avg", "exp_avg_sq"):
             yield f"{name}/{key}", safe_get_full_optimizer_state(p, key).detach().cpu()
 
 
-def put_moments(named: Named, before: dict[nn.Parameter, dict[str, Tensor]], engine: Any) -> None:
-    """AdamW's state, whole, of the parameters as they were before DeepSpeed had them, into its parts."""
+def put_moments(before: dict[nn.Parameter, dict[str, Tensor]], engine: Any) -> None:
+    """AdamW's state into DeepSpeed's parts: that of the parameters before it had them, whole, or that of a first step.
+
+    Left to itself it would link parameters to a state that only its first group has by then.
+    """
     from deepspeed.utils import safe_set_full_optimizer_state
 
-    own = [before[p] for p in named.values() if p in before]
-    if not own:
-        return
     outer = engine.optimizer
+    step = next((state["step"] for state in before.values()), torch.tensor(0.0))
     flats = getattr(outer, "fp32_partitioned_groups_flat", None) or outer.single_partition_of_fp32_groups
     for flat in flats:
-        step = own[0]["step"].to(flat.device)
         outer.optimizer.state[flat] = {
-            "step": step.clone(), "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat),
+            "step": step.to(flat.device, copy=True),
+            "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat),
         }  # fmt: skip
     if hasattr(outer, "_lazy_init_hp_params_optimizer_state"):
-        outer._lazy_init_hp_params_optimizer_state()  # else it would be done after a first step
-    for p in named.values():
+        outer._lazy_init_hp_params_optimizer_state()
+    for p, state in before.items():
         for key in ("exp_avg", "exp_avg_sq"):
-            safe_set_full_optimizer_state(p, before[p][key], key)
+            safe_set_full_optimizer_state(p, state[key], key)
 
 
 def norm_of(engine: Any) -> float:

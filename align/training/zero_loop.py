@@ -31,7 +31,7 @@ class ZeroLoop(Loop):
         if self.stage == 3:
             zero.hold_outside(self.trunk)
             self.trunk.whole = partial(zero.whole, self.trunk, self.model)
-        zero.put_moments(self.named, {self.named[name]: state for name, state in by_name.items()}, self.model)
+        zero.put_moments({self.named[name]: state for name, state in by_name.items()}, self.model)
         self.optimizer = optimizer
         self.session.say(
             f"DeepSpeed ZeRO-{self.stage}: losses, checkpoints and results are as without it"
