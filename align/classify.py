@@ -48,7 +48,8 @@ from align.training.labelling.measures import (
 )
 from align.training.labelling.predict import predict_command
 from align.training.launch import run_stage
-from align.training.loop import Loop, Metrics
+from align.training.learner import Metrics
+from align.training.loop import Loop
 from align.training.meters import Sums, interval
 from align.training.runs.checkpoint import write_atomic
 from align.training.session import SHOWN, Session

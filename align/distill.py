@@ -36,7 +36,8 @@ from align.recipe.errors import UserError
 from align.recipe.paths import Location
 from align.recipe.schema import BaseRecipe, Model, PositiveInt, Section
 from align.training.launch import run_stage
-from align.training.loop import Learnt, Loop, Metrics
+from align.training.learner import Metrics
+from align.training.loop import Learnt, Loop
 from align.training.meters import Sums
 from align.training.rollouts.epochs import spent
 from align.training.rollouts.rollout import Episodes, Generation, check_samples, sampled

@@ -32,7 +32,8 @@ from align.objectives import losses
 from align.objectives.losses import path_counts, path_sums, preference_pairs
 from align.recipe.schema import BaseRecipe, Section
 from align.training.launch import run_stage
-from align.training.loop import Loop, Metrics
+from align.training.learner import Metrics
+from align.training.loop import Loop
 from align.training.meters import Sums, buckets, interval, wins
 from align.training.reference import KnownReference, Mismatched, Reference, with_known_reference
 from align.training.session import Session

@@ -37,7 +37,8 @@ from align.objectives import advantages as adv
 from align.objectives.losses import clipped_policy_loss, clipped_value_loss
 from align.recipe.schema import BaseRecipe, Optim, PositiveInt
 from align.training.launch import run_stage
-from align.training.loop import Learnt, Loop, Loss, Metrics, Work
+from align.training.learner import Loss, Metrics, Work
+from align.training.loop import Learnt, Loop
 from align.training.rollouts.epochs import Targets, in_epochs, spent
 from align.training.rollouts.experience import Experience
 from align.training.rollouts.pretraining import Pretraining

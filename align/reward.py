@@ -29,7 +29,8 @@ from align.data.trees import Forest
 from align.objectives.losses import bradley_terry, centring, preference_pairs
 from align.recipe.schema import BaseRecipe, Eval, Section, Source
 from align.training.launch import run_stage
-from align.training.loop import Loop, Metrics
+from align.training.learner import Metrics
+from align.training.loop import Loop
 from align.training.meters import Sums, buckets, interval, wins
 from align.training.session import Session
 from align.training.shards import load_trunk

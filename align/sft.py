@@ -23,7 +23,7 @@ from align.data.templates.render import conversations
 from align.data.trees import Forest
 from align.recipe.schema import BaseRecipe, Section
 from align.training.launch import run_stage
-from align.training.loop import Metrics
+from align.training.learner import Metrics
 from align.training.meters import perplexity
 from align.training.session import Session
 from align.training.shards import load_trunk

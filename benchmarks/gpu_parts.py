@@ -244,7 +244,7 @@ def ppo_loop(recipe: ppo.Recipe, trunk: Trunk, examples: Drawn) -> Loop:
     data = Prepared(examples, examples, Ledger(), [])
     loop = Loop(session, run, trunk, data, algorithm, roles, {CRITIC: recipe.ppo.critic_rate(recipe.optim)})
     loop.screen = Screen(session.console, loop.plan.steps)
-    loop.model.train()
+    loop.learner.model.train()
     return loop
 
 

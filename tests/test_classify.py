@@ -138,7 +138,7 @@ def test_every_step_is_taken_in_training_mode(world, here, monkeypatch):
     modes, gradients = [], Loop.gradients
 
     def watched(loop: Loop, work: list) -> Any:
-        modes.append(all(module.training for module in loop.model.modules()))
+        modes.append(all(module.training for module in loop.learner.model.modules()))
         return gradients(loop, work)
 
     monkeypatch.setattr(Loop, "gradients", watched)

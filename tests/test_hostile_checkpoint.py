@@ -25,7 +25,8 @@ from align.training.runs.state import adamw, capture, restore, state_of, trained
 
 NAMES = ("model.safetensors", "optimizer.safetensors", "state.json")
 STATE = {
-    "step": 2, "place": 8, "tokens_seen": 100, "elapsed_seconds": 1.5, "memory": {}, "identity": {}, "fingerprint": "f",
+    "step": 2, "place": 8, "tokens_seen": 100, "elapsed_seconds": 1.5, "memory": {}, "identity": {}, "portions": {},
+    "fingerprint": "f",
     "lora": None, "labels": None,
 }  # fmt: skip
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,24 +26,24 @@ from align.models import acceleration
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.training import telling
-from align.training.batches import Batches, Planted
+from align.training.batches import Batches
 from align.training.borders.stops import Stopped
+from align.training.learner import Learner, Work
 from align.training.meters import Sums, Throughput
 from align.training.plan import Plan, learning_rate
 from align.training.planning.forecast import planned_rows
-from align.training.runs.checkpoint import CheckpointWriter, Tensors, published
+from align.training.runs.checkpoint import CheckpointWriter, published
 from align.training.runs.run import Run
 from align.training.runs.start import find_start, start_from, terms_of
-from align.training.runs.state import adamw, capture, gathered, restore, trained_parameters, whole
+from align.training.runs.state import restore
 from align.training.screen import Screen
 from align.training.session import Session
-from align.training.shards import agreed, average_gradients, let_go
+from align.training.shards import let_go
+from align.training.zero import stage_of
+from align.training.zero_learner import ZeroLearner
 
 LONG = 60.0  # seconds of an evaluation before which a checkpoint is due
 MILDER = "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"
-Metrics = dict[str, tuple[Tensor | float, Tensor | float]]  # name -> (sum, count), or vectors of them
-Loss = Callable[[nn.Module, Forest], tuple[Tensor, Metrics]]  # (model, batch) -> (summed loss, metrics with "loss")
-Work = tuple[Planted, list[int], Loss]  # a row of examples and what is to be learnt of it
 
 
 class Learnt(NamedTuple):
@@ -91,12 +90,8 @@ class Loop:
         self.session, self.run, self.trunk, self.data, self.algorithm = session, run, trunk, data, algorithm
         self.recipe, self.accelerator = session.recipe, session.accelerator
         self.plan = Plan(self.recipe, data.train, run.standing.step, run.standing.place)
-        self.module = module or trunk
-        let_go(trunk)
-        self.optimizer = adamw(self.module, self.recipe.optim, rates or {})
-        self.model = self._wrapped()
-        self.named = trained_parameters(self.model)
-        self.model.train()
+        kind = ZeroLearner if stage_of(self.accelerator) else Learner
+        self.learner = kind(session, trunk, module or trunk, rates or {})
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
         acceleration.for_training(trunk)
         trunk.budgets = trunk.budgets.asked(self.recipe.batch.cache_tokens)
@@ -106,25 +101,6 @@ class Loop:
         self.saved, self.blocking_seconds, self.eval_seconds = -1, None, 0.0
         self.throughput = Throughput(self.accelerator.num_processes)
         self.trackers: list[GeneralTracker] = []
-
-    def _wrapped(self) -> nn.Module:
-        """What computes a loss: under DDP where several processes hold the whole trunk."""
-        return agreed(self.module) if self.trunk.sharded else self.accelerator.prepare(self.module)
-
-    def _row(self, last: bool) -> AbstractContextManager:
-        """Around a row's forward and backward pass; gradients go from process to process after the last."""
-        return nullcontext() if last else self.accelerator.no_sync(self.model)
-
-    def _backward(self, total: Tensor) -> None:
-        self.accelerator.backward(total)
-
-    def _captured(self) -> Tensors:
-        """What a checkpoint holds, in the first process; every process must call it."""
-        return capture(self.named, self.optimizer, self.session.first)
-
-    def _result(self) -> dict[str, Tensor]:
-        """What a result holds, in the first process; every process must call it."""
-        return gathered(self.module.saved(), self.session.first)
 
     # -- the run -----------------------------------------------------------------------------------------------
 
@@ -154,8 +130,11 @@ class Loop:
             session.say(f"going on from {standing.point} (step {self.step} of {self.plan.steps})")
         elif name := self.recipe.train.start_from:
             start = session.decided(lambda: find_start(name))
-            session.say(start_from(start, self.trunk, self.named, self.optimizer, self.algorithm.labels))
+            session.say(
+                start_from(start, self.trunk, self.learner.named, self.learner.optimizer, self.algorithm.labels)
+            )
         session.decided(lambda: run.open(self.data, session.fresh, self.plan.steps, session.say))
+        self.learner.begin()
         telling.introduce(self)
 
     def _train(self) -> None:
@@ -208,44 +187,20 @@ class Loop:
 
     def gradients(self, work: Sequence[Work]) -> Sums:
         """Accumulate the gradient of this process's rows; metrics over all processes, `distinct` tokens among them."""
-        sums = Sums()
-        for number, (examples, row, loss) in enumerate(work, 1):
-            with self._row(last=number == len(work)):
-                batch = self.batches.plant(examples, row)
-                total, metrics = loss(self.model, batch)
-                # A process without examples in this row computes along, and adds nothing.
-                self._backward(total if row else total * 0.0)
-            sums.add("distinct", batch.distinct if row else 0)
-            for name, (value, count) in metrics.items() if row else ():
-                sums.add(name, value, count)
-        if self.trunk.sharded:
-            average_gradients(self.named.values(), self.accelerator)
-        return sums.merged(self.accelerator)
+        return self.learner.gradients(self.batches, work)
 
     def update(self, chosen: np.ndarray, rate: float, loss: float, count: float) -> dict[str, float]:
         """Step the optimizer with the accumulated gradients of a sum over `count`; their norms, group by group."""
-        gradients = [p.grad for p in self.named.values() if p.grad is not None]
-        # Gradients are averaged over processes; the loss is a sum over all of them.
-        torch._foreach_mul_(gradients, self.accelerator.num_processes / max(count, 1.0))
-        most = self.recipe.optim.max_grad_norm or math.inf
-        groups: dict[str, list[nn.Parameter]] = {}
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["share"]
-            groups.setdefault(group["name"], []).extend(group["params"])
-        norms = {
-            f"grad_norm/{name}" if name else "grad_norm": float(whole(self.accelerator.clip_grad_norm_(params, most)))
-            for name, params in groups.items()
-        }
+        norms = self.learner.clipped(rate, count)
         self._guard(loss, max(norms.values(), key=lambda norm: norm if math.isfinite(norm) else math.inf), chosen)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.learner.step()
         return norms
 
     def _guard(self, loss: float, norm: float, chosen: np.ndarray) -> None:
         """Stop before the optimizer step if anything is not finite, with the last good state on disk."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        self.optimizer.zero_grad()
+        self.learner.forget()
         self.save_state()
         telling.close(self)
         what = "gradient" if math.isfinite(loss) else "loss"
@@ -259,10 +214,10 @@ class Loop:
     def _evaluate(self) -> None:
         if not len(self.data.eval):
             return
-        self.model.eval()
+        self.learner.model.eval()
         started = time.perf_counter()
         record = {"step": self.step, "split": "eval", **self.algorithm.evaluate(self)}
-        self.model.train()
+        self.learner.model.train()
         let_go(self.trunk)
         if not math.isfinite(record.get("loss", 0.0)):
             if self.step:
@@ -286,10 +241,11 @@ class Loop:
         """A checkpoint of now, unless there is one; with shards, every process must call it."""
         if self.saved == self.step:
             return
-        tensors = self._captured()
+        tensors = self.learner.captured()
         state = {
             "step": self.step, "place": self.plan.place(self.step), "tokens_seen": self.tokens_seen,
             "elapsed_seconds": self.elapsed, "memory": self.memory, "identity": self.run.identity,
+            "portions": {"row_tokens": self.batches.row_tokens, **self.trunk.budgets._asdict()},
             **terms_of(self.trunk, self.algorithm.labels),
         }  # fmt: skip
         if self.session.first:
@@ -297,9 +253,20 @@ class Loop:
         self.saved = self.step
 
     def _restore(self, path: Path) -> None:
-        state = restore(path, self.named, self.optimizer, self.trunk.fingerprint)
+        state = restore(path, self.learner.named, self.learner.optimizer, self.trunk.fingerprint)
         self.step = self.saved = state["step"]
         self.tokens_seen, self.elapsed, self.memory = (state[k] for k in ("tokens_seen", "elapsed_seconds", "memory"))
+        self._keep_portions(state["portions"])
+
+    def _keep_portions(self, before: dict[str, int]) -> None:
+        """Work in the portions of before: others would round otherwise. What there is no room for now is smaller."""
+        now = {"row_tokens": self.batches.row_tokens, **self.trunk.budgets._asdict()}
+        kept = {name: min(value, before.get(name, value)) for name, value in now.items()}
+        if less := [name for name in kept if kept[name] < before.get(name, 0)]:
+            told = ", ".join(f"{name} {kept[name]:,} in place of {before[name]:,}" for name in less)
+            self.session.say(f"less memory is free than before ({told}): the last digits may differ")
+        self.batches.row_tokens = kept.pop("row_tokens")
+        self.trunk.budgets = self.trunk.budgets._replace(**kept)
 
     def _finish(self, about: dict[str, Any]) -> None:
         self.save_state()
@@ -309,8 +276,8 @@ class Loop:
 
     def publish(self, folder: Path, about: dict[str, Any]) -> None:
         """Write the result as it is now; with shards, every process must call it."""
-        result = self._result()
+        result = self.learner.result()
         if self.session.first:
-            result = {name: tensor.detach().to("cpu") for name, tensor in result.items()}
+            told = {"stage": self.recipe.stage, "step": self.step, **about}
             with published(folder, sum(tensor.nbytes for tensor in result.values())) as beside:
-                self.module.save(beside, result, {"stage": self.recipe.stage, "step": self.step, **about})
+                self.learner.module.save(beside, result, told)

@@ -11,12 +11,11 @@ import torch
 from align.data.examples import Examples
 from align.data.mixture import Prepared
 from align.models.trunk import Trunk
-from align.training.loop import Learnt, Loop, Loss
+from align.training.learner import Loss
+from align.training.loop import Learnt, Loop
 from align.training.meters import Sums
 from align.training.runs.run import Run
 from align.training.session import Session
-from align.training.zero import stage_of
-from align.training.zero_loop import ZeroLoop
 
 
 class Hooks(NamedTuple):
@@ -37,8 +36,7 @@ def fit(session: Session, run: Run, trunk: Trunk, data: Prepared, loss: Loss, **
 
     `loss(trunk, batch)` gives a sum and metrics; `hooks`: those of `Hooks`.
     """
-    kind = ZeroLoop if stage_of(session.accelerator) else Loop
-    kind(session, run, trunk, data, Supervised(loss, Hooks(**hooks))).run_all()
+    Loop(session, run, trunk, data, Supervised(loss, Hooks(**hooks))).run_all()
 
 
 class Supervised:
@@ -66,7 +64,7 @@ class Supervised:
         self.hooks.before(loop, examples, everyone)
         with torch.no_grad():
             for row in loop.screen.track(loop.batches.rows(examples, everyone), "evaluating"):
-                _, metrics = self.loss(loop.model, loop.batches.plant(examples, row))
+                _, metrics = self.loss(loop.learner.model, loop.batches.plant(examples, row))
                 for name, (value, count) in metrics.items() if row else ():
                     sums.add(name, value, count)
         merged = sums.merged(loop.accelerator)

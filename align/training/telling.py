@@ -21,8 +21,8 @@ def introduce(loop: Loop) -> None:
     plan, trunk, say = loop.plan, loop.trunk, loop.session.say
     if loop.session.first:
         loop.trackers = open_trackers(loop.run)
-    trained = sum(p.numel() for p in loop.named.values())
-    total = sum(p.numel() for p in loop.model.parameters())
+    trained = sum(p.numel() for p in loop.learner.named.values())
+    total = sum(p.numel() for p in loop.learner.model.parameters())
     say(
         f"{trunk.base_name} on {loop.accelerator.num_processes} x {trunk.device.type} ({torch.get_num_threads()} "
         f"threads), {str(trunk.dtype).removeprefix('torch.')}, {trunk.layout} layout; "

@@ -56,4 +56,4 @@ def outcome(loop: Loop, plan: Memory | None) -> dict[str, Any]:
 
 
 def _small(loop: Loop) -> bool:
-    return sum(p.numel() for p in loop.model.parameters()) < SMALL
+    return sum(p.numel() for p in loop.learner.model.parameters()) < SMALL

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from align.data.trees import Forest
 from align.models.roles import Said
-from align.training.loop import Loop, Loss, Work
+from align.training.learner import Loss, Work
+from align.training.loop import Loop
 from align.training.meters import Sums
 from align.training.rollouts.rollout import Episodes, Rollout
 from align.training.supervised import counted
@@ -86,7 +87,7 @@ def in_epochs(
         if number == 0:
             _check_unmoved(loop, terms)
         if stop_kl and updates and terms["update_kl"][0] > stop_kl * terms["update_kl"][1]:
-            loop.optimizer.zero_grad()
+            loop.learner.forget()
             break
         norms = loop.update(chosen, rate, terms["loss"][0], 1.0)
         updates += 1

@@ -14,7 +14,8 @@ from align.data.formats.reading import Reading
 from align.data.templates.render import conversations
 from align.data.trees import Forest
 from align.recipe.schema import Data, Eval, PositiveInt, Section, Source
-from align.training.loop import Loop, Metrics, Work
+from align.training.learner import Metrics, Work
+from align.training.loop import Loop
 
 
 class Ptx(Section):

@@ -75,6 +75,7 @@ class _State(TypedDict):
     elapsed_seconds: Annotated[float, Field(ge=0)]
     memory: dict[str, Any]
     identity: dict[str, Any]
+    portions: dict[str, Annotated[int, Field(gt=0)]]
     fingerprint: str
     lora: dict[str, Any] | None
     labels: list[str] | None

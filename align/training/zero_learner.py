@@ -1,4 +1,4 @@
-"""The training loop where DeepSpeed holds the weights, gradients and moments that train."""
+"""What trains, where DeepSpeed holds the weights, gradients and moments."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from align.training import zero
-from align.training.loop import Loop
+from align.training.learner import Learner
 from align.training.runs.checkpoint import Tensors
 from align.training.runs.state import adamw, trained_parameters
 
 
-class ZeroLoop(Loop):
+class ZeroLearner(Learner):
     """A run takes up its state as without DeepSpeed, on whole tensors; then its engine gets them."""
 
-    def _wrapped(self) -> nn.Module:
+    def wrapped(self) -> nn.Module:
+        """The module alone, until there is a state to go on from."""
         return self.module
 
-    def _begin(self) -> None:
-        super()._begin()
+    def begin(self) -> None:
+        """Hand weights and moments over."""
         before, self.stage = self.optimizer.state, zero.stage_of(self.accelerator)
         by_name = {name: before[p] for name, p in self.named.items() if p in before}
-        optimizer = adamw(self.module, self.recipe.optim, {})
+        optimizer = adamw(self.module, self.session.recipe.optim, {})
         self.model, _ = self.accelerator.prepare(self.module, optimizer)
         self.named = trained_parameters(self.model)
         if self.stage == 3:
@@ -38,33 +38,40 @@ class ZeroLoop(Loop):
             + ("; each process loads the whole base before its weights are laid out" if self.stage == 3 else "")
         )
 
-    def _row(self, last: bool) -> nullcontext:
+    def row(self, last: bool) -> nullcontext:
+        """Around a row's forward and backward pass."""
         self.model.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
-    def _backward(self, total: Tensor) -> None:
+    def backward(self, total: Tensor) -> None:
+        """Add a row's gradient."""
         self.model.backward(total, scale_wrt_gas=False)
 
-    def update(self, chosen: np.ndarray, rate: float, loss: float, count: float) -> dict[str, float]:
-        """As without DeepSpeed; its loss scale, which it divides gradients by, is what turns their mean into ours."""
-        outer, scale = self.model.optimizer, max(count, 1.0) / self.accelerator.num_processes
-        for group in outer.param_groups:
+    def clipped(self, rate: float, count: float) -> dict[str, float]:
+        """The norm of the mean's gradient. Its loss scale, by which it divides gradients, makes them those of ours."""
+        self.scale = max(count, 1.0) / self.accelerator.num_processes
+        for group in self.model.optimizer.param_groups:
             group["lr"] = rate
-        norm = zero.norm_of(self.model) / scale
-        self._guard(loss, norm, chosen)
-        outer.override_loss_scale(scale)
+        return {"grad_norm": zero.norm_of(self.model) / self.scale}
+
+    def step(self) -> None:
+        """Change the weights; DeepSpeed clips."""
+        outer = self.model.optimizer
+        outer.override_loss_scale(self.scale)
         self.model.step()
         outer.override_loss_scale(1.0)
         if self.stage == 3:
             zero.hold_outside(self.trunk)
-        return {"grad_norm": norm}
 
-    def _captured(self) -> Tensors:
+    def captured(self) -> Tensors:
+        """What a checkpoint holds."""
         model = self._kept((name, zero.full(p)) for name, p in self.named.items())
         return {"model": model, "optimizer": self._kept(zero.moments(self.named, self.model))}
 
-    def _result(self) -> dict[str, Tensor]:
-        return self._kept((name, zero.full(p)) for name, p in self.module.saved().items())
+    def result(self) -> dict[str, Tensor]:
+        """What a result holds."""
+        found = self._kept((name, zero.full(p)) for name, p in self.module.saved().items())
+        return {name: tensor.detach().to("cpu") for name, tensor in found.items()}
 
     def _kept(self, tensors: Any) -> dict[str, Tensor]:
         """One after another; only the first process keeps them."""
