@@ -38,7 +38,7 @@ from align.training.runs.start import find_start, start_from, terms_of
 from align.training.runs.state import adamw, capture, gathered, restore, trained_parameters, whole
 from align.training.screen import Screen
 from align.training.session import Session
-from align.training.shards import agree, average_gradients, let_go
+from align.training.shards import agreed, average_gradients, let_go
 
 LONG = 60.0  # seconds of an evaluation before which a checkpoint is due
 MILDER = "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"
@@ -96,8 +96,6 @@ class Loop:
         self.optimizer = adamw(self.module, self.recipe.optim, rates or {})
         self.model = self._wrapped()
         self.named = trained_parameters(self.model)
-        if trunk.sharded:
-            agree(self.named.values())
         self.model.train()
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
         acceleration.for_training(trunk)
@@ -109,11 +107,9 @@ class Loop:
         self.throughput = Throughput(self.accelerator.num_processes)
         self.trackers: list[GeneralTracker] = []
 
-    # -- how the processes share the work -----------------------------------------------------------------------
-
     def _wrapped(self) -> nn.Module:
         """What computes a loss: under DDP where several processes hold the whole trunk."""
-        return self.module if self.trunk.sharded else self.accelerator.prepare(self.module)
+        return agreed(self.module) if self.trunk.sharded else self.accelerator.prepare(self.module)
 
     def _row(self, last: bool) -> AbstractContextManager:
         """Around a row's forward and backward pass; gradients go from process to process after the last."""
