@@ -59,6 +59,7 @@ def test_ppo_of_a_7b_shape_fits_with_the_settings_it_names(seven, override, size
     assert again["largest_row"] > first["largest_row"]
 
 
+@pytest.mark.slow
 def test_a_sharded_trunk_takes_its_share(seven):
     whole, sharded = (
         planned(seven, f"train.shard={how}", "--device", "h100", "--processes", 8) for how in ("none", "layers")
@@ -103,6 +104,7 @@ def test_a_run_says_its_plan_and_what_came_of_it(world, tmp_path, monkeypatch):
     assert told["measured_peak_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_rows_follow_the_memory(seven):
     small, large = (planned(seven, "--device", size) for size in ("24GB", "h200"))
     assert small["row_tokens"] < large["row_tokens"]

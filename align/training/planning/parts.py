@@ -143,10 +143,9 @@ def held(at: Setting) -> list[Part]:
 
 
 def _gathered(at: Setting) -> int:
-    """Layers that are whole for a moment: the one that computes, the next, and what lies outside of them; each once as
-    it is received, and once as it is computed with."""
+    """Layers that are whole for a moment: the one that computes, the next, and what lies outside of them."""
     sizes, wide = at.skeleton.sizes, at.dtype.itemsize if at.adapted else 4
-    return 2 * wide * (2 * sizes.layer + sizes.weights - sizes.depth * sizes.layer)
+    return wide * (2 * sizes.layer + sizes.weights - sizes.depth * sizes.layer)
 
 
 def _own(at: Setting, numbers: int) -> int:
