@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from ppo_start import UNEVALUATED, make_start
+from ppo_start import make_start
 from safetensors.torch import load_file
 from samplers import make_teacher, recipe_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -114,9 +114,3 @@ def test_another_model_teaches_as_the_same_adapter_does(world, start, here):
         numbers = {name: x for name, x in one.items() if name != "split"}
         assert numbers == pytest.approx({name: two[name] for name in numbers}, rel=1e-3, abs=1e-4)
     assert metrics(beside, "train")[0]["loss"] > 0.01
-
-
-def test_a_teacher_that_is_the_trunk_itself_teaches_nothing(world, start, here):
-    own = {"teacher": {"base": str(start.base)}}
-    run = ran(world, start, here, own, data=UNEVALUATED)
-    assert metrics(run, "train")[0]["loss"] == pytest.approx(0, abs=1e-6)

@@ -94,20 +94,16 @@ def test_equal_groups_are_counted_sampled_anew_and_dropped(world, start, here):
     runs = {
         name: ran(world, start, here, own | more, name, **sections)
         for name, more in {
-            "kept": {},
             "dropped": {"equal_groups": "drop"},
             "again": {"equal_groups": "drop", "resample": 2},
         }.items()
     }
-    kept, dropped, again = (metrics(run, "train")[0] for run in runs.values())
-    share = kept["equal_groups"]
+    dropped, again = (metrics(run, "train")[0] for run in runs.values())
+    share = dropped["equal_groups"]
     assert 0 < share < 1
-    assert [each["equal_groups"] for each in (dropped, again)] == [share] * 2
-    assert (kept["learnt_groups"], dropped["learnt_groups"]) == (1, 1 - share)
-    assert dropped["sampled_tokens"] == kept["sampled_tokens"] < again["sampled_tokens"]
-    assert kept["loss/policy"] != dropped["loss/policy"], "the mean is over fewer tokens"
-    weights = [load_file(runs[name] / "final" / "adapter_model.safetensors") for name in ("dropped", "kept")]
-    assert any(not torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert again["equal_groups"] == share
+    assert dropped["learnt_groups"] == pytest.approx(1 - share)
+    assert dropped["sampled_tokens"] < again["sampled_tokens"]
     constant = own | {"rewards": [{"function": "align.training.rollouts.rules:sentiment"}], "equal_groups": "drop"}
     run = ran(world, start, here, constant, "nothing", **sections)
     (record,) = metrics(run, "train")

@@ -43,7 +43,9 @@ def planned(*words):
     return json.loads(out)
 
 
-@pytest.mark.parametrize(("override", "size", "most"), [("seed=0", "24GB", 24 * GB), ("model.quantize=4bit", "14GB", 14 * GB)])
+@pytest.mark.parametrize(
+    ("override", "size", "most"), [("seed=0", "24GB", 24 * GB), ("model.quantize=4bit", "14GB", 14 * GB)]
+)
 def test_ppo_of_a_7b_shape_fits_with_the_settings_it_names(seven, override, size, most):
     first = planned(seven, override, "--device", size)
     assert first["weights"] == pytest.approx(6.74e9, rel=0.001)
@@ -58,7 +60,9 @@ def test_ppo_of_a_7b_shape_fits_with_the_settings_it_names(seven, override, size
 
 
 def test_a_sharded_trunk_takes_its_share(seven):
-    whole, sharded = (planned(seven, f"train.shard={how}", "--device", "h100", "--processes", 8) for how in ("none", "layers"))
+    whole, sharded = (
+        planned(seven, f"train.shard={how}", "--device", "h100", "--processes", 8) for how in ("none", "layers")
+    )
     trunk = [next(m["parts"]["trunk"] for m in plan["moments"] if m["name"] == "update") for plan in (whole, sharded)]
     assert trunk[1] == trunk[0] // 8
     assert sharded["sent_bytes"] > whole["sent_bytes"] > 0

@@ -10,6 +10,7 @@ from ppo_start import make_start
 from samplers import make_teacher, recipe_of
 from test_processes import free_port
 from test_resume import records
+from test_shards import Job, alone, assert_same, place, together
 from world import Child, align, flat, lines, metrics, tree, weights
 
 from align import distill, grpo
@@ -63,3 +64,29 @@ def test_two_processes_are_as_one(whole, here):
         exact = ("step", "split", "tokens_seen", "response_tokens", "sampled_tokens", "learnt_groups", "updates")
         assert [found.get(name) for name in exact] == [record.get(name) for name in exact]
         assert flat(found) == pytest.approx(flat(record), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_trunk_in_shards_samples_and_learns_as_a_whole_one(world, cache, here, tmp_path_factory, monkeypatch):
+    """One prompt a step, so that of two processes one has nothing to sample; teachers on the trunk and beside it."""
+    monkeypatch.setattr("world.WAIT", 600)
+    start = make_start(world, cache, tmp_path_factory)
+    final = make_teacher(world, start, cache)
+    own = {
+        "grpo": (grpo, {"kl": "reward", "rewards": [{"adapter": str(start.reward)}]}),
+        "beside": (distill, {"on_policy": 0.5}),
+        "other": (distill, {"teacher": {"base": str(start.base), "adapter": str(final)}}),
+    }
+    train = {"steps": 2, "eval_every": 1, "save_every": 1}
+    jobs = [
+        Job(
+            stage.__name__.removeprefix("align."),
+            recipe_of(world, start, place(here, name), stage, more, train=train, batch={"examples": 1}),
+        )
+        for name, (stage, more) in own.items()
+    ]
+    known = [alone(job) for job in jobs]
+    together(here, jobs)
+    for job, folder in zip(jobs, known, strict=True):
+        assert_same(job.folder, folder)

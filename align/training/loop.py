@@ -31,7 +31,7 @@ from align.training.batches import Batches, Planted
 from align.training.borders.stops import Stopped
 from align.training.meters import Sums, Throughput
 from align.training.plan import Plan, learning_rate
-from align.training.planning.forecast import forecast, planned_rows
+from align.training.planning.forecast import planned_rows
 from align.training.runs.checkpoint import CheckpointWriter, Tensors, published
 from align.training.runs.run import Run
 from align.training.runs.start import find_start, start_from, terms_of
@@ -101,7 +101,6 @@ class Loop:
         acceleration.for_training(trunk)
         trunk.budgets = trunk.budgets.asked(self.recipe.batch.cache_tokens)
         self.batches = Batches(trunk, self.accelerator, planned_rows(self))
-        self.forecast = forecast(self)
         self.step, self.tokens_seen, self.elapsed = 0, 0, 0.0
         self.memory: dict[str, Any] = {}  # what the algorithm has to know of earlier steps; JSON can hold it
         self.saved, self.blocking_seconds, self.eval_seconds = -1, None, 0.0
@@ -300,8 +299,7 @@ class Loop:
     def _restore(self, path: Path) -> None:
         state = restore(path, self.named, self.optimizer, self.trunk.fingerprint)
         self.step = self.saved = state["step"]
-        self.tokens_seen, self.elapsed = state["tokens_seen"], state["elapsed_seconds"]
-        self.memory = state["memory"]
+        self.tokens_seen, self.elapsed, self.memory = (state[k] for k in ("tokens_seen", "elapsed_seconds", "memory"))
 
     def _finish(self, about: dict[str, Any]) -> None:
         self.save_state()
@@ -314,6 +312,5 @@ class Loop:
         result = self._result()
         if self.session.first:
             result = {name: tensor.detach().to("cpu") for name, tensor in result.items()}
-            told = {"stage": self.recipe.stage, "step": self.step, **about}
             with published(folder, sum(tensor.nbytes for tensor in result.values())) as beside:
-                self.module.save(beside, result, told)
+                self.module.save(beside, result, {"stage": self.recipe.stage, "step": self.step, **about})
