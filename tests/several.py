@@ -6,18 +6,23 @@ import gc
 import importlib
 import json
 import os
+import time
+from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from test_processes import free_port
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 def main(argv: list[str]) -> None:
-    """Each word is JSON: a stage, a port of its own, and the stage's words, with environment variables among them."""
-    for word in argv:
-        stage, port, *words = json.loads(word)
-        os.environ["MASTER_PORT"] = port
+    """A folder that both processes see, then words that are JSON: a stage, and the stage's words, with environment
+    variables among them."""
+    folder, *runs = argv
+    for number, word in enumerate(runs):
+        stage, *words = json.loads(word)
+        os.environ["MASTER_PORT"] = agreed_port(Path(folder) / f"port{number}")
         os.environ.update(word.split("=") for word in words if word.startswith("ACCELERATE_"))
         AcceleratorState._reset_state(reset_partial_state=True)
         held = []
@@ -29,6 +34,17 @@ def main(argv: list[str]) -> None:
             counting.remove()
         print(json.dumps({"held": held[0] if held else 0}), flush=True)
         gc.collect()
+
+
+def agreed_port(file: Path) -> str:
+    """One that is free now, found by the first process."""
+    if os.environ["RANK"] == "0":
+        beside = file.with_suffix(".writing")
+        beside.write_text(str(free_port()))
+        beside.rename(file)
+    while not file.is_file():
+        time.sleep(0.01)
+    return file.read_text()
 
 
 def live_bytes() -> int:

@@ -63,8 +63,8 @@ def alone(job: Job, *words: str) -> Path:
 
 def together(here: Path, jobs: list[Job]) -> list[int]:
     """All jobs on two processes, one after another; of each the bytes that a process held after its first step."""
-    asked = [[job.stage, str(free_port()), str(job.recipe), f"run={job.folder}", *job.words] for job in jobs]
-    told = [child.wait() for child in Child.pair(here, free_port(), *map(json.dumps, asked), stage=several)]
+    asked = [[job.stage, str(job.recipe), f"run={job.folder}", *job.words] for job in jobs]
+    told = [child.wait() for child in Child.pair(here, 0, here, *map(json.dumps, asked), stage=several)]
     assert [one.status for one in told] == [0, 0], told[0].err + told[1].err
     assert (told[0].err, told[1].err) == ("", "")
     held = [[json.loads(line)["held"] for line in one.out.splitlines() if line.startswith('{"held')] for one in told]

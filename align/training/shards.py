@@ -66,6 +66,7 @@ def load_trunk(session: Session, outputs: int | None = None) -> Trunk:
         how = zero.layers_together
     trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed, outputs, how)
     if sharded:
+        let_go(trunk)  # the trials have left its root whole, and who asks for its parameters now means the shards
         session.say(told(trunk))
     return trunk
 
