@@ -103,6 +103,8 @@ class Recipe(BaseRecipe):
             raise ValueError("`model.add_tokens`: the teacher has no rows for them; train them in SFT first")
         if self.data.overlong == "truncate" and self.distill.on_policy == 1:
             raise ValueError("`data.overlong: truncate`: a prompt without its end asks something else; drop it")
+        if self.train.shard == "layers" and self.distill.teacher.base:
+            raise ValueError("`train.shard: layers` is not for a teacher with a `base` yet; leave one of them out")
         return self
 
 

@@ -69,14 +69,13 @@ def test_two_processes_are_as_one(whole, here):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_trunk_in_shards_samples_and_learns_as_a_whole_one(world, cache, here, tmp_path_factory, monkeypatch):
-    """One prompt a step, so that of two processes one has nothing to sample; teachers on the trunk and beside it."""
+    """One prompt a step, so that of two processes one has nothing to sample."""
     monkeypatch.setattr("world.WAIT", 600)
     start = make_start(world, cache, tmp_path_factory)
-    final = make_teacher(world, start, cache)
+    make_teacher(world, start, cache)
     own = {
         "grpo": (grpo, {"kl": "reward", "rewards": [{"adapter": str(start.reward)}]}),
         "beside": (distill, {"on_policy": 0.5}),
-        "other": (distill, {"teacher": {"base": str(start.base), "adapter": str(final)}}),
     }
     train = {"steps": 2, "eval_every": 1, "save_every": 1}
     jobs = [
