@@ -45,8 +45,8 @@ from align.models.sampling.choice import Sampling
 from align.models.sampling.decode import sample
 from align.models.trunk import Trunk
 from align.training.batches import Batches
+from align.training.costs import causal_attended, flops_per_token, matmul_params, mfu, peak_flops, peak_memory
 from align.training.loop import Loop
-from align.training.meters import causal_attended, flops_per_token, matmul_params, mfu, peak_flops, peak_memory
 from align.training.reference import Reference
 from align.training.rollouts.rewards import Rewards
 from align.training.rollouts.rollout import check_samples

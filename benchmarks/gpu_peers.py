@@ -13,7 +13,7 @@ from gpu_parts import WARM_STEPS, Row, Scale, forget_peak
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from align.training.meters import peak_memory
+from align.training.costs import peak_memory
 
 EPOCHS = 4  # over the responses of a step: PPO's default here
 

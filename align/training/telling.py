@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from align.models.sampling.decode import answer
-from align.training.meters import costs
+from align.training.costs import costs
 from align.training.planning import forecast
 from align.training.report.page import write_report
 from align.training.runs.run import open_trackers

@@ -21,16 +21,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from align.training import meters
-from align.training.meters import (
-    Sums,
-    Throughput,
-    flops_per_token,
-    loss_stability,
-    mfu,
-    peak_flops,
-    perplexity,
-)
+from align.training import costs, meters
+from align.training.costs import flops_per_token, mfu, peak_flops
+from align.training.meters import Sums, Throughput, loss_stability, perplexity
 
 STATUS = Path("/proc/self/status")
 
@@ -134,8 +127,8 @@ def test_flops_by_hand():
 
 
 def test_attended_positions_by_hand():
-    assert meters.causal_attended([1]) == 1
-    assert meters.causal_attended([3, 1]) == (1 + 2 + 3 + 1) / 4
+    assert costs.causal_attended([1]) == 1
+    assert costs.causal_attended([3, 1]) == (1 + 2 + 3 + 1) / 4
 
 
 def test_one_forward_and_backward_does_the_flops_that_the_formula_says():
@@ -148,7 +141,7 @@ def test_one_forward_and_backward_does_the_flops_that_the_formula_says():
     tokens = torch.randint(0, 50, (1, length))
     with FlopCounterMode(display=False) as counter:
         model(tokens).logits.sum().backward()
-    ours = flops_per_token(model.config, meters.matmul_params(model), attended=length, lora=False) * length
+    ours = flops_per_token(model.config, costs.matmul_params(model), attended=length, lora=False) * length
     # the first layer's input is an embedding, whose gradient torch computes as the formula assumes; rotary
     # angles are a product of positions and frequencies, once forward
     assert counter.get_total_flops() == pytest.approx(ours, rel=1e-3)
@@ -171,14 +164,14 @@ def test_matmul_params_leave_out_what_is_only_looked_up(tied):
     # per layer: q and o 32x32, k and v 32x16, three MLP matrices 32x48; then the head 32x50, tied or not
     by_hand = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 32 * 50
     model = LlamaForCausalLM(tiny_llama(tie_word_embeddings=tied))
-    assert meters.matmul_params(model) == by_hand
+    assert costs.matmul_params(model) == by_hand
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert meters.matmul_params(adapted) == by_hand
+    assert costs.matmul_params(adapted) == by_hand
 
 
 def test_matmul_params_of_gpt2_count_its_conv1d_and_not_its_positions():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=64, n_embd=32, n_layer=2, n_head=4))
-    assert meters.matmul_params(model) == 2 * (32 * 96 + 32 * 32 + 2 * 32 * 128) + 32 * 50
+    assert costs.matmul_params(model) == 2 * (32 * 96 + 32 * 32 + 2 * 32 * 128) + 32 * 50
 
 
 @pytest.mark.parametrize(
@@ -220,7 +213,7 @@ def test_mfu():
 def test_peak_memory_is_the_kernels_high_water_mark_in_bytes():
     torch.ones(64 * 2**20)  # 256 MiB, touched and freed: a peak stays
     kernel = int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
-    assert meters.peak_memory(torch.device("cpu")) == pytest.approx(kernel, rel=0.02)
+    assert costs.peak_memory(torch.device("cpu")) == pytest.approx(kernel, rel=0.02)
 
 
 def test_stability_by_hand():

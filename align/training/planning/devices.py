@@ -15,7 +15,7 @@ import torch
 from align.models.base import compute_dtype
 from align.models.memory import free_bytes
 from align.recipe.errors import UserError
-from align.training.meters import peak_flops
+from align.training.costs import peak_flops
 
 GB = 10**9
 NETWORK = 25 * GB  # bytes/s between hosts and device: one 200 Gbit/s adapter a device, a usual cluster

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from align.training.meters import peak_memory
+from align.training.costs import peak_memory
 from align.training.planning.devices import Device, here
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -1,6 +1,6 @@
 """What a step computes and sends, and how long it may take.
 
-FLOPs are those of `meters.flops_per_token`: products and attention, not norms. A range of time comes from a range of
+FLOPs are those of `costs.flops_per_token`: products and attention, not norms. A range of time comes from a range of
 how much of its peak a device reaches; what is sent is taken to overlap with nothing, so that the upper end is no hope.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from align.models.memory import cached_token_bytes
-from align.training.meters import causal_attended, flops_per_token
+from align.training.costs import causal_attended, flops_per_token
 from align.training.planning.devices import NETWORK
 from align.training.planning.load import Load, sampling_of
 from align.training.planning.memory import Memory
