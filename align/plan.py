@@ -25,8 +25,8 @@ from align.tools.plan.advice import advice, largest_rollout, largest_row
 from align.tools.plan.report import Report, record, told
 from align.training.borders.border import Parser, border
 from align.training.planning.devices import CARDS, device
-from align.training.planning.load import rewarded
-from align.training.planning.memory import memory, setting
+from align.training.planning.memory import memory
+from align.training.planning.parts import setting
 from align.training.planning.work import work
 
 MEMORY = "close other programs; a plan itself takes few hundred MB"
@@ -75,7 +75,7 @@ def planned(asked: argparse.Namespace) -> Report:
         changes=changes,
         mended=mended,
         largest_row=largest_row(at),
-        largest_rollout=largest_rollout(at, asked.tokens) if rewarded(recipe) else None,
+        largest_rollout=largest_rollout(at, asked.tokens) if plan.load.episodes else None,
     )
 
 

@@ -105,9 +105,7 @@ def main() -> None:
     parser.add_argument("--law", action="store_true", help="the scaling law alone")
     asked = parser.parse_args()
     told = {"law": budgets()}
-    print(
-        "| H100 days | FLOP | weights | tokens | loss | refit: weights | tokens | loss |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| H100 days | FLOP | weights | tokens | loss | refit: weights | tokens | loss |\n" + "|---" * 8 + "|")
     for row in told["law"]:
         cells = [
             f"{row[f'{n}_weights'] / 1e9:,.2f}B | {row[f'{n}_tokens'] / 1e9:,.0f}B | {row[f'{n}_loss']:.2f}"
@@ -124,8 +122,8 @@ def main() -> None:
             low, high = row["seconds"]
             verdict = "" if row["fits"] else " (does not fit)"
             print(
-                f"| {row['shape']} | {row['trains']} | {row['devices']} | {row['peak_gb']:.1f} GB{verdict} | {row['row']:,} | "
-                f"{row['sent_gb']:,.1f} GB | {low:,.1f} to {high:,.1f} | {' '.join(row['changes'])}"
+                f"| {row['shape']} | {row['trains']} | {row['devices']} | {row['peak_gb']:.1f} GB{verdict} | "
+                f"{row['row']:,} | {row['sent_gb']:,.1f} GB | {low:,.1f} to {high:,.1f} |"
             )
     print(json.dumps(told))
 

@@ -19,10 +19,10 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
     BertTokenizerFast,
 )
 from world import Child, Told, lines, metrics, tree, weights, write_rows
@@ -339,16 +339,39 @@ def test_final_gives_the_same_probabilities_with_transformers_alone(world, here,
     assert np.abs(ours - stock(final, texts)).max() < 1e-5
 
 
-def test_an_encoder_reads_through_the_same_recipe(world, here):
+def encoder(here, kind: str) -> None:
+    """A masked language model, which brings no pooler and no head."""
     pieces = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, *(f"##{piece}" for piece in pieces), "name", "say"]
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-    )
+    sizes = {"bert": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}}
+    sizes["distilbert"] = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+    config = AutoConfig.for_model(kind, vocab_size=len(words), **sizes[kind])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        BertForMaskedLM(config).save_pretrained(here / "bert")
-    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(here / "bert")
+        AutoModelForMaskedLM.from_config(config).save_pretrained(here / kind)
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(here / kind)
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_what_an_encoder_lacks_is_learnt_and_saved(kind, world, here):
+    encoder(here, kind)
+    sections = {"model": {"base": kind}, "seed": 5}
+    told = align(recipe(world, here / "r.yaml", **sections), "train.steps=2")
+    assert told.status == 0, told.err
+    final, texts = here / "run" / "final", ["say name", "a"]
+    found = []
+    for seed in (1, 2):  # what is not saved would be drawn
+        torch.manual_seed(seed)
+        model = AutoPeftModelForSequenceClassification.from_pretrained(final, num_labels=2)
+        ids = [AutoTokenizer.from_pretrained(final)(text, return_tensors="pt") for text in texts]
+        with torch.no_grad():
+            found.append(torch.cat([model.eval()(**each).logits for each in ids]).softmax(-1).numpy())
+    assert np.abs(found[0] - found[1]).max() == 0
+    assert np.abs(shares(predicted(final, stdin="\n".join(texts))) - found[0]).max() < 1e-5
+
+
+def test_an_encoder_reads_through_the_same_recipe(world, here):
+    encoder(here, "bert")
     sections = {"model": {"base": "bert"}, "lora": None, "classify": {"train": "all"}}
     told = align(recipe(world, here / "r.yaml", **sections), "optim.learning_rate=0.005", "train.steps=60")
     assert told.status == 0, told.err

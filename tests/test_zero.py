@@ -46,15 +46,22 @@ def assert_same(run, other, tolerance=1e-5):
         torch.testing.assert_close(mine[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-RUNS = [("sft", 2, {}), ("sft", 3, {}), ("sft", 3, {"lora": None}), ("dpo", 3, {}), ("reward", 2, {})]
+RUNS = [
+    ("sft", 2, {}), ("sft", 3, {}), ("sft", 3, {"lora": None}), ("dpo", 3, {}), ("dpo", 3, {"dpo": {"loss": "kto"}}),
+    ("dpo", 2, {"lora": None}), ("reward", 2, {}), ("reward", 3, {}),
+]  # fmt: skip
 
 
 @deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "zero", "sections"), RUNS, ids=[f"{s}{z}{'-full' * bool(m)}" for s, z, m in RUNS])
+@pytest.mark.parametrize(
+    ("stage", "zero", "sections"),
+    RUNS,
+    ids=[f"{s}{z}{'-full' * ('lora' in m)}{'-kto' * ('dpo' in m)}" for s, z, m in RUNS],
+)
 def test_as_with_one_process_and_gone_on_with(stage, zero, sections, world, here):
     module, path = STAGES[stage], here / "recipe.yaml"
-    optim = {"learning_rate": 0.002} if sections else {}
+    optim = {"learning_rate": 0.002} if "lora" in sections else {}
     write = world.recipe if stage == "sft" else lambda path, **given: world.preferences(path, module, **given)
     given = {
         "optim": {"learning_rate": 0.01, "warmup": 2} | optim,

@@ -66,6 +66,7 @@ def lora_config(section: Lora, model: nn.Module, scores: bool = False, added: Se
         layers = {id(layer): name for name, layer in model.named_modules()}
         found = [model.get_input_embeddings(), model.get_output_embeddings()]
         tables = {layers[id(table)]: list(added) for table in found if id(table) in layers}
+    fresh = new_parts(model) if scores else []
     return LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
@@ -77,7 +78,19 @@ def lora_config(section: Lora, model: nn.Module, scores: bool = False, added: Se
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="SEQ_CLS" if scores else "CAUSAL_LM",
         trainable_token_indices=tables or None,
+        modules_to_save=fresh or None,
+        exclude_modules=fresh or None,
     )
+
+
+def new_parts(model: nn.Module) -> list[str]:
+    """Parts of a scoring model, by name, that a base may not have brought: they are drawn anew, so they train whole and
+    are saved. peft adds heads called `classifier` and `score` by itself."""
+    outside = [
+        name for name, part in model.named_children() if name != model.base_model_prefix and [*part.parameters()]
+    ]
+    poolers = [name for name, _ in model.named_modules() if name.endswith("pooler")]
+    return [name for name in dict.fromkeys((*outside, *poolers)) if name not in ("classifier", "score")]
 
 
 def check_targets(model: nn.Module, section: Lora, tokens: bool = False, scores: bool = False) -> None:

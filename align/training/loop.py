@@ -31,14 +31,14 @@ from align.training.batches import Batches, Planted
 from align.training.borders.stops import Stopped
 from align.training.meters import Sums, Throughput
 from align.training.plan import Plan, learning_rate
-from align.training.planning.forecast import forecast, planned_rows
+from align.training.planning.forecast import planned_rows
 from align.training.runs.checkpoint import CheckpointWriter, Tensors, published
 from align.training.runs.run import Run
 from align.training.runs.start import find_start, start_from, terms_of
 from align.training.runs.state import adamw, capture, gathered, restore, trained_parameters, whole
 from align.training.screen import Screen
 from align.training.session import Session
-from align.training.shards import agree, average_gradients, let_go
+from align.training.shards import agreed, average_gradients, let_go
 
 LONG = 60.0  # seconds of an evaluation before which a checkpoint is due
 MILDER = "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"
@@ -96,25 +96,20 @@ class Loop:
         self.optimizer = adamw(self.module, self.recipe.optim, rates or {})
         self.model = self._wrapped()
         self.named = trained_parameters(self.model)
-        if trunk.sharded:
-            agree(self.named.values())
         self.model.train()
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
         acceleration.for_training(trunk)
         trunk.budgets = trunk.budgets.asked(self.recipe.batch.cache_tokens)
         self.batches = Batches(trunk, self.accelerator, planned_rows(self))
-        self.forecast = forecast(self)
         self.step, self.tokens_seen, self.elapsed = 0, 0, 0.0
         self.memory: dict[str, Any] = {}  # what the algorithm has to know of earlier steps; JSON can hold it
         self.saved, self.blocking_seconds, self.eval_seconds = -1, None, 0.0
         self.throughput = Throughput(self.accelerator.num_processes)
         self.trackers: list[GeneralTracker] = []
 
-    # -- how the processes share the work -----------------------------------------------------------------------
-
     def _wrapped(self) -> nn.Module:
         """What computes a loss: under DDP where several processes hold the whole trunk."""
-        return self.module if self.trunk.sharded else self.accelerator.prepare(self.module)
+        return agreed(self.module) if self.trunk.sharded else self.accelerator.prepare(self.module)
 
     def _row(self, last: bool) -> AbstractContextManager:
         """Around a row's forward and backward pass; gradients go from process to process after the last."""
@@ -304,8 +299,7 @@ class Loop:
     def _restore(self, path: Path) -> None:
         state = restore(path, self.named, self.optimizer, self.trunk.fingerprint)
         self.step = self.saved = state["step"]
-        self.tokens_seen, self.elapsed = state["tokens_seen"], state["elapsed_seconds"]
-        self.memory = state["memory"]
+        self.tokens_seen, self.elapsed, self.memory = (state[k] for k in ("tokens_seen", "elapsed_seconds", "memory"))
 
     def _finish(self, about: dict[str, Any]) -> None:
         self.save_state()
@@ -318,6 +312,5 @@ class Loop:
         result = self._result()
         if self.session.first:
             result = {name: tensor.detach().to("cpu") for name, tensor in result.items()}
-            told = {"stage": self.recipe.stage, "step": self.step, **about}
             with published(folder, sum(tensor.nbytes for tensor in result.values())) as beside:
-                self.module.save(beside, result, told)
+                self.module.save(beside, result, {"stage": self.recipe.stage, "step": self.step, **about})

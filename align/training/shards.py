@@ -119,9 +119,11 @@ def told(trunk: Trunk) -> str:
     )
 
 
-def agree(parameters: Iterable[nn.Parameter]) -> None:
-    """What trains whole on every process begins as it is in the first."""
-    _together([p.data for p in parameters if not isinstance(p, DTensor)], lambda flat: distributed.broadcast(flat, 0))
+def agreed(module: nn.Module) -> nn.Module:
+    """The module; what of it trains whole on every process is now as it is in the first."""
+    trained = [p.data for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    _together(trained, lambda flat: distributed.broadcast(flat, 0))
+    return module
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:

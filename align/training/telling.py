@@ -35,6 +35,7 @@ def introduce(loop: Loop) -> None:
         f"{plan.shape} (about {mean:,.0f} tokens), {plan.epoch_size / plan.per_step:,.1f} steps an epoch, "
         f"rows of up to {loop.batches.row_tokens:,} tokens"
     )
+    loop.forecast = forecast.forecast(loop)
     for line in forecast.told(loop, loop.forecast):
         say(line)
 

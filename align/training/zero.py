@@ -26,9 +26,7 @@ from align.training.runs.state import Named
 
 HELD = -1  # stands among the modules that need a weight now, which DeepSpeed counts
 STAGES = ("sft", "reward", "dpo", "classify")
-INSTEAD = (
-    "use train.shard=layers with a launcher's configuration without DeepSpeed (accelerate_configs/8_gpus_shard.yaml)"
-)
+INSTEAD = "use train.shard=layers without DeepSpeed (accelerate_configs/gpus_8_shard.yaml)"
 OWN = {  # of a DeepSpeed configuration: what the recipe decides instead
     "optimizer": "optim of the recipe",
     "scheduler": "optim of the recipe",
@@ -48,9 +46,7 @@ def asked() -> bool:
 def ready() -> dict[str, Any]:
     """What its process group needs besides; sets what it reads from the environment. UserError if it is not there."""
     if find_spec("deepspeed") is None:
-        raise UserError(
-            "the launcher's configuration asks for DeepSpeed: pip install 'align[deepspeed]', or " + INSTEAD
-        )
+        raise UserError(f"the launcher asks for DeepSpeed, which is not there: pip install deepspeed, or {INSTEAD}")
     if torch.cuda.is_available():
         return {}
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -61,7 +57,7 @@ def stage_of(accelerator: Accelerator) -> int:
     """ZeRO's stage, 0 without DeepSpeed."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return 0
-    return int(accelerator.deepspeed_plugin.zero_stage)
+    return int(accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"])
 
 
 def settle(accelerator: Accelerator, recipe: BaseRecipe) -> None:

@@ -84,6 +84,7 @@ class AdapterConfig(Known):
     use_dora: bool = False
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
+    exclude_modules: list[str] | None = None
     rank_pattern: dict[str, Count] = {}
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     trainable_token_indices: dict[str, list[Index]] | list[Index] | None = None
@@ -106,8 +107,8 @@ class AdapterConfig(Known):
 
     def peft(self, task: str | None = None) -> LoraConfig:
         """The same as peft's, with nothing in it that is not above."""
-        keys = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save")
-        more = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
+        keys = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "fan_in_fan_out")
+        more = ("modules_to_save", "exclude_modules", "rank_pattern", "alpha_pattern", "trainable_token_indices")
         return LoraConfig(**{key: getattr(self, key) for key in (*keys, *more)}, task_type=task)
 
 

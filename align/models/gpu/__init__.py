@@ -12,10 +12,10 @@ from align.models.gpu.flex import flex_attention
 from align.models.gpu.replay import Recorder, Replayed, cuda_graph, never_waiting
 
 
-def _adopt(model: nn.Module) -> None:
+def _adopt(model: nn.Module, joins: bool = True) -> None:
     if not pointwise.missing():
         fused.KERNELS["cuda"] = pointwise
-    fused.fuse(model)
+    fused.fuse(model, joins)
 
 
 def _remarks(_model: nn.Module) -> list[str]:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from align.recipe.errors import UserError
 from align.recipe.schema import BaseRecipe
-from align.training.planning.devices import Device
-from align.training.planning.load import rewarded
-from align.training.planning.memory import Memory, Setting, memory, setting
+from align.training.planning.load import sampling_of
+from align.training.planning.memory import Memory, memory
+from align.training.planning.parts import Setting, setting
 from align.training.planning.words import room
 
 MOST_TOKENS = 2**20
@@ -76,18 +76,21 @@ def _changes(at: Setting, plan: Memory) -> Iterator[Change]:
     recipe, longest = at.recipe, at.recipe.data.max_length
     rows = recipe.batch.row_tokens
     row = plan.load.row if rows == "auto" else min(rows, plan.load.row)
-    if rewarded(recipe) and plan.peak.name == "sampling":
+    drawn = sampling_of(recipe)
+    if drawn and plan.peak.name == "sampling":
         at_once = plan.cache_tokens // 2
         if at_once >= plan.load.prompt + plan.load.answer:
             yield Change({"batch.cache_tokens": at_once}, "fewer responses are sampled at once")
-    if recipe.stage == "ppo" and recipe.ppo.samples == 1:
-        longest += recipe.ppo.generation.max_new
+    if drawn:
+        longest += drawn.samples * (drawn.generation.max_new + 1) - 1
     if row // 2 >= longest:
         yield Change({"batch.row_tokens": max(longest, row // 2)}, "shorter rows, more of them")
     if not recipe.model.gradient_checkpointing:
         yield Change({"model.gradient_checkpointing": True}, "activations are computed again: a third more time")
     if at.processes > 1 and recipe.train.shard == "none":
         yield Change({"train.shard": "layers"}, "the trunk lies over the devices")
+    if drawn and drawn.samples > 1 and row <= longest:
+        yield Change({f"{recipe.stage}.samples": drawn.samples // 2}, "fewer responses to a prompt: a smaller tree")
     if recipe.lora is None and recipe.stage != "classify":
         yield Change({"lora": {"r": 16}}, "a LoRA trains instead of all weights")
     if recipe.lora is not None and recipe.model.quantize is None and at.shards == 1:
@@ -127,12 +130,11 @@ def largest_row(at: Setting) -> int:
 
 def largest_rollout(at: Setting, length: int | None) -> int:
     """Responses that can be sampled at once on one device."""
-    own = rewarded(at.recipe)
-    per_prompt, have = own.samples, room(at.device, at.processes)
+    per_prompt, have = sampling_of(at.recipe).samples, room(at.device, at.processes)
 
     def fits(episodes: int) -> bool:
         prompt = length or at.recipe.data.max_length
-        tokens = episodes * (prompt + own.generation.max_new)
+        tokens = episodes * (prompt + sampling_of(at.recipe).generation.max_new)
         other = at._replace(recipe=changed(at.recipe, {"batch.cache_tokens": tokens}))
         load = memory(other, length).load._replace(episodes=episodes)
         moment = next(m for m in memory(other, length, load).moments if m.name == "sampling")
@@ -152,8 +154,3 @@ def _most(fits: object, most: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def device_line(device: Device) -> str:
-    """A device's name and where its figures come from."""
-    return f"{device.name} ({device.source})" if device.source else device.name

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from align.tools.plan.advice import Change
-from align.training.planning.memory import Memory, Moment, Setting, trained
+from align.training.planning.memory import Memory, Moment
+from align.training.planning.parts import Setting, trained
 from align.training.planning.words import room, size
 from align.training.planning.work import Work
 
@@ -47,9 +48,8 @@ def told(report: Report) -> list[str]:
     for part in sorted(plan.peak.parts, key=lambda part: -part.bytes):
         if part.bytes:
             lines.append(f"  {size(part.bytes):>10}  {part.name}")
-    lines.append(
-        f"  {size(plan.peak.bytes):>10}  peak, of {size(report.have)}: {'it fits' if report.fits else 'it does NOT fit'}"
-    )
+    verdict = "it fits" if report.fits else "it does NOT fit"
+    lines.append(f"  {size(plan.peak.bytes):>10}  peak, of {size(report.have)}: {verdict}")
     lines.append("  " + "; ".join(f"{m.name} {size(m.bytes)}" for m in plan.moments if m is not plan.peak))
     lines += ["", *_work_lines(report), "", *_limit_lines(report)]
     if report.changes:

@@ -1,7 +1,7 @@
 """What one row of tokens holds in memory while it is computed and learnt from: a training step on the meta device.
 
-The modules are the real ones, and autograd keeps what it always keeps; only attention is replaced by a function that
-keeps what the kernels keep. Every storage that is alive is counted. Layers are alike, so one and two of them are enough.
+The modules are the real ones, and autograd keeps what it always keeps. Attention alone is replaced by a function that
+keeps what the kernels keep. Every storage that is alive is counted. Layers are alike, so one and two of them suffice.
 
 Shapes: T tokens of the row, H query heads, D head size.
 """

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from align.models.checkpoints.sources import first_line
 from align.training.planning.load import found
-from align.training.planning.memory import Memory, memory, row_budget, setting
+from align.training.planning.memory import Memory, memory, row_budget
+from align.training.planning.parts import setting
 from align.training.planning.words import in_words
 
 if TYPE_CHECKING:
@@ -15,12 +18,14 @@ SMALL = 2**24  # weights; what is smaller fits everywhere, and its plan would ta
 
 
 def planned_rows(loop: Loop) -> int | str:
-    """`batch.row_tokens`, or tokens of a row that the memory has room for where it is auto and the model is not small."""
+    """`batch.row_tokens`, or as many tokens as the memory has room for: where it is auto and the model not small."""
     wanted, device = loop.recipe.batch.row_tokens, loop.session.usage.device
     if wanted != "auto" or device is None or _small(loop):
         return wanted
-    at = setting(loop.recipe, device, loop.accelerator.num_processes)
-    return row_budget(at, length=int(loop.data.train.longest.max()))
+    with suppress(Exception):  # a model may be of any kind; `forecast` says that there is no plan of it
+        at = setting(loop.recipe, device, loop.accelerator.num_processes)
+        return row_budget(at, length=int(loop.data.train.longest.max()))
+    return wanted
 
 
 def forecast(loop: Loop) -> Memory | None:
@@ -29,8 +34,12 @@ def forecast(loop: Loop) -> Memory | None:
     if device is None or _small(loop):
         return None
     processes = loop.accelerator.num_processes
-    load = found(loop.recipe, loop.data.train, loop.batches.row_tokens, processes)
-    return memory(setting(loop.recipe, device, processes), load=load)
+    try:
+        load = found(loop.recipe, loop.data.train, loop.batches.row_tokens, processes)
+        return memory(setting(loop.recipe, device, processes), load=load)
+    except Exception as error:  # a model may be of any kind, and a run is not to end because it cannot be planned
+        loop.session.say(f"no plan can be made of this model ({first_line(error)})")
+        return None
 
 
 def told(loop: Loop, plan: Memory | None) -> list[str]:

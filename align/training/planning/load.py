@@ -22,37 +22,38 @@ class Load(NamedTuple):
     segment: int  # tokens of one text in a row, between two branchings
     labels: int  # of the largest row
     tokens: int  # of all examples of a step, over all processes
-    prompt: int = 0  # of PPO and GRPO: tokens of the longest prompt
+    prompt: int = 0  # where a stage samples: tokens of the longest prompt
     episodes: int = 0  # responses that the process samples in a step
     answer: int = 0  # most tokens of a response
     passes: int = 1  # over the step's examples
 
 
-def rewarded(recipe: BaseRecipe) -> Any:
-    """The section of PPO or GRPO, which say how they sample in the same words; None in other stages."""
-    return getattr(recipe, recipe.stage) if recipe.stage in ("ppo", "grpo") else None
+def sampling_of(recipe: BaseRecipe) -> Any:
+    """The section of a stage that samples, such as PPO's; None of others."""
+    section = getattr(recipe, recipe.stage, None)
+    return section if hasattr(section, "generation") else None
 
 
 def expected(recipe: BaseRecipe, row_tokens: int, processes: int, length: int | None = None) -> Load:
     """From the recipe alone: every example has `length` tokens; default: the most that it may have."""
     paths = 2 if recipe.stage in ("reward", "dpo") and not _unpaired(recipe) else 1
-    most = length or recipe.data.max_length
-    if (own := rewarded(recipe)) is None:
+    most, drawn = length or recipe.data.max_length, sampling_of(recipe)
+    if drawn is None:
         return _laid_out([most] * recipe.batch.examples, paths, row_tokens, processes)
-    prompt, answer, samples = most, own.generation.max_new, own.samples
+    prompt, answer, samples = most, drawn.generation.max_new, drawn.samples
     tree = prompt + samples * (answer + 1) - 1
-    each = ceil(recipe.batch.examples / own.minibatches)
+    each = ceil(recipe.batch.examples / getattr(drawn, "minibatches", 1))
     load = _laid_out([tree] * each, samples + 1, row_tokens, processes)
     return load._replace(
         labels=load.row * samples * answer // tree, tokens=tree * recipe.batch.examples, prompt=prompt, answer=answer,
-        episodes=ceil(recipe.batch.examples / processes) * samples, passes=own.epochs,
+        episodes=ceil(recipe.batch.examples / processes) * samples, passes=getattr(drawn, "epochs", 1),
     )  # fmt: skip
 
 
 def found(recipe: BaseRecipe, examples: object, row_tokens: int, processes: int) -> Load:
-    """From the tokenised examples (`room`, `longest`, `labels`, `paths` of each): the largest row of the first steps."""
+    """From the tokenised examples (`room`, `longest`, `labels`, `paths` of each): the largest row of some steps."""
     room, per_step = np.asarray(examples.room), recipe.batch.examples
-    if rewarded(recipe):
+    if sampling_of(recipe):
         return expected(recipe, row_tokens, processes, int(examples.longest.max()))
     order = examples.order(recipe.seed, 0)
     steps = [order[i : i + per_step] for i in range(0, min(len(order), LOOKED_AT * per_step), per_step)]

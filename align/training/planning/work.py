@@ -1,7 +1,7 @@
 """What a step computes and sends, and how long it may take.
 
-FLOPs are those of `meters.flops_per_token`: products and attention, not norms. A range of time comes from a range of how
-much of its peak a device reaches; what is sent is taken to overlap with nothing, so that the upper end is no hope.
+FLOPs are those of `meters.flops_per_token`: products and attention, not norms. A range of time comes from a range of
+how much of its peak a device reaches; what is sent is taken to overlap with nothing, so that the upper end is no hope.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import NamedTuple
 from align.models.memory import cached_token_bytes
 from align.training.meters import causal_attended, flops_per_token
 from align.training.planning.devices import NETWORK
-from align.training.planning.load import Load, rewarded
-from align.training.planning.memory import Memory, Setting, trained, trunk_bytes
+from align.training.planning.load import Load, sampling_of
+from align.training.planning.memory import Memory
+from align.training.planning.parts import Setting, rewards_of, trained, trunk_bytes
 
 REACHED = {"cuda": (0.25, 0.55), "cpu": (0.3, 0.9)}  # share of the peak in training
 READ = (0.3, 0.8)  # share of the memory's bandwidth while sampling
-FORWARD = 1 / 2  # of a frozen trunk's training FLOPs (2N of 4N)
 
 
 class Work(NamedTuple):
@@ -33,8 +33,8 @@ def work(at: Setting, plan: Memory, hosts: int = 1) -> Work:
     """Of a plan."""
     load, recipe = plan.load, at.recipe
     flops = _flops(at, load)
-    own = rewarded(recipe)
-    episodes = recipe.batch.examples * own.samples if own else 0
+    drawn = sampling_of(recipe)
+    episodes = recipe.batch.examples * drawn.samples if drawn else 0
     sent = traffic(at, load)
     return Work(load.tokens, episodes, flops, sent, _seconds(at, load, flops, sent, hosts))
 
@@ -42,13 +42,12 @@ def work(at: Setting, plan: Memory, hosts: int = 1) -> Work:
 def traffic(at: Setting, load: Load) -> float:
     """Bytes that each device sends in a step.
 
-    A ring reduces or gathers n bytes over P devices in (P - 1) / P * n sent by each; an all-reduce is both. Gradients of
-    an adapter are reduced once an update, in float32. A sharded trunk is gathered for each forward and each backward
+    A ring reduces or gathers n bytes over P devices in (P - 1) / P * n sent by each; an all-reduce is both. Gradients
+    of an adapter are reduced once an update, in float32. A sharded trunk is gathered for each forward and each backward
     pass of a row, and once more where activations are computed again.
     """
     share = (at.processes - 1) / at.processes
-    own = rewarded(at.recipe)
-    updates = load.passes * (own.minibatches if own else 1)
+    updates = load.passes * getattr(sampling_of(at.recipe), "minibatches", 1)
     sent = 2 * share * 4 * trained(at) * updates if at.shards == 1 or at.adapted else 0.0
     if at.shards == 1:
         return sent
@@ -59,7 +58,7 @@ def traffic(at: Setting, load: Load) -> float:
     sent += share * whole * rows * gathers
     if not at.adapted:  # gradients are reduced to the shards, row by row
         sent += share * 4 * trained(at) * rows
-    if own:
+    if load.episodes:
         sent += share * whole  # whole while it samples
     return sent
 
@@ -82,12 +81,13 @@ def _flops(at: Setting, load: Load) -> float:
             return (4 if lora else 6) * n
 
     learning, forward = a_token(at.adapted), 2 * n
-    if (own := rewarded(recipe)) is None:
+    drawn = sampling_of(recipe)
+    if drawn is None:
         return load.tokens * (learning + _forwards(at) * forward)
-    policies = 2 if recipe.stage == "ppo" else 1  # actor and critic
-    scorers = sum(part.adapter is not None for part in own.rewards)
-    scoring = (policies + 1 + scorers) * forward  # these, reference and rewards
-    sampled = recipe.batch.examples * own.samples * load.answer + recipe.batch.examples * load.prompt
+    policies = 2 if recipe.stage == "ppo" else 1
+    scorers = sum(part.adapter is not None for part in rewards_of(recipe))
+    scoring = (policies + 1 + scorers) * forward  # what trains, the reference, and rewards
+    sampled = recipe.batch.examples * (drawn.samples * load.answer + load.prompt)
     return load.tokens * (policies * learning * load.passes + scoring) + sampled * forward
 
 
@@ -104,7 +104,7 @@ def _seconds(at: Setting, load: Load, flops: float, sent: float, hosts: int) -> 
 
 def _sampling(at: Setting, load: Load) -> float:
     """Seconds at the memory's full bandwidth: every token of a response reads the weights and what is kept so far."""
-    if not rewarded(at.recipe) or not at.device.bandwidth:
+    if not load.episodes or not at.device.bandwidth:
         return 0.0
     kept = load.episodes * (load.prompt + load.answer / 2) * cached_token_bytes(at.skeleton.text, at.dtype)
     return load.answer * (trunk_bytes(at) + kept) / at.device.bandwidth

@@ -94,10 +94,11 @@ def test_keys_and_values_of_the_real_cache(tmp_path):
     groups, size = section.sizes.groups, section.sizes.head
     for layer in range(section.sizes.depth):
         recorder.update(*torch.zeros(2, 1, groups, 12, size), layer)
-    cache = KeyValues(recorder, [(0, 12), (0, 12)], 0)
+    cache = KeyValues([12, 12], 3, torch.device("cpu"))
+    cache.take(recorder, 0, [(0, 12), (0, 12)])
     real = sum(part.untyped_storage().nbytes() for pair in cache.layers.values() for part in pair)
-    assert real == 2 * 12 * cached_token_bytes(section.text, trunk.dtype)
-    assert real == 2 * 12 * 4 * section.sizes.cached
+    assert real == 2 * 15 * cached_token_bytes(section.text, trunk.dtype)
+    assert real == 2 * 15 * 4 * section.sizes.cached
 
 
 def test_moments_of_the_real_optimizer():

@@ -1,0 +1,174 @@
+"""The parts of a run's memory that its rows do not change: weights, adapters, gradients, moments, copies of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from align.models.base import compute_dtype
+from align.recipe.schema import BaseRecipe, Model
+from align.training.planning.activations import Way
+from align.training.planning.devices import Device
+from align.training.planning.load import sampling_of
+from align.training.planning.skeleton import Skeleton, joined
+
+PACKED = {"4bit": 0.5 + 1 / 64 + 4 / 64 / 256, "8bit": 1.0}  # bytes a weight: NF4 with double quantisation; int8
+COPIES = 2**31  # bytes of prepared weights on a CPU, as in models/cpu/joined.py
+LIBRARIES = 140 * 10**6  # resident on a CPU besides: code that is first run, threads, gaps (seen: 30 to 290 MB)
+WITHOUT_REFERENCE = ("simpo", "orpo")
+
+
+class Part(NamedTuple):
+    """Something that takes memory."""
+
+    name: str
+    bytes: int
+
+
+class Setting(NamedTuple):
+    """A run and where it runs."""
+
+    recipe: BaseRecipe
+    device: Device
+    processes: int
+    skeleton: Skeleton
+    others: tuple[Skeleton, ...] = ()  # models beside the trunk, which judge
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the trunk is frozen under a LoRA."""
+        return self.recipe.lora is not None
+
+    @property
+    def shards(self) -> int:
+        """Processes that a weight lies over."""
+        return self.processes if self.recipe.train.shard == "layers" else 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What products are computed in."""
+        choice = self.recipe.model.dtype
+        return self.device.dtype if choice == "auto" else compute_dtype(choice, torch.device("meta"))
+
+    @property
+    def way(self) -> Way:
+        """How a row is computed."""
+        kernels = self.device.kernels and self.adapted and self.dtype == torch.bfloat16
+        autocast = not self.adapted and self.dtype != torch.float32
+        return Way(self.device.type, self.dtype, kernels, autocast)
+
+
+def setting(recipe: BaseRecipe, device: Device, processes: int) -> Setting:
+    """Raises UserError for a base that cannot be had."""
+    outputs = {"reward": 1, "classify": len((getattr(recipe, "classify", None) and recipe.classify.labels) or "ab")}
+    others = []
+    for part in rewards_of(recipe):
+        if part.model:
+            others.append(Skeleton(Model(base=part.model), None))
+    if recipe.stage == "distill" and recipe.distill.teacher.base:
+        others.append(Skeleton(Model(base=recipe.distill.teacher.base), None))
+    return Setting(
+        recipe, device, processes, Skeleton(recipe.model, recipe.lora, outputs.get(recipe.stage)), tuple(others)
+    )
+
+
+def rewards_of(recipe: BaseRecipe) -> Sequence[Any]:
+    """The parts of a reward, where a stage has one."""
+    return getattr(sampling_of(recipe), "rewards", ())
+
+
+def trained(at: Setting) -> int:
+    """Numbers that train."""
+    sizes, head = at.skeleton.sizes, _head(at)
+    if at.adapted:
+        return policies(at) * sizes.adapter + head
+    match at.recipe.classify.train if at.recipe.stage == "classify" else "all":
+        case "head":
+            return head
+        case "last_blocks":
+            return head + (at.recipe.classify.blocks or 1) * sizes.layer
+    return sizes.weights + head
+
+
+def policies(at: Setting) -> int:
+    """Adapters that train, each with a forward pass of its own: PPO has an actor and a critic."""
+    return 2 if at.recipe.stage == "ppo" else 1
+
+
+def _head(at: Setting) -> int:
+    if at.recipe.stage == "ppo":
+        return at.skeleton.sizes.width + 1
+    return (at.skeleton.outputs or 0) * at.skeleton.sizes.width
+
+
+def trunk_bytes(at: Setting) -> int:
+    """The whole trunk as it is held."""
+    sizes, packed = at.skeleton.sizes, at.recipe.model.quantize
+    wide = at.dtype.itemsize if at.adapted else 4
+    if packed:
+        return int(sizes.matrices * PACKED[packed] + (sizes.tables + sizes.vectors) * wide)
+    return sizes.weights * wide
+
+
+def held(at: Setting) -> list[Part]:
+    """What is there from the first step to the last."""
+    sizes, recipe = at.skeleton.sizes, at.recipe
+    parts = [Part("trunk", trunk_bytes(at) // at.shards)]
+    if at.shards > 1:
+        parts.append(Part("layers that are gathered", _gathered(at)))
+        if at.device.type == "cpu":  # the C library keeps what the whole weights took, in pieces too small for a row
+            parts.append(Part("where the whole weights lay", trunk_bytes(at)))
+    if at.adapted:
+        roles = policies(at) + sum(part.adapter is not None for part in rewards_of(recipe))
+        if recipe.stage == "distill":
+            roles += recipe.distill.teacher.adapter is not None
+        parts.append(Part("adapters" if roles > 1 else "adapter", 4 * (roles * sizes.adapter + _head(at))))
+    if recipe.stage == "dpo" and not at.adapted and asks_reference(recipe):
+        parts.append(Part("the reference's copy", trunk_bytes(at) // at.shards))
+    if at.device.type == "cpu" and at.adapted and at.shards == 1 and at.skeleton.stored == at.dtype:
+        # Weights that need no cast stay in the file's pages; those that are joined are copied out of them.
+        parts.append(Part("joined weights, beside the file", joined(at.skeleton, "cpu") * at.dtype.itemsize))
+    prepared = 2 * sizes.matrices * at.dtype.itemsize
+    if at.way.kernels and at.shards == 1 and prepared <= COPIES:
+        parts.append(Part("weights prepared for oneDNN", prepared))
+    for other in at.others:
+        parts.append(Part("another model", other.sizes.weights * at.dtype.itemsize))
+    if at.device.type == "cpu":
+        parts.append(Part("PyTorch's own", LIBRARIES))
+    if at.processes > 1 and at.shards == 1:
+        parts.append(Part("gradients to be exchanged", 4 * trained(at)))
+    return parts
+
+
+def _gathered(at: Setting) -> int:
+    """Layers that are whole for a moment: the one that computes, the next, and what lies outside of them; each once as
+    it is received, and once as it is computed with."""
+    sizes, wide = at.skeleton.sizes, at.dtype.itemsize if at.adapted else 4
+    return 2 * wide * (2 * sizes.layer + sizes.weights - sizes.depth * sizes.layer)
+
+
+def _own(at: Setting, numbers: int) -> int:
+    """Of what trains, this process's: shared out where the trunk itself trains in shards."""
+    return numbers // at.shards if not at.adapted else numbers
+
+
+def gradients(at: Setting) -> Part:
+    return Part("gradients", 4 * _own(at, trained(at)))
+
+
+def moments_of_adam(at: Setting) -> list[Part]:
+    return [Part("AdamW's moments", 8 * _own(at, trained(at)))]
+
+
+def asks_reference(recipe: BaseRecipe) -> bool:
+    """Whether DPO computes its reference row by row."""
+    return recipe.dpo.loss not in WITHOUT_REFERENCE and recipe.dpo.reference == "same_pass"
+
+
+def unpacked(at: Setting) -> list[Part]:
+    """A quantised weight in the dtype of its product."""
+    return (
+        [Part("a weight, unpacked", at.skeleton.sizes.largest * at.dtype.itemsize)] if at.recipe.model.quantize else []
+    )
