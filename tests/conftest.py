@@ -11,7 +11,15 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("align", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("align")
 
+FIRST = ("processes", "pipeline_kill", "pipeline", "stops", "ppo_truth", "shards", "preference_resume", "ppo_resume")
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long, or wait for processes, come first: what is left at the end is short."""
+    rank = {f"test_{name}.py": number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(FIRST)))
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ def measured(monkeypatch, capsys):
     assert {path for path in ROOT.rglob("*") if "__pycache__" not in path.parts} <= before
 
 
+@pytest.mark.slow
 def test_every_part_gives_its_rows_and_a_rerun_goes_on(measured, tmp_path):
     record = tmp_path / "results" / "gpu.jsonl"
     lines, found = measured("--record", record, "--only", *OWN)
@@ -57,6 +58,7 @@ def test_every_part_gives_its_rows_and_a_rerun_goes_on(measured, tmp_path):
     assert len(record.read_text().splitlines()) == len(OWN)
 
 
+@pytest.mark.slow
 def test_what_there_is_no_time_for_is_named_and_not_recorded(measured, tmp_path):
     lines, found = measured("--only", "ppo", "dpo", "--seconds", "1", "--record", tmp_path / "gpu.jsonl")
     assert found["rows"] == []

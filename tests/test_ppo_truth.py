@@ -72,6 +72,7 @@ def test_ppo_reaches_the_closed_form(base, here, seed):
         assert divergence(policy, best_policy(reference, other)) > 2 * NEAR
 
 
+@pytest.mark.slow
 def test_several_coefficients_lie_on_the_frontier(base, here):
     """Of all policies with its KL, each loses no more than a little reward; and a smaller beta goes further."""
     reference = every_response(base)

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from often import often
 
-from align.recipe.errors import UserError
+from align.recipe.errors import UserError, brief
 from align.recipe.load import dump_recipe, load_recipe
 from align.recipe.schema import BaseRecipe, Data, Log, Lora, Model, Optim, Source
 
@@ -102,7 +102,9 @@ def load_or_hear_why(file: Path, content: bytes, *overrides: str) -> Recipe | No
         return load_recipe(file, overrides, Recipe)
     except UserError as error:
         for problem in error.problems:
-            assert problem.startswith(f"{file}:") or any(problem.startswith(f"override {o!r}: ") for o in overrides)
+            assert problem.startswith(f"{file}:") or any(
+                problem.startswith(f"override {brief(o)!r}: ") for o in overrides
+            )
             assert "\n" not in problem
             problem.encode()
     return None
@@ -141,7 +143,7 @@ def holds(value) -> bool:
 text = words | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 lined = st.lists(text | st.sampled_from(["", " ", "#", "-", "a: b"]), max_size=4).map("\n".join)
 positive = st.floats(min_value=0, exclude_min=True, max_value=1e300)
-paths = text.filter(lambda path: "\0" not in path and "$" not in path)
+paths = text.filter(lambda path: path and "\0" not in path and "$" not in path)
 sources = st.builds(Source, path=paths, columns=st.dictionaries(text, text, max_size=2))
 
 

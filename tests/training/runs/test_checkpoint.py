@@ -127,7 +127,7 @@ def damage(path: Path, how: str) -> None:
     [
         ("truncated", "model.safetensors holds 100 bytes, its manifest says 24072"),
         ("flipped", "optimizer.safetensors has changed since it was written (its SHA-256 differs)"),
-        ("missing", "state.json cannot be read (No such file or directory)"),
+        ("missing", "state.json is no file in it"),
         ("no manifest", "manifest.json cannot be read (No such file or directory)"),
         ("half a manifest", "manifest.json is damaged"),
         ("odd manifest", "manifest.json is damaged"),

@@ -43,6 +43,7 @@ def planned(*words):
     return json.loads(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "size", "most"), [("seed=0", "24GB", 24 * GB), ("model.quantize=4bit", "14GB", 14 * GB)]
 )
