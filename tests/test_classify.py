@@ -156,6 +156,7 @@ def test_killed_before_final_is_written_the_test_record_comes_once(world, here, 
     assert metrics(here / "run") == metrics(run)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(world, here, run):
     path = recipe(world, here / "r.yaml", classify={"precision": 0.9})
     first, second = (child.wait() for child in Child.pair(here, 29533, path, stage=classify))

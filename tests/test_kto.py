@@ -11,7 +11,7 @@ from test_dpo import BETA, assert_same, train
 from world import lines, metrics, write_rows
 
 
-@pytest.mark.parametrize("weights_of", [(1.0, 1.0), (1.5, 0.5)], ids=str)
+@pytest.mark.parametrize("weights_of", [(1.5, 0.5), pytest.param((1.0, 1.0), marks=pytest.mark.slow)], ids=str)
 def test_kto_is_the_equation_of_its_paper(world, here, weights_of):
     """With z0 over all held-out answers, each put to the prompt before its own."""
     section = {"loss": "kto", "desirable_weight": weights_of[0], "undesirable_weight": weights_of[1]}

@@ -98,6 +98,7 @@ def test_another_run_starts_from_its_actor_and_critic(whole, here):
     assert critics["run"] != critics["final"]
 
 
+@pytest.mark.slow  # GRPO is with two processes in the default run
 def test_two_processes_are_as_one(whole, here):
     """With three prompts a step; the same responses, and figures to 1e-4."""
     reference, recipe = whole

@@ -47,7 +47,10 @@ def assert_equal(run, reference):
     assert set(tree(run)) == set(tree(reference))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "kto"]
+
+
+@pytest.mark.parametrize("kind", ["kto", *SLOW])
 def test_stopped_then_killed_a_run_ends_equal(whole, here, kind):
     """A signal early, SIGKILL in the middle of what went on from there, and then to the end."""
     reference, recipe, stage = whole(kind)
@@ -67,7 +70,10 @@ def test_stopped_then_killed_a_run_ends_equal(whole, here, kind):
     assert_equal(run, reference)
 
 
-@pytest.mark.parametrize(("kind", "examples"), [("reward", 1), ("dpo", 1), ("dpo", 5), ("kto", 3)])
+@pytest.mark.parametrize(
+    ("kind", "examples"),
+    [("kto", 3), *(pytest.param(*one, marks=pytest.mark.slow) for one in (("reward", 1), ("dpo", 1), ("dpo", 5)))],
+)
 def test_two_processes_are_as_one(world, here, kind, examples):
     """With one pair a step, of which the second process has none; accuracy to the last digit, the rest to 1e-4."""
     stage, sections = KINDS[kind]

@@ -76,7 +76,9 @@ def test_a_run_killed_again_and_again_ends_equal(whole, here):
     assert_equal(run, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
 def test_a_signal_saves_and_says_how_to_go_on(whole, here, number):
     run = here / "run"
     child = Child(here, whole[1], f"run={run}")

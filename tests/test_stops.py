@@ -93,6 +93,7 @@ def test_while_it_tokenises_and_while_it_scores_demonstrations(world, cache, her
     assert align(scores, f"run={run}", stage=reward).status == 0
 
 
+@pytest.mark.slow
 def test_in_the_middle_of_a_sampling(world, cache, here, tmp_path_factory):
     """Long responses of PPO's second step: the state is that after the first, and the second comes out the same."""
     start = make_start(world, cache, tmp_path_factory)

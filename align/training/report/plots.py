@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -211,6 +212,7 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
+@lru_cache(maxsize=1)
 def pages() -> Environment:
     """The templates beside this file, with numbers in words; what runs say is shown, never run."""
     found = Environment(

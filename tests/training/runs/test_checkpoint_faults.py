@@ -56,7 +56,7 @@ def die_at_every_moment(folder: Path, keep: int) -> None:
         assert status in (0, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("keep", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_any_file_operation(tmp_path, keep):
     """Every moment of a save, a replacement and a clean-up is tried; what was acknowledged is never lost."""
     child = children.Process(target=die_at_every_moment, args=(tmp_path, keep))
