@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("align", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("align")
 
-FIRST = ("processes", "pipeline_kill", "pipeline", "stops", "ppo_truth", "shards", "preference_resume", "ppo_resume")
+FIRST = ("processes", "pipeline", "stops", "ppo_truth", "shards", "preference_resume", "ppo_resume")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 

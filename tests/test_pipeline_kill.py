@@ -106,11 +106,11 @@ def kill_stages(folder: Path) -> int:
     return killed
 
 
-@pytest.mark.parametrize("moments", [MOMENTS, pytest.param(MORE, marks=pytest.mark.slow)], ids=["some", "more"])
-def test_stages_killed_at_all_kinds_of_moments_come_to_the_same_comparison(moments, study, world, here):
+@pytest.mark.slow
+def test_stages_killed_at_all_kinds_of_moments_come_to_the_same_comparison(study, world, here):
     """What a kill of stage and pipeline leaves on the disk is the same: a pipeline notes nothing of a stage's fall."""
     laid_out(world)
-    left, ended = [*moments], threading.Event()
+    left, ended = [*MORE], threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.001):
@@ -122,7 +122,7 @@ def test_stages_killed_at_all_kinds_of_moments_come_to_the_same_comparison(momen
     watcher.start()
     try:
         told = [align("study.yaml", stage=pipeline)]
-        while told[-1].status == 2 and len(told) <= len(moments):
+        while told[-1].status == 2 and len(told) <= len(MORE):
             told.append(align("study.yaml", stage=pipeline))
     finally:
         ended.set()
