@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 TIMES = int(os.environ.get("ALIGN_FUZZ", "1"))
+
+
+at_length = pytest.mark.skipif(TIMES < 4, reason="takes many minutes: make test-all")
 
 
 def often(examples: int) -> int:

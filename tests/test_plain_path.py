@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from often import at_length
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cpu", "gpu")
@@ -74,7 +75,7 @@ def without_folders(folder: Path, tests: list[str]) -> subprocess.CompletedProce
     "tests",
     [
         pytest.param(SMALL, id="a few numbers"),
-        pytest.param(NUMERICAL, id="all numbers", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+        pytest.param(NUMERICAL, id="all numbers", marks=[pytest.mark.slow, pytest.mark.timeout(3600), at_length]),
     ],
 )
 def test_without_the_fast_folders_every_number_is_the_same(tests, tmp_path):

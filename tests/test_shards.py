@@ -195,11 +195,17 @@ def every_stage(world, wide, here: Path) -> dict[str, Job]:
     rounded = {"base": wide, "dtype": "bfloat16", "gradient_checkpointing": True}
     add("sft", "bfloat16, all weights", world.recipe, model=rounded, lora=None, **GENTLE)
     add("sft", "bfloat16", world.recipe, model={"base": wide, "dtype": "bfloat16"})
-    add("reward", "bfloat16 scores", preferences(reward), model={"base": wide, "dtype": "bfloat16"})
+    add("reward", "bfloat16 scores", preferences(reward), model={"base": wide, "dtype": "bfloat16"}, **GENTLE)
     for name, start in (("from a checkpoint", "one"), ("from a result", "one/final")):
         folder = here / "whole" / start
         add(
-            "sft", name, world.recipe, model=small | {"base": wide}, lora=None, train=more | {"start_from": str(folder)}
+            "sft",
+            name,
+            world.recipe,
+            model=small | {"base": wide},
+            lora=None,
+            **GENTLE,
+            train=more | {"start_from": str(folder)},
         )
     return made
 
