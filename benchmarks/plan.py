@@ -77,7 +77,7 @@ def recipes(paths: dict[str, Path], steps: int) -> dict[str, dict[str, Any]]:
 
     checkpointed = {"model": {"base": "demo/smollm2-135m", "gradient_checkpointing": True}}
     whole = {"lora": None}
-    rewards = [{"function": "align.training.rollouts.rules:sentiment", "name": "rule"}]
+    rewards = [{"function": "align.training.rules:sentiment", "name": "rule"}]
     return {
         "sft": recipe("sft", "text", 4),
         "sft rows": recipe("sft", "text", 8, batch={"examples": 8, "row_tokens": 512}),

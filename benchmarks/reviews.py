@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from align.training.rollouts.rules import PRAISE, sentiment
+from align.training.rules import PRAISE, sentiment
 
 REVIEWS, PROMPTS, HELD_OUT = 2400, 400, 100
 GENRES = {  # its own aspects, and how its moods weigh, from the worst to the best

@@ -106,7 +106,7 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict:
         "train": {"steps": args.steps, "eval_every": 20, "save_every": None},
         "log": {"trackers": []},
         "grpo": {
-            "rewards": [{"function": f"align.training.rollouts.rules:{RULES[args.task]}", "name": "right"}],
+            "rewards": [{"function": f"align.training.rules:{RULES[args.task]}", "name": "right"}],
             "samples": 8, "generation": {"max_new": MOST[args.task]}, "kl_coef": args.kl_coef, "eval_samples": 4,
         },
     }  # fmt: skip

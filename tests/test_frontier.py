@@ -13,7 +13,7 @@ from world import align, lines, tree
 from align import pipeline
 from align.models.base import load_tokenizer
 from align.recipe.schema import Model
-from align.training.rollouts.rules import VALENCES, sentiment
+from align.training.rules import VALENCES, sentiment
 
 ROOT = Path(__file__).parents[1]
 REVIEWS = ROOT / "data_templates" / "reviews"

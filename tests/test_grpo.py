@@ -104,7 +104,7 @@ def test_equal_groups_are_counted_sampled_anew_and_dropped(world, start, here):
     assert again["equal_groups"] == share
     assert dropped["learnt_groups"] == pytest.approx(1 - share)
     assert dropped["sampled_tokens"] < again["sampled_tokens"]
-    constant = own | {"rewards": [{"function": "align.training.rollouts.rules:sentiment"}], "equal_groups": "drop"}
+    constant = own | {"rewards": [{"function": "align.training.rules:sentiment"}], "equal_groups": "drop"}
     run = ran(world, start, here, constant, "nothing", **sections)
     (record,) = metrics(run, "train")
     assert (record["equal_groups"], record["learnt_groups"], record["updates"]) == (1, 0, 0)

@@ -14,7 +14,7 @@ from world import align, tree, write_rows
 
 from align import distill, grpo
 
-RULE = {"function": "align.training.rollouts.rules:one_sentence"}
+RULE = {"function": "align.training.rules:one_sentence"}
 
 
 @pytest.fixture(scope="module")

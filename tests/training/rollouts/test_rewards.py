@@ -18,7 +18,7 @@ from align.recipe.schema import Lora
 from align.training.borders.foreign import SHARED
 from align.training.borders.stops import Signals, Stopped
 from align.training.rollouts.rewards import Answered, RewardPart, Rewards
-from align.training.rollouts.rules import VALENCES, exact_answer, one_sentence, sentiment
+from align.training.rules import VALENCES, exact_answer, one_sentence, sentiment
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_the_critic_starts_from_a_part_that_counts(trunk, monkeypatch):
         "align.training.rollouts.rewards.read_scorer", lambda name, key, trunk: scorer(0.0, {"a": 2.0, "b": 4.0}[name])
     )
     judge, counts = {"adapter": "a", "weight": 0.0, "name": "judge"}, {"adapter": "b"}
-    rule = {"function": "align.training.rollouts.rules:one_sentence"}
+    rule = {"function": "align.training.rules:one_sentence"}
     for given, expected in (((judge, counts), 0.25), ((judge, rule), 0.0), ((judge, counts, rule), 0.25)):
         rewards = Rewards(parts(*given), trunk)
         roles = Roles(tiny_trunk("llama", Lora(r=4)), Lora(r=4), rewards.scorers, rewards.leading)
@@ -268,8 +268,8 @@ def test_every_part_that_cannot_be_had_is_told(trunk, mine):
     given = parts(
         {"function": "mine:score"},
         {"function": "nowhere.at.all:score", "name": "b"},
-        {"function": "align.training.rollouts.rules:no_such"},
-        {"function": "align.training.rollouts.rules:NUMBER"},
+        {"function": "align.training.rules:no_such"},
+        {"function": "align.training.rules:NUMBER"},
         {"adapter": "none/final"},
         {"model": "./none"},
     )
@@ -279,8 +279,8 @@ def test_every_part_that_cannot_be_had_is_told(trunk, mine):
     starts = [
         "ppo.rewards.0.function: mine cannot be imported (RuntimeError: not today)",
         "ppo.rewards.1.function: nowhere.at.all cannot be imported (ModuleNotFoundError: ",
-        "ppo.rewards.2.function: align.training.rollouts.rules has no function 'no_such'",
-        "ppo.rewards.3.function: align.training.rollouts.rules has no function 'NUMBER'",
+        "ppo.rewards.2.function: align.training.rules has no function 'no_such'",
+        "ppo.rewards.3.function: align.training.rules has no function 'NUMBER'",
         "ppo.rewards.4.adapter: none/final has no align.json; give the `final/` folder of a finished reward run",
         "ppo.rewards.5.model: ",
     ]
@@ -289,7 +289,7 @@ def test_every_part_that_cannot_be_had_is_told(trunk, mine):
 
 
 def test_two_parts_of_one_name(trunk):
-    rule = {"function": "align.training.rollouts.rules:one_sentence"}
+    rule = {"function": "align.training.rules:one_sentence"}
     with pytest.raises(UserError, match=r"ppo\.rewards: two parts have the same name; give each its `name`"):
         Rewards(parts(rule, rule), trunk)
     assert set(Rewards(parts(rule, rule | {"name": "other"}), trunk).functions) == {"one_sentence", "other"}

@@ -1,4 +1,4 @@
-"""Rewards that are rules (`function: align.training.rollouts.rules:…` in `ppo.rewards`), and patterns for your own."""
+"""Rewards that are rules (`function: align.training.rules:…` in `ppo.rewards`), and patterns for your own."""
 
 from __future__ import annotations
 
