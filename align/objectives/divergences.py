@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from align.objectives.logprobs import CHUNK_BYTES, _capped, _Chunks, _wide
+from align.objectives.logprobs import CHUNK_BYTES, Chunks, capped, wide
 
 Measure = Literal["forward", "reverse", "jsd"]
 
@@ -80,7 +80,7 @@ def linear_comparison(
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Compared:
     """`linear_divergence`, both KL divergences, and where student and teacher agree."""
-    empty = torch.empty(len(hidden), dtype=_wide(head.weight), device=hidden.device)
+    empty = torch.empty(len(hidden), dtype=wide(head.weight), device=hidden.device)
     found = Compared(*(empty.clone() for _ in Compared._fields))
     for part, _, _, student, teacher in _log_softmaxes(hidden, head, other, other_head, chunk_bytes):
         found.loss[part], _ = _measured(student, teacher, measure, beta, False)
@@ -93,24 +93,24 @@ def linear_comparison(
 
 def _log_softmaxes(
     hidden: Tensor, head: Head, other: Tensor, other_head: Head, chunk_bytes: int
-) -> Iterator[tuple[slice, _Chunks, Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[slice, Chunks, Tensor, Tensor, Tensor]]:
     """Chunk by chunk: its positions, the student's buffers, its raw logits (c, V), and log S and log T (c, V)."""
     rows = min(len(head.weight), len(other_head.weight))
     head, other_head = head.cut(rows), other_head.cut(rows)
     # A chunk holds about six such arrays at once.
     ours, theirs = (
-        _Chunks(states, own.weight, chunk_bytes // 4) for states, own in ((hidden, head), (other, other_head))
+        Chunks(states, own.weight, chunk_bytes // 4) for states, own in ((hidden, head), (other, other_head))
     )
     for part in ours.parts:
         raw = ours.logits(hidden[part], head.weight, head.bias)
-        student = _capped(raw, head.scale, head.softcap).log_softmax(-1)
+        student = capped(raw, head.scale, head.softcap).log_softmax(-1)
         logits = theirs.logits(other[part], other_head.weight, other_head.bias)
         yield (
             part,
             ours,
             raw,
             student,
-            _capped(logits, other_head.scale, other_head.softcap).log_softmax(-1).to(student),
+            capped(logits, other_head.scale, other_head.softcap).log_softmax(-1).to(student),
         )
 
 
@@ -118,7 +118,7 @@ class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, other, other_head, measure, beta, chunk_bytes):
         ahead = hidden.requires_grad
-        divergence = torch.empty(len(hidden), dtype=_wide(head.weight), device=hidden.device)
+        divergence = torch.empty(len(hidden), dtype=wide(head.weight), device=hidden.device)
         jacobian = torch.empty_like(hidden) if ahead else None
         for part, chunks, raw, student, teacher in _log_softmaxes(hidden, head, other, other_head, chunk_bytes):
             divergence[part], gradient = _measured(student, teacher, measure, beta, ahead)

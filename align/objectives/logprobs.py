@@ -58,12 +58,12 @@ def linear_kl(
     """
     assert hidden.shape == other.shape, (hidden.shape, other.shape)
     assert hidden.ndim == 2, hidden.shape
-    kl = torch.empty(len(hidden), dtype=_wide(weight), device=hidden.device)
-    ours, theirs = (_Chunks(states, weight, chunk_bytes) for states in (hidden, other))
+    kl = torch.empty(len(hidden), dtype=wide(weight), device=hidden.device)
+    ours, theirs = (Chunks(states, weight, chunk_bytes) for states in (hidden, other))
     head = weight, bias
     for part in ours.parts:
         p, q = (
-            _capped(chunks.logits(states[part], *head), scale, softcap).log_softmax(-1)
+            capped(chunks.logits(states[part], *head), scale, softcap).log_softmax(-1)
             for chunks, states, head in ((ours, hidden, head), (theirs, other, other_head or head))
         )
         kl[part] = (p.exp() * (p - q)).sum(-1)
@@ -88,17 +88,17 @@ def linear_entropy(
     return _LinearEntropy.apply(hidden, weight, bias, scale, softcap, chunk_bytes)
 
 
-def _capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+def capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     logits = logits * scale if scale != 1.0 else logits
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _wide(weight: Tensor) -> torch.dtype:
+def wide(weight: Tensor) -> torch.dtype:
     """What sums are taken in: float32, or float64 of float64."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-class _Chunks:
+class Chunks:
     """Goes through positions chunk by chunk, in two buffers that are filled anew each time."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, chunk_bytes: int) -> None:
@@ -107,8 +107,8 @@ class _Chunks:
         self.narrow = hidden.new_empty(rows, len(weight))
         self.wide = (
             self.narrow
-            if _wide(weight) == hidden.dtype
-            else self.narrow.new_empty(self.narrow.shape, dtype=_wide(weight))
+            if wide(weight) == hidden.dtype
+            else self.narrow.new_empty(self.narrow.shape, dtype=wide(weight))
         )
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -160,9 +160,9 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.scale, ctx.softcap, ctx.chunk_bytes = scale, softcap, chunk_bytes
         ctx.weight_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         ahead = hidden.requires_grad and not ctx.weight_trains
-        logprobs = torch.empty(len(hidden), dtype=_wide(weight), device=hidden.device)
+        logprobs = torch.empty(len(hidden), dtype=wide(weight), device=hidden.device)
         jacobian = torch.empty_like(hidden) if ahead else None
-        chunks = _Chunks(hidden, weight, chunk_bytes)
+        chunks = Chunks(hidden, weight, chunk_bytes)
         for part in chunks.parts:
             logits = chunks.logits(hidden[part], weight, bias)
             filled = None if entropies is None else entropies[part]
@@ -184,9 +184,9 @@ class _LinearLogprobs(torch.autograd.Function):
             return upstream[:, None].to(jacobian.dtype) * jacobian, *[None] * 7
         hidden, weight, labels, bias = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=_wide(weight))
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=_wide(weight))
-        chunks = _Chunks(hidden, weight, ctx.chunk_bytes)
+        grad_weight = torch.zeros_like(weight, dtype=wide(weight))
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide(weight))
+        chunks = Chunks(hidden, weight, ctx.chunk_bytes)
         for part in chunks.parts:
             logits = chunks.logits(hidden[part], weight, bias)
             _, softmax, total, slope = _log_softmax_parts(logits, labels[part], ctx.scale, ctx.softcap)
@@ -205,12 +205,12 @@ class _LinearEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, scale, softcap, chunk_bytes):
         ahead = hidden.requires_grad
-        entropy = torch.empty(len(hidden), dtype=_wide(weight), device=hidden.device)
+        entropy = torch.empty(len(hidden), dtype=wide(weight), device=hidden.device)
         jacobian = torch.empty_like(hidden) if ahead else None
-        chunks = _Chunks(hidden, weight, chunk_bytes)
+        chunks = Chunks(hidden, weight, chunk_bytes)
         for part in chunks.parts:
             raw = chunks.logits(hidden[part], weight, bias)
-            logprobs = _capped(raw, scale, softcap).log_softmax(-1)
+            logprobs = capped(raw, scale, softcap).log_softmax(-1)
             terms = logprobs.exp() * logprobs
             entropy[part] = -terms.sum(-1)
             if ahead:  # d H / d z = -p (log p + H)

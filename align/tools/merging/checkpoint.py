@@ -39,8 +39,8 @@ def write(whole: Whole, result: Result, folder: Path, dtype: torch.dtype, trust:
         model.save_pretrained(folder)
         whole.tokenizer.save_pretrained(folder)
     given = probes(whole.tokenizer, model.get_input_embeddings().weight.shape[0])
-    in_memory = logits_of(_wide(model), given)
-    on_disk = logits_of(_wide(load(folder, scores, trust)), given)
+    in_memory = logits_of(model.float(), given)  # the values that it has
+    on_disk = logits_of(load(folder, scores, trust).float(), given)
     difference(in_memory, on_disk).check(f"{KEY}: what was written computes something else than the model in memory")
     return difference(whole.unmerged, on_disk), remarks
 
@@ -61,11 +61,6 @@ def _ends(model: PreTrainedModel, result: Result) -> Sequence[str]:
     texts = model.generation_config.stop_strings or []
     named = " or ".join(map(repr, texts))
     return [f"answers end with {named}, which is no single token: servers need it as a stop string"] if texts else []
-
-
-def _wide(model: nn.Module) -> nn.Module:
-    """The same in float32, with the values that it has."""
-    return model.float()
 
 
 def sizes(model: nn.Module) -> tuple[int, int]:
