@@ -143,7 +143,7 @@ def holds(value) -> bool:
 text = words | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 lined = st.lists(text | st.sampled_from(["", " ", "#", "-", "a: b"]), max_size=4).map("\n".join)
 positive = st.floats(min_value=0, exclude_min=True, max_value=1e300)
-paths = text.filter(lambda path: path and "\0" not in path and "$" not in path)
+paths = text.filter(lambda path: path.strip() and "\0" not in path and "$" not in path)
 sources = st.builds(Source, path=paths, columns=st.dictionaries(text, text, max_size=2))
 
 
