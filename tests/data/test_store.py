@@ -21,6 +21,7 @@ from align.recipe.schema import Source
 CHANCE = random.Random()
 # Not forked off the tests' own process, whose threads would be gone in the child, and what they hold locked for ever.
 FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["align.data.store", "models.tiny", "world"])
 
 
 def ask(folder: Path, distance: float) -> None:
