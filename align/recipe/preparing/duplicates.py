@@ -16,7 +16,7 @@ class Near(Section):
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.7
     """Least Jaccard similarity of two near-duplicates: n-grams that both have over n-grams that either has."""
     ngram: PositiveInt = 3
-    """Words of an n-gram. Case, punctuation and blanks do not count; in scripts without blanks a word is a character."""
+    """Words of an n-gram. Case, punctuation and blanks do not count; in scripts without blanks, a word is a letter."""
     permutations: Annotated[int, Field(ge=16, le=1024)] = 128
     """Numbers in a row's signature. The similarity is estimated to about 1 / (2 sqrt(permutations))."""
     min_words: PositiveInt = 5

@@ -6,9 +6,10 @@ by blank lines. A rule that is null is off.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from align.recipe.paths import Location
 from align.recipe.section import PositiveInt, Section
@@ -53,13 +54,19 @@ class GopherRepetition(Section):
     """Share of characters in such lines."""
     max_duplicate_paragraph_characters: Ratio | None = 0.2
     """Share of characters in such paragraphs."""
-    max_top_ngrams: dict[Annotated[int, Field(gt=0)], Ratio] = Field(default_factory=lambda: {2: 0.2, 3: 0.18, 4: 0.16})
-    """Length in words -> share of characters in the most frequent n-gram of that length, where it stands more than
-    once."""
-    max_duplicate_ngrams: dict[Annotated[int, Field(gt=0)], Ratio] = Field(
-        default_factory=lambda: {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1}
+    max_top_ngrams: dict[str, Ratio] = Field(default_factory=lambda: {"2": 0.2, "3": 0.18, "4": 0.16})
+    """Length in words -> share of characters in the most frequent n-gram of that length, if it stands more than once."""
+    max_duplicate_ngrams: dict[str, Ratio] = Field(
+        default_factory=lambda: {"5": 0.15, "6": 0.14, "7": 0.13, "8": 0.12, "9": 0.11, "10": 0.1}
     )
-    """Length in words -> share of characters in n-grams of that length that stand more than once."""
+    """Length in words -> share of characters in n-grams of that length that repeat earlier ones."""
+
+    @field_validator("max_top_ngrams", "max_duplicate_ngrams")
+    @classmethod
+    def _are_lengths(cls, limits: dict[str, float]) -> dict[str, float]:
+        if wrong := [n for n in limits if not re.fullmatch("[1-9][0-9]?", n)]:
+            raise ValueError(f"expected a length in words from 1 to 99, found {wrong[0]!r}")
+        return limits
 
 
 class C4(Section):
