@@ -10,7 +10,7 @@ from typing import Any
 from align.data.formats.rows import Row
 from align.data.preparing.step import Item
 
-SPELT = ("content", "reasoning_content", "tool_calls")  # of a message: what somebody wrote
+SPELT = ("content", "reasoning_content")  # of a message: what somebody wrote
 # Scripts that write without blanks: Thai, Lao, Myanmar, Khmer, kana, Han. Hangul has blanks between words.
 UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -53,8 +53,8 @@ def normal(text: str) -> list[str]:
 
 
 def rewritten(item: Item, write: Callable[[str], str]) -> Item:
-    """The item with every text in it as `write` gives it: turns, thoughts, calls and their arguments, answers, tools,
-    labels' texts and the columns of its record. Names of roles and of functions stay, and so do keys."""
+    """The item with every text in it as `write` gives it: turns, thoughts, calls and their arguments, answers, tools
+    and the columns of its record. Labels, roles, names of functions and keys stay."""
     row = item.row
     messages = None if row.messages is None else [_message(message, write) for message in row.messages]
     text = None if row.text is None else write(row.text)
@@ -84,8 +84,12 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _message(message: dict[str, Any], write: Callable[[str], str]) -> dict[str, Any]:
-    spelt = {key: message[key] for key in SPELT if key in message}
-    return message | _rewritten(spelt, write, ("type", "name"))
+    spelt = {key: write(message[key]) for key in SPELT if key in message}
+    calls = [
+        call | {"function": call["function"] | {"arguments": _rewritten(call["function"]["arguments"], write)}}
+        for call in message.get("tool_calls", ())
+    ]
+    return message | spelt | ({"tool_calls": calls} if calls else {})
 
 
 def _rewritten(value: Any, write: Callable[[str], str], kept: tuple[str, ...] = ()) -> Any:

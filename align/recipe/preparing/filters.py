@@ -55,7 +55,7 @@ class GopherRepetition(Section):
     max_duplicate_paragraph_characters: Ratio | None = 0.2
     """Share of characters in such paragraphs."""
     max_top_ngrams: dict[str, Ratio] = Field(default_factory=lambda: {"2": 0.2, "3": 0.18, "4": 0.16})
-    """Length in words -> share of characters in the most frequent n-gram of that length, if it stands more than once."""
+    """Length in words -> share of characters in the most frequent n-gram of that length, if it repeats."""
     max_duplicate_ngrams: dict[str, Ratio] = Field(
         default_factory=lambda: {"5": 0.15, "6": 0.14, "7": 0.13, "8": 0.12, "9": 0.11, "10": 0.1}
     )
