@@ -170,6 +170,9 @@ class Words(Section):
         return self
 
 
+FunctionName = Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")]
+
+
 class Filter(Section):
     """What drops rows, in this order. Each rule counts what it takes."""
 
@@ -201,9 +204,9 @@ class Filter(Section):
     gopher_repetition: GopherRepetition | None = None
     c4: C4 | None = None
     fineweb: FineWeb | None = None
-    functions: list[str] = Field(default_factory=list)
-    """Functions of one's own, `file.py:name` or `package.module:name`. Each takes a row (its `messages`, `text`,
-    `answers`, `label` and `record`) and returns true to keep it, or false or a text, why it goes."""
+    functions: list[FunctionName] = Field(default_factory=list)
+    """Functions of one's own, `package.module:function`. Each is called as function(row), with a dict of the row's
+    `messages` or `text`, `answers`, `label` and `record`, and returns true to keep it, or false or a text, why it goes."""
     perplexity: Perplexity | None = None
     scores: list[Score] = Field(default_factory=list)
     """Classifiers whose judgement counts, such as of quality or toxicity."""
