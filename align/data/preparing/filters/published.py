@@ -1,7 +1,7 @@
 """The rules of Gopher, C4 and FineWeb, with the sections that hold their thresholds.
 
 Checked against datatrove's `gopher_quality_filter.py`, `gopher_repetition_filter.py`, `c4_filters.py` and
-`fineweb_quality_filter.py`. Words are what blanks part; datatrove's tokenizer parts punctuation off as words of its own.
+`fineweb_quality_filter.py`. Words are what blanks part; datatrove's tokenizer parts off punctuation.
 """
 
 from __future__ import annotations

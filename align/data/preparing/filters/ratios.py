@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 SENTENCE = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])[”’」』）]*")  # where one ends
 PARAGRAPH = re.compile(r"\n\s*\n")
 ELLIPSES = ("...", "…")
-BULLETS = ("•", "‣", "▶", "◀", "◦", "■", "□", "▪", "▫", "–", "-", "*")
+BULLETS = ("•", "‣", "▶", "◀", "◦", "■", "□", "▪", "▫", "-", "*")
 
 
 def sentences(text: str) -> list[str]:

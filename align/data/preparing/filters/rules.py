@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from align.data.files.files import text_lines
 from align.data.formats.shown import a
 from align.data.preparing.filters.ratios import digits, symbols
@@ -168,7 +170,7 @@ class Function(Rule):
         said = self.border(told, lambda: self.function(copy.deepcopy(given)))  # its own, which it may change
         if isinstance(said, str) and said:
             return said[:200], ""
-        if not isinstance(said, bool) and getattr(said, "dtype", None) != bool:
+        if not isinstance(said, bool | np.bool_):
             raise UserError(
                 f"{row.file}:{row.line}: the function {self.called} returned {a(said)}; expected true to keep the row, "
                 "or false or a text, why it goes"
