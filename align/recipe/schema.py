@@ -8,21 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from align.recipe.paths import Location
+from align.recipe.preparing.preparation import Preparation
+from align.recipe.section import Fraction, PositiveInt, Section
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 OTHER_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica", "eva", "orthogonal")  # of peft
-
-
-class Section(BaseModel):
-    """Base of all sections: strict types, frozen, no key it does not know."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class Model(Section):
@@ -177,6 +169,8 @@ class Data(Section):
     """What happens to a row that cannot be taken (no assistant turn, empty content, …). Drops go to ledger.jsonl."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Exact duplicates are always counted; `drop` keeps the first of each."""
+    prepare: Preparation | None = None
+    """Steps of `align.prepare` that rows to train on pass before they become tokens. Default: none."""
 
 
 class Batch(Section):
