@@ -1,15 +1,17 @@
-"""Private values give way to placeholders: `<EMAIL_1>`, `<PHONE_2>`, …, the same for the same value throughout a row."""
+"""Private values give way to placeholders: `<EMAIL_1>`, `<PHONE_2>`, …, one for each value throughout a row."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from align.data.preparing.private.accounts import cards, ibans
 from align.data.preparing.private.contacts import addresses, emails
 from align.data.preparing.private.found import Found, folded
+from align.data.preparing.private.hints import hint
 from align.data.preparing.private.identities import identities
 from align.data.preparing.private.phones import COUNTRIES, phones
 from align.data.preparing.private.secrets import secrets
@@ -53,22 +55,27 @@ class Privacy:
     def mask(self, value: Any) -> Masked:
         """A value of JSON, of any depth, as one document: a private value has one placeholder in all its texts."""
         texts = list(dict.fromkeys(_texts(value)))
-        found = self.find(texts)
-        spans = dict(zip(texts, _everywhere(texts, found), strict=True))
-        if not any(spans.values()):
+        spans = _everywhere([text for _, text in texts], self.find(texts))
+        if not any(spans):
             return Masked(value, {})
-        placeholders = _Placeholders(texts)
-        written = {text: placeholders.write(text, each) for text, each in spans.items() if each}
-        masked = _mapped(value, lambda text: written.get(text, text))
-        return Masked(masked, Counter(each.kind for text in _texts(value) for each in spans[text]))
+        placeholders = _Placeholders([text for _, text in texts])
+        found = dict(zip(texts, spans, strict=True))
+        written = {place: placeholders.write(place[1], each) for place, each in found.items() if each}
+        masked = _mapped(value, lambda key, text: written.get((key, text), text))
+        return Masked(masked, Counter(each.kind for place in _texts(value) for each in found[place]))
 
-    def find(self, texts: Sequence[str]) -> list[list[Found]]:
-        """The private values in each text, in their order and apart from each other."""
-        named = self.names(texts) if self.names and "NAME" in self.kinds else [()] * len(texts)
-        return [_apart([*self._found(text), *names]) for text, names in zip(texts, named, strict=True)]
+    def find(self, texts: Sequence[tuple[str, str]]) -> list[list[Found]]:
+        """The private values in each text, in their order and apart from each other.
 
-    def _found(self, text: str) -> Iterator[Found]:
-        plain, places = folded(text)
+        With each text comes the key that it stands under, "" where it has none: digits under `phone` are a phone's.
+        """
+        plain = [text for _, text in texts]
+        named = self.names(plain) if self.names and "NAME" in self.kinds else [()] * len(texts)
+        return [_apart([*self._found(*text), *names]) for text, names in zip(texts, named, strict=True)]
+
+    def _found(self, key: str, text: str) -> Iterator[Found]:
+        said = f"{key}: " if key and _tells(key) else ""
+        plain, places = folded(said + text)
         finders = {
             "KEY": secrets,
             "EMAIL": emails,
@@ -79,10 +86,12 @@ class Privacy:
             "PHONE": lambda text: phones(text, self.countries or COUNTRIES),
         }
         for kind, finder in finders.items():
-            if kind in self.kinds:
-                for each in finder(plain):
-                    start, end = (each.start, each.end) if places is None else (places[each.start], places[each.end - 1] + 1)
-                    yield each._replace(start=start, end=end)
+            for each in finder(plain) if kind in self.kinds else ():
+                start, end = each.start, each.end
+                if places is not None:
+                    start, end = places[start], places[end - 1] + 1
+                if start >= len(said):
+                    yield each._replace(start=start - len(said), end=end - len(said))
 
     def _verdict(self, item: Item) -> Verdict:
         row = item.row
@@ -91,8 +100,8 @@ class Privacy:
         if not counts:
             return keep(item)
         changed = row._replace(messages=messages, text=text, tools=tools, answers=tuple(answers))
-        excerpt = next(filter(None, map(_excerpt, _texts([messages, text, tools, answers, record]))), "")
-        return change(item._replace(row=changed, record=record), counts, excerpt)
+        excerpts = (_excerpt(text) for _, text in _texts([messages, text, tools, answers, record]))
+        return change(item._replace(row=changed, record=record), counts, next(filter(None, excerpts), ""))
 
 
 class _Placeholders:
@@ -164,32 +173,40 @@ def _excerpt(text: str) -> str:
     return "…" * (start > 0) + " ".join(text[start:end].split()) + "…" * (end < len(text))
 
 
-def _texts(value: Any, key: str = "") -> Iterator[str]:
-    """Every text in a value of JSON, keys included; numbers too, as a card may be written as one."""
+@lru_cache(maxsize=4096)
+def _tells(key: str) -> bool:
+    """Whether a key says what stands under it."""
+    return hint(f"{key}:", len(key) + 1) is not None or any(secrets(f"{key}: 4pLk9Zq2Xw7Rt5Vb"))
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a value of JSON with the key that it stands under, keys included; numbers too, as a card may be
+    written as one."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             if name not in _UNTOUCHED:
-                yield name
+                yield "", name
                 yield from _texts(inner, name)
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _texts(inner, key)
     elif isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
-        yield str(value)
+        yield key, str(value)
 
 
-def _mapped(value: Any, write: Callable[[str], str]) -> Any:
+def _mapped(value: Any, write: Callable[[str, str], str], key: str = "") -> Any:
     """The value with every text as `write` gives it. A number becomes a text only where `write` changes it."""
     if isinstance(value, Mapping):
+        kept = {name: inner for name, inner in value.items() if name in _UNTOUCHED}
         return {
-            name if name in _UNTOUCHED else write(name): inner if name in _UNTOUCHED else _mapped(inner, write)
+            name if name in kept else write("", name): kept[name] if name in kept else _mapped(inner, write, name)
             for name, inner in value.items()
         }
     if isinstance(value, list | tuple):
-        return [_mapped(inner, write) for inner in value]
+        return [_mapped(inner, write, key) for inner in value]
     if isinstance(value, str):
-        return write(value)
+        return write(key, value)
     if isinstance(value, int) and not isinstance(value, bool):
-        written = write(str(value))
+        written = write(key, str(value))
         return value if written == str(value) else written
     return value

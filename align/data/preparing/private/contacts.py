@@ -25,9 +25,11 @@ _DOMAIN = re.compile(
 )
 _LONGEST = 80  # characters of a local part that are looked at
 _AROUND = "!#$%&'*/=?^`{|}~-."  # signs that may be in a local part, but at its beginning are quotes and brackets
-_FILES = frozenset(  # ends of file names, which look like domains: logo@2x.png
-    "png jpg jpeg gif svg webp bmp ico tif tiff avif heic pdf mp3 mp4 mov webm css scss less js mjs jsx tsx json map html"
-    " htm xml yaml yml toml txt md csv zip gz".split()
+# Ends of file names, which look like domains: logo@2x.png
+_FILES = re.compile(
+    "png|jpe?g|gif|svg|webp|bmp|ico|tiff?|avif|heic|pdf|mp[34]|mov|webm|s?css|less|m?js|[jt]sx|json|map|html?|xml|"
+    "ya?ml|toml|txt|md|csv|zip|gz",
+    re.IGNORECASE,
 )
 
 _BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
@@ -41,7 +43,7 @@ def emails(text: str) -> Iterator[Found]:
         before = text[max(0, at.start() - _LONGEST) : at.start()]
         local, domain = _LOCAL.search(before), _DOMAIN.match(text, at.end())
         name = local[0].lstrip(_AROUND) if local else ""
-        if not name or not domain or domain["top"].lower() in _FILES:
+        if not name or not domain or _FILES.fullmatch(domain["top"]):
             continue
         if name == "git" and text[domain.end() : domain.end() + 1] == ":":
             continue  # a repository, where nobody reads mail
@@ -59,12 +61,12 @@ def addresses(text: str) -> Iterator[Found]:
             yield Found(match.start(), match.end(), "IP", match[0])
     for match in _IPV6.finditer(text):
         groups = [group for group in match[0].split(":") if group]
-        told = len(groups) > 2 and re.search(r"\d", match[0]) or hint(text, match.start()) == "address"
+        told = (len(groups) > 2 and re.search(r"\d", match[0])) or hint(text, match.start()) == "address"
         if told and _somebodys(match[0]):
             yield Found(match.start(), match.end(), "IP", ipaddress.ip_address(match[0]).compressed)
 
 
-_NOBODYS = [  # what RFC 1918 and 6890 reserve; the networks of documentation stand for real ones, and are not among them
+_NOBODYS = [  # what RFC 1918 and 6890 reserve, but for the networks of documentation, which stand for real ones
     ipaddress.ip_network(network)
     for network in (
         "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",

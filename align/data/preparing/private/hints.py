@@ -16,9 +16,9 @@ REACH = 48  # characters before a number in which its hint may stand
 _STEMS: dict[Hint, str] = {  # the beginnings of words, in the languages in which data sets are mostly written
     "phone": (
         "phone telephone tel tél telefon telefoon teléfono telefone téléphone mobile mobil móvil mobiel cell cellphone "
-        "celular cellulare cep call dial ring fax whatsapp sms reach contact kontakt contacto hotline helpline handy anruf ruf durchwahl festnetz "
-        "portable appel joign llám llam chiam ligue ligar bel telemóvel komórk zadzwo puhelin soita "
-        "тел телефон моб звон позвон हेल्पलाइन फोन फ़ोन मोबाइल"
+        "celular cellulare cep call dial ring fax whatsapp sms reach contact kontakt contacto hotline helpline handy "
+        "anruf ruf durchwahl festnetz portable appel joign llám llam chiam ligue ligar bel telemóvel komórk zadzwo "
+        "puhelin soita тел телефон моб звон позвон हेल्पलाइन फोन फ़ोन मोबाइल"
     ),
     "card": (
         "card visa mastercard amex maestro discover diners jcb credit debit karte kreditkarte carte tarjeta carta "
@@ -54,7 +54,9 @@ _COMPOUNDS: dict[Hint, str] = {  # whose last word alone says something else
 }
 _WHOLE = "v ver tel tin nie nir sin rut pan pps ref rev lot id ip oid part cell ring bel ruf cep kart rfc case"
 _WITHOUT_SPACES: dict[Hint, str] = {  # of scripts that put none between words
-    "phone": "电话 電話 手机 手機 联系方式 联系我 致电 拨打 传真 携帯 ファックス 전화 휴대폰 핸드폰 연락처 هاتف جوال اتصل",
+    "phone": (
+        "电话 電話 手机 手機 联系方式 联系我 致电 拨打 传真 携帯 ファックス 전화 휴대폰 핸드폰 연락처 هاتف جوال اتصل"
+    ),
     "card": "信用卡 银行卡 卡号 カード 카드 بطاقة",
     "identity": "身份证 身分證 证件号 個人番号 マイナンバー 주민등록 זהות الهوية",
     "address": "地址 アドレス 주소 عنوان",

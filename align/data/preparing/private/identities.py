@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -104,6 +104,6 @@ def _valid(module: str, written: str) -> bool:
     return check.is_valid(written) or check.is_valid(re.sub(r"\W", "", written))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _checker(module: str) -> Any:
     return import_module(f"stdnum.{module}")  # of the extra `prepare`

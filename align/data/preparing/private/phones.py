@@ -11,10 +11,11 @@ from align.data.preparing.private.found import Found, digits
 from align.data.preparing.private.hints import hint
 
 # Countries whose national way of writing numbers is tried, those first whose numbers are most often met.
-COUNTRIES = tuple(
-    "US GB DE FR ES IT CN IN BR JP KR RU NL BE AT CH PL SE NO DK FI PT IE CZ RO GR HU TR UA IL ZA AU NZ MX AR CL CO PE"
-    " SG HK TW MY TH VN ID PH PK BD EG NG KE SA AE".split()
-)
+COUNTRIES = (
+    "US", "GB", "DE", "FR", "ES", "IT", "CN", "IN", "BR", "JP", "KR", "RU", "NL", "BE", "AT", "CH", "PL", "SE", "NO",
+    "DK", "FI", "PT", "IE", "CZ", "RO", "GR", "HU", "TR", "UA", "IL", "ZA", "AU", "NZ", "MX", "AR", "CL", "CO", "PE",
+    "SG", "HK", "TW", "MY", "TH", "VN", "ID", "PH", "PK", "BD", "EG", "NG", "KE", "SA", "AE",
+)  # fmt: skip
 MOST_GROUPS = 7  # of digits in one number
 _NUMBER = re.compile(
     r"(?<![\w.,/#$€£¥-])(?:\+|00)?(?:\d{1,3}[ .-]?)?(?:\(\d{1,5}\)[ .\-/]{0,2}|\d{2,5} ?[-/] ?)?\d(?:[ .\-/]?\d){3,14}"
