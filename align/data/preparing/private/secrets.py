@@ -39,7 +39,7 @@ _IN_URL = re.compile(r"[a-z][a-z0-9+.-]{1,20}://[^\s/:@]{0,64}:(?P<key>[^\s/@]{3
 _HEADER = re.compile(r"\b(?:Bearer|Basic|Token)\s+(?P<key>[A-Za-z0-9+/_.~-]{16,}={0,2})")
 _NAMED = re.compile(  # api_key = "…", "clientSecret": "…", PASSWORD=…, le mot de passe est …
     r"(?P<name>pass(?:word|wd|phrase|code)|pwd|passwort|kennwort|contraseña|mot de passe|senha|wachtwoord|пароль|"
-    r"密码|密碼|パスワード|비밀번호|(?:secret|api|access|auth|private|account|client)[_ -]?key|secret|token|credentials?)"
+    r"密码|密碼|パスワード|비밀번호|(?:secret|api|access|auth|private|account|client)[_ -]?key|secret|token|credential)"
     r"(?:[_-]\w{1,20}|s|Key|Value)?"
     r"(?:[\"'`]?\s{0,2}(?:[:=]>?|:=|：|=>)\s{0,2}[\"'`]?|\s(?:is|was|ist|est|es|é|è|är)\s[\"'`]?|[是为は]\s?)"
     r"(?P<key>[^\s\"'`,;<>(){}\[\]，。；、]{6,512})",
