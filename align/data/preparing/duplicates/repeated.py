@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
+from itertools import pairwise
 
 import numpy as np
 
@@ -41,10 +42,7 @@ class RepeatedParts:
     def decide(self, sketches: Sketches, alive: np.ndarray, group: np.ndarray) -> Decision:
         """See SetStep; `cuts` are the places of spans among the row's."""
         hashes, starts = sketches.ragged("part")
-        kept = np.zeros(len(hashes), bool)
-        for row in np.flatnonzero(np.diff(starts) * alive):
-            kept[starts[row] : starts[row + 1]] = True
-        again = np.flatnonzero(later(hashes, kept))
+        again = np.flatnonzero(later(hashes, np.repeat(alive, np.diff(starts))))
         row = np.searchsorted(starts, again, side="right") - 1
         cuts = np.zeros(len(starts), np.int64)
         np.add.at(cuts, row + 1, 1)
@@ -100,7 +98,7 @@ def later(hashes: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 def _between(text: str, ends: re.Pattern[str]) -> list[Span]:
     edges = [0, *(found.end() for found in ends.finditer(text)), len(text)]
-    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if text[a:b].strip()]
+    return [(a, b) for a, b in pairwise(edges) if text[a:b].strip()]
 
 
 def _hash(parts: list[list[str]]) -> int:
