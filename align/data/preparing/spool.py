@@ -6,14 +6,13 @@ journal's last whole line, of a batch that was cut off, is cut away when the spo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from align.recipe.records import each_line, to_json
+from align.recipe.records import parsed, to_json
 
 JOURNAL, ROWS, STARTS = "journal.jsonl", "rows.jsonl", "rows.starts"
 COUNTS = "/counts"  # ends the name of a column that holds how many values of a ragged one each row has
@@ -26,17 +25,15 @@ class Spool:
         """Opened where it was left off; empty where it is new."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.batches, self.kinds, self.ends, whole = list[dict[str, Any]](), dict[str, list[Any]](), dict[str, int](), 0
-        journal = folder / JOURNAL
-        for _, record in each_line(journal):
+        self.batches, self.kinds, self.ends = list[dict[str, Any]](), dict[str, list[Any]](), dict[str, int]()
+        journal, whole = folder / JOURNAL, 0
+        for line in journal.read_bytes().split(b"\n")[:-1] if journal.exists() else ():
+            record = parsed(line)
             if record is None:
                 break
             self.batches.append(record["about"])
-            self.kinds |= record["kinds"]
-            self.ends |= record["ends"]
-        if journal.exists():
-            whole = sum(len(line) for line in journal.read_bytes().splitlines(keepends=True)[: len(self.batches)])
-            _cut(journal, whole)
+            self.kinds, self.ends, whole = record["kinds"], record["ends"], whole + len(line) + 1
+        _cut(journal, whole)
         for name, end in self.ends.items():
             _cut(self._file(name), end)
         self.journal = journal.open("ab")
@@ -56,12 +53,14 @@ class Spool:
             self._append(name, blob)
         for file in self.files.values():
             file.flush()
-        line = to_json({"about": about, "kinds": self.kinds, "ends": self.ends})
-        self.journal.write(line.encode() + b"\n")
+        line = to_json({"about": about, "kinds": self.kinds, "ends": self.ends}).encode()
+        self.journal.write(line + b"\n")
         self.journal.flush()
-        self.batches.append(json.loads(line)["about"])
+        self.batches.append(parsed(line)["about"])  # as it is read when a run goes on
 
-    def add_rows(self, about: Mapping[str, Any], rows: list[bytes], columns: Mapping[str, np.ndarray], **blobs: bytes) -> None:
+    def add_rows(
+        self, about: Mapping[str, Any], rows: list[bytes], columns: Mapping[str, np.ndarray], **blobs: bytes
+    ) -> None:
         """The same with a batch's rows."""
         at = self.ends.get(ROWS, 0)
         starts = at + np.cumsum([0, *map(len, rows)])[:-1]

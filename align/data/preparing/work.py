@@ -121,7 +121,7 @@ def entry(file: str, line: int, action: str, reason: str, example: str = "") -> 
 def packed(item: Item) -> bytes:
     """An item as a line of JSON."""
     parts = [item.number, item.source, item.kind, item.row._asdict(), item.record]
-    return json.dumps(parts, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"  # a file's name may be no UTF-8
+    return json.dumps(parts, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"  # of names of files
 
 
 def unpacked(line: bytes) -> Item:
