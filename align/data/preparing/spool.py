@@ -105,12 +105,13 @@ class Spool:
 class Part:
     """What one set step sees of a spool; see `step.Sketches`."""
 
-    def __init__(self, spool: Spool, step: str) -> None:
+    def __init__(self, spool: Spool, step: str, rows: Spool) -> None:
+        """`rows`: the spool of the rows themselves, where the step's sketches are in another."""
         self.spool, self.step = spool, step
-        self.number, self.source = spool.column("number"), spool.column("source")
+        self.number, self.source = rows.column("number"), rows.column("source")
 
     def __len__(self) -> int:
-        return len(self.spool)
+        return len(self.number)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.spool.column(f"{self.step}:{name}")

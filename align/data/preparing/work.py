@@ -12,6 +12,7 @@ from align.data.formats.rows import Row
 from align.data.preparing.reading import Batch, items_of
 from align.data.preparing.step import Item, Verdict
 from align.data.preparing.steps import Plan, Steps, steps_of
+from align.data.preparing.written import shapes
 from align.recipe.records import to_json
 
 EXAMPLES = 3  # of each reason that a batch brings along
@@ -22,7 +23,7 @@ class Done(NamedTuple):
     """What became of a batch."""
 
     rows: list[bytes]  # (n,) items that are left, as JSON
-    columns: dict[str, np.ndarray]  # of these: `number`, `source`, `line`, `file`, and `<step>:<sketch>`
+    columns: dict[str, np.ndarray]  # of these: `number`, `source`, `line`, `file`, `shapes`, and `<step>:<sketch>`
     files: list[str]  # that `file` counts in
     ledger: bytes  # JSON lines
     tally: dict[str, Any]  # for the report
@@ -58,6 +59,7 @@ class Worker:
             "source": np.array([item.source for item in items], np.int16),
             "line": np.array([item.row.line for item in items], np.int64),
             "file": np.array([files.index(item.row.file) for item in items], np.int32),
+            **shapes(items, plan.kept or ()),
         }
         for step in steps.sets:
             if step.where == "workers":
