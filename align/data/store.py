@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from align.data.files.paths import data_files, is_hub_id
 from align.data.formats.formats import find, read_rows
 from align.data.formats.reading import Reading
-from align.data.formats.rows import Fault, Row
+from align.data.formats.rows import Fault, Formats, Row
 from align.data.templates.chats import chat_of
 from align.data.templates.render import prompt_key
 from align.data.trees import Tree
@@ -220,7 +220,7 @@ def _whole(folder: Path) -> bool:
 def _key(source: Source, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> str:
     about = {
         "version": VERSION,
-        "content": _content(source, reading),
+        "content": content_of(source, reading.formats),
         "source": source.model_dump(include={"format", "columns", "turn_keys", "roles", "control_tokens", "limit"}),
         **writer_of(tokenizer),
         "reading": reading.name,
@@ -239,12 +239,12 @@ def writer_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def _content(source: Source, reading: Reading) -> Any:
+def content_of(source: Source, formats: Formats) -> list[list[str]]:
     """Names and hashes of the source's files; of a hub data set, which has none here, a hash of its rows."""
     if not is_hub_id(source.path):
         return [[str(path), _hashed(path)] for path in data_files(source.path)]
     rows = sha256()
-    for row in read_rows(source, reading.formats):
+    for row in read_rows(source, formats):
         rows.update(json.dumps(row).encode())
     return [[source.path, source.name, source.split, rows.hexdigest()]]
 

@@ -206,7 +206,7 @@ class Filter(Section):
     fineweb: FineWeb | None = None
     functions: list[FunctionName] = Field(default_factory=list)
     """Functions of one's own, `package.module:function`. Each is called as function(row), with a dict of the row's
-    `messages` or `text`, `answers`, `label` and `record`. It returns true to keep it, or false or a text, why it goes."""
+    `messages` or `text`, `answers`, `label` and `record`. It returns true to keep the row, or false, or why it goes."""
     perplexity: Perplexity | None = None
     scores: list[Score] = Field(default_factory=list)
     """Classifiers whose judgement counts, such as of quality or toxicity."""

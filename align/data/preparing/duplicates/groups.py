@@ -36,7 +36,7 @@ class Groups:
 
 
 def joined_by(key: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of `rows`, (m,) ascending, and their keys: (m,) each row's first with the same key, and (m,) bool, whether that is
+    """Of `rows`, (m,) ascending, and their keys: (m,) the first row with each one's key, and (m,) bool, whether that is
     an earlier one."""
     _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
     leader = rows[first[inverse.reshape(-1)]]

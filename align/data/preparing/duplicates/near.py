@@ -22,7 +22,7 @@ from align.recipe.preparing.duplicates import Near
 
 FOUND = 0.99  # of pairs that are just alike enough, the least share that become candidates
 ROUNDS = 16  # in which the rows of a band are compared with one of them
-PAIRS = 1 << 16  # compared at once
+PAIRS = 1 << 14  # compared at once
 ROWS = 1 << 14  # whose band is hashed at once
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -104,18 +104,12 @@ def alike(signature: np.ndarray, rows: np.ndarray, threshold: float) -> Groups:
     for band in range(bands):
         keys = _band(signature, rows, band * r, r)
         order = np.argsort(keys, kind="stable")
-        ranked = keys[order]
-        first = np.concatenate([[True], ranked[1:] != ranked[:-1]]) if len(ranked) else np.zeros(0, bool)
-        run = np.cumsum(first)
+        run = np.cumsum(_new(keys[order]))
         for _ in range(ROUNDS):  # each row of a run with its first; those unlike it are a run of their own
-            begins = np.flatnonzero(np.concatenate([[True], run[1:] != run[:-1]])) if len(run) else []
-            lengths = np.diff([*begins, len(run)])
-            leader = np.repeat(order[begins], lengths) if len(run) else order
+            begins = np.flatnonzero(_new(run))
+            leader = np.repeat(order[begins], np.diff(np.append(begins, len(run))))
             later = order != leader
-            a, b, run = rows[leader[later]], rows[order[later]], run[later]
-            order = order[later]
-            if not len(order):
-                break
+            a, b, order, run = rows[leader[later]], rows[order[later]], order[later], run[later]
             same = groups.roots(a) == groups.roots(b)
             unknown = np.flatnonzero(~same)
             same[unknown] = _agree(signature, a[unknown], b[unknown]) >= threshold
@@ -124,6 +118,11 @@ def alike(signature: np.ndarray, rows: np.ndarray, threshold: float) -> Groups:
             if not len(order):
                 break
     return groups
+
+
+def _new(ranked: np.ndarray) -> np.ndarray:
+    """(m,) bool, whether each value is another than the one before."""
+    return np.concatenate([np.ones(min(len(ranked), 1), bool), ranked[1:] != ranked[:-1]])
 
 
 def _band(signature: np.ndarray, rows: np.ndarray, first: int, r: int) -> np.ndarray:
