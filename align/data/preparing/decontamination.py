@@ -45,8 +45,8 @@ class Match(NamedTuple):
 class Index:
     """The n-grams of all items. It is held in memory, whatever streams by: 24 bytes an n-gram.
 
-    An item of fewer than `ngram` words is one n-gram, of all its words. Words that stand in no n-gram but those of COMMON
-    items do not count.
+    An item of fewer than `ngram` words is one n-gram, of all its words. Words do not count that stand in no n-gram but
+    those of more than COMMON items.
     """
 
     def __init__(self, items: Iterable[Measured], ngram: int) -> None:

@@ -23,6 +23,7 @@ EXCERPT = 60  # characters on either side of a placeholder in the report
 Names = Callable[[Sequence[str]], Sequence[Sequence[Found]]]  # texts -> the names in each, as a model finds them
 
 _PLACEHOLDER = re.compile(r"<([A-Z]+)_(\d{1,9})>")
+_CUT = re.compile(r"[^\s'\"…]{4,}\s?(?:…|\.\.\.)(?=['\"]?$)|^…\s?[^\s…]{4,}")
 _UNTOUCHED = frozenset(("role", "type", "train"))  # keys of messages and tools whose values are words of the format
 _LEAST = 6  # letters of a value that is looked for in the other texts of its row too
 
@@ -63,6 +64,11 @@ class Privacy:
         written = {place: placeholders.write(place[1], each) for place, each in found.items() if each}
         masked = _mapped(value, lambda key, text: written.get((key, text), text))
         return Masked(masked, Counter(each.kind for place in _texts(value) for each in found[place]))
+
+    def hide(self, text: str) -> str:
+        """What a report may say of a text: without private values, and without words cut off at an ellipsis, which may be
+        part of one."""
+        return _CUT.sub("…", self.mask(text).value)
 
     def find(self, texts: Sequence[tuple[str, str]]) -> list[list[Found]]:
         """The private values in each text, in their order and apart from each other.
