@@ -107,9 +107,10 @@ def prepare(
             for part in train
         ]
         _some(train, "train", read, ledger)
-    sides = Examples(train, data.max_length), Examples(held, data.max_length)
+    sides = Examples(train, data.max_length, data.weigh_by), Examples(held, data.max_length)
     duplicates = sum(int(mask.sum()) for masks in copies for mask in masks)
     notes = [*dict.fromkeys(notes + more), *_summary(*sides, ledger, read, duplicates)]
+    notes += proportions(sides[0]) if data.weigh_by == "tokens" else []
     notes += reading.survey(*sides) if reading.survey else []
     return Prepared(*sides, ledger, list(map(shown, notes)))
 
@@ -207,6 +208,19 @@ def split_by_prompt(parts: list[Part], fraction: float, most: int | None, seed: 
         [part.less(mask) for part, mask in zip(parts, masks, strict=True)],
         [part.less(~mask) for part, mask in zip(parts, masks, strict=True)],
     )
+
+
+def proportions(train: Examples) -> list[str]:
+    """Of each source, in lines, the share of an epoch's tokens that its weight asks for, and the one that it has."""
+    sizes = np.diff(train.starts)
+    wanted = np.where(sizes > 0, [part.source.weight for part in train.parts], 0.0)
+    rows = np.where(sizes > 0, np.maximum(1, np.round(train.passes * sizes)), 0)
+    seen = rows * np.array(train.tokens) / np.maximum(sizes, 1)
+    return [
+        f"train: {part.source.path}: {100 * want / wanted.sum():.1f} % of the tokens wanted, "
+        f"{100 * has / seen.sum():.1f} % in an epoch ({passes:.3g} passes over its {counted(n)})"
+        for part, want, has, passes, n in zip(train.parts, wanted, seen, train.passes, sizes.tolist(), strict=True)
+    ]
 
 
 def at_most(parts: list[Part], most: int | None, seed: int, ledger: Ledger, key: str) -> list[Part]:

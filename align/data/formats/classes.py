@@ -22,7 +22,7 @@ from align.data.formats.labels import alike, formats, key_of, order
 from align.data.formats.reading import Reading
 from align.data.formats.rows import Fault, Row
 from align.data.formats.shown import shown
-from align.data.mixture import Prepared, at_most, prepare, split_by_prompt
+from align.data.mixture import Prepared, at_most, prepare, proportions, split_by_prompt
 from align.data.store import Progress
 from align.data.templates.chat import Unwritable
 from align.data.templates.control import controls_of
@@ -108,12 +108,13 @@ def prepare_classes(
     if test.fraction:
         train, tested = split_by_prompt(train, test.fraction / (1 - data.eval.fraction), test.max_rows, seed)
     named = {"train": train, "eval": held, "test": tested}
-    sides = {name: Examples(parts, data.max_length) for name, parts in named.items()}
+    sides = {name: Examples(parts, data.max_length, data.weigh_by) for name, parts in named.items()}
     _all_there(sides["train"], labels)
     summary += alike(labels)
     if undersample:
         summary.append(f"undersampled: {ledger.dropped[UNDERSAMPLED]:,} rows of the frequent classes are left out")
     summary += [f"{name}: {_counted(side, labels)}" for name, side in sides.items() if len(side)]
+    summary += proportions(sides["train"]) if data.weigh_by == "tokens" else []
     return Sides(Prepared(sides["train"], sides["eval"], ledger, list(map(shown, summary))), sides["test"])
 
 
