@@ -70,8 +70,8 @@ class Outcome(NamedTuple):
 
 
 def decided(plan: Plan, folder: Path, engine: Engine, scorers: Sequence[SetStep], tell: Tell) -> Outcome:
-    """Everything but the writing. `scorers`: set steps with models, which come first. What comes after the split sees the
-    rows of its first side alone. Raises UserError for sources that cannot be read, and as the steps do."""
+    """Everything but the writing. `scorers`: set steps with models, which come first. What comes after the split sees
+    the rows of its first side alone. Raises UserError for sources that cannot be read, and as the steps do."""
     steps = [*scorers, *steps_of(plan).sets]
     spool = Spool(folder / "rows")
     files = _looked_at(plan, spool, engine, tell)
