@@ -116,15 +116,15 @@ def prepare(
 
 
 @contextmanager
-def counting(console: Console) -> Iterator[Progress]:
-    """A `progress` that shows, after 2 s, how many rows are tokenised; off a terminal, a line each 10 s."""
+def counting(console: Console, doing: str = "tokenising ") -> Iterator[Progress]:
+    """A `progress` that shows, after 2 s, how many rows are done of what; off a terminal, a line each 10 s."""
     started = told = time.monotonic()
     status = console.status("")
 
     def tell(source: str, rows: int) -> None:
         nonlocal told
         now = time.monotonic()
-        line = f"tokenising {source}: {rows:,} rows"
+        line = f"{doing}{source}: {rows:,} rows"
         if console.is_terminal and now - started > 2:
             status.update(Text(printable(line)))  # the name of a file is no markup
             status.start()

@@ -31,7 +31,7 @@ class Shard(NamedTuple):
     kind: int
     lines: list[bytes]  # packed items
     times: list[int]
-    cuts: list[list[tuple[int, np.ndarray]]]
+    cuts: list[dict[str, np.ndarray]]  # see Outcome.cuts
     extra: int  # bits, see written.py
     kept: dict[str, int]
 

@@ -10,7 +10,7 @@ is for `output.py` to say, or for a stage, which reads the rows from here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,14 +46,14 @@ class Outcome(NamedTuple):
         """File and line of a row."""
         return self.files[self.spool.column("file")[row]], int(self.spool.column("line")[row])
 
-    def cuts(self, row: int) -> list[tuple[int, np.ndarray]]:
-        """What `edit` is to be told of a row, by the place of the step; mostly nothing."""
-        found = []
-        for place, decision in enumerate(self.decisions):
+    def cuts(self, row: int) -> dict[str, np.ndarray]:
+        """What `edit` is to be told of a row, by the name of the step; mostly nothing."""
+        found = {}
+        for step, decision in zip(self.steps, self.decisions, strict=True):
             if decision.cuts is not None:
                 values, starts = decision.cuts
                 if starts[row] < starts[row + 1]:
-                    found.append((place, values[starts[row] : starts[row + 1]]))
+                    found[step.name] = values[starts[row] : starts[row + 1]]
         return found
 
     def ledger(self) -> Iterator[str]:
@@ -70,8 +70,8 @@ class Outcome(NamedTuple):
 
 
 def decided(plan: Plan, folder: Path, engine: Engine, scorers: Sequence[SetStep], tell: Tell) -> Outcome:
-    """Everything but the writing. `scorers`: set steps with models, which come first. Raises UserError for sources that
-    cannot be read, and as the steps do."""
+    """Everything but the writing. `scorers`: set steps with models, which come first. What comes after the split sees
+    the rows of its first side alone. Raises UserError for sources that cannot be read, and as the steps do."""
     steps = [*scorers, *steps_of(plan).sets]
     spool = Spool(folder / "rows")
     files = _looked_at(plan, spool, engine, tell)
@@ -82,13 +82,14 @@ def decided(plan: Plan, folder: Path, engine: Engine, scorers: Sequence[SetStep]
     for step in steps:
         tell(f"deciding: {step.name}", n)
         sketches = Part(sketched.get(step.name, spool), step.name, spool)
-        found = step.decide(sketches, alive, groups.all())
+        found = step.decide(sketches, alive & (side == 0), groups.all())
         if found.drop is not None:
             found = found._replace(drop=found.drop * alive)
             alive = alive & (found.drop == 0)
         if found.group is not None:
             groups.join(np.arange(n), found.group)
-        times = times if found.times is None else found.times
+        if found.times is not None:
+            times = np.where(side == 0, found.times, times)
         if found.side is not None:
             side, sides = found.side, found.sides
         decisions.append(found)
@@ -142,17 +143,18 @@ def kept_items(outcome: Outcome, source: int | None = None) -> Iterator[Item]:
 
 
 def edited(
-    item: Item, steps: Sequence[SetStep], cuts: Sequence[tuple[int, np.ndarray]]
+    item: Item, steps: Sequence[SetStep], cuts: Mapping[str, np.ndarray]
 ) -> tuple[Item | None, list[tuple[str, str]]]:
     """An item without what set steps cut out of it, None where nothing is left; and what to note, by step."""
     notes = []
-    for place, values in cuts:
-        verdict = steps[place].edit(item, values)
-        words = verdict.reason or ", ".join(f"{count:,} {what} taken out" for what, count in verdict.counts.items())
-        notes.append((steps[place].name, words))
-        if verdict.item is None:
-            return None, notes
-        item = verdict.item
+    for step in steps if cuts else ():
+        if step.name in cuts:
+            verdict = step.edit(item, cuts[step.name])
+            words = verdict.reason or ", ".join(f"{count:,} {what} taken out" for what, count in verdict.counts.items())
+            notes.append((step.name, words))
+            if verdict.item is None:
+                return None, notes
+            item = verdict.item
     return item, notes
 
 

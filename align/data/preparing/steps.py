@@ -9,19 +9,33 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from align.data.formats.rows import Formats
+from align.data.formats.rows import Formats, Row
+from align.data.preparing.decontamination import Decontaminate, Index, items_of
 from align.data.preparing.duplicates.near import NearDuplicates
 from align.data.preparing.duplicates.repeated import RepeatedParts, paragraph_spans, sentence_spans
 from align.data.preparing.duplicates.same import Same, column, everything, normalised, prompt
 from align.data.preparing.filters.published import C4Rules, FineWebRules, GopherQualityRules, GopherRepetitionRules
-from align.data.preparing.filters.rules import Function, Length, Placeholders, Refusals, Signs, WordList
+from align.data.preparing.filters.rules import Function, Languages, Length, Placeholders, Refusals, Signs, WordList
+from align.data.preparing.mixing import Mixing
+from align.data.preparing.privacy import Names, Privacy
 from align.data.preparing.split import Split
 from align.data.preparing.step import Item, Observer, RowStep, SetStep
+from align.recipe.errors import UserError
 from align.recipe.functions import Border
 from align.recipe.preparing.duplicates import Deduplicate
 from align.recipe.preparing.filters import Filter
+from align.recipe.preparing.mixing import Mix
 from align.recipe.preparing.preparation import Preparation
-from align.recipe.schema import Source
+from align.recipe.preparing.privacy import Privacy as PrivacySection
+from align.recipe.source import Source
+
+
+class Tools(NamedTuple):
+    """What steps need from floors above: functions that each worker calls, so they have to be importable there."""
+
+    border: Border  # around the user's own functions
+    names: Callable[[PrivacySection], Names] | None = None  # makes what finds names of persons
+    tokens: Callable[[], Callable[[Row], int]] | None = None  # makes what counts a row's tokens
 
 
 class Plan(NamedTuple):
@@ -31,9 +45,10 @@ class Plan(NamedTuple):
     formats: Formats
     preparation: Preparation
     seed: int
-    border: Border  # around the user's own functions
+    tools: Tools
     kept: Sequence[str] | None = ()  # columns of records that are written too; None: all
     shares: Mapping[str, float] = {}  # of the sides beside train
+    mix: Mix | None = None
 
     @property
     def columns(self) -> Sequence[str] | None:
@@ -54,12 +69,32 @@ class Steps(NamedTuple):
 
 def steps_of(plan: Plan) -> Steps:
     """Make every step. Raises UserError with what is missing."""
-    preparation = plan.preparation
-    rows = [*filters(preparation.filter, plan.border)]
-    sets = [*duplicates(preparation.deduplicate, plan.seed)] if preparation.deduplicate else []
+    preparation, tools = plan.preparation, plan.tools
+    rows, sets, hide = filters(preparation.filter, tools.border), list[SetStep](), str
+    if section := preparation.decontaminate:
+        index = Index(items_of(section.against), section.ngram)
+        rows.append(Decontaminate(index, section.threshold))
+    if section := preparation.privacy:
+        private = privacy(section, tools)
+        rows.append(private)
+        hide = partial(_masked, private)
+    if preparation.deduplicate:
+        sets += duplicates(preparation.deduplicate, plan.seed)
     if plan.shares:
         sets.append(Split(plan.shares, plan.seed))
-    return Steps(rows, sets, [], str)
+    if plan.mix:
+        tokens = tools.tokens() if tools.tokens else _no_tokens
+        sets.append(Mixing(plan.mix, [source.path for source in plan.sources], partial(_counted, tokens), plan.seed))
+    return Steps(rows, sets, [], hide)
+
+
+def privacy(section: PrivacySection, tools: Tools) -> Privacy:
+    """The step that masks private values. Raises UserError where names are to be found and nothing can."""
+    wanted = section.names or section.presidio
+    if wanted and tools.names is None:
+        raise UserError("privacy.names and privacy.presidio need a model: prepare the set with align.prepare first")
+    names = tools.names(section) if wanted else None
+    return Privacy([*section.kinds, *(["NAME"] if wanted else [])], section.countries, names)
 
 
 def filters(section: Filter, border: Border) -> list[RowStep]:
@@ -74,6 +109,8 @@ def filters(section: Filter, border: Border) -> list[RowStep]:
         found.append(Placeholders())
     if section.refusals:
         found.append(Refusals())
+    if section.languages:
+        found.append(Languages(section.languages, section.min_language_score))
     found += [WordList(words, f"filter.words.{i}") for i, words in enumerate(section.words)]
     for rules, make in (
         (section.gopher_quality, GopherQualityRules),
@@ -116,3 +153,15 @@ def duplicates(section: Deduplicate, seed: int) -> list[SetStep]:
 
 def _of_row(key: Callable, item: Item) -> str:
     return key(item.row)
+
+
+def _masked(private: Privacy, text: str) -> str:
+    return private.mask(text).value
+
+
+def _counted(tokens: Callable[[Row], int], item: Item) -> int:
+    return tokens(item.row)
+
+
+def _no_tokens(row: Row) -> int:
+    raise UserError("mix.by: tokens are counted by a tokenizer: name one with `tokenizer`, or mix by rows")

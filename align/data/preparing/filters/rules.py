@@ -13,6 +13,7 @@ import numpy as np
 from align.data.files.files import text_lines
 from align.data.formats.shown import a
 from align.data.preparing.filters.ratios import digits, symbols
+from align.data.preparing.languages import language
 from align.data.preparing.step import Item, Verdict, drop, keep
 from align.data.preparing.texts import UNSPACED, answers_of, texts_of, whole, words_of
 from align.recipe.errors import UserError
@@ -99,6 +100,22 @@ class Signs(Rule):
             if most is not None and (value := measure(text)) > most:
                 return reason, f"{value:.4g}"
         return None
+
+
+class Languages(Rule):
+    """The language that a row is taken to be in."""
+
+    name = "filter.languages"
+
+    def __init__(self, wanted: Sequence[str], least: float) -> None:
+        self.wanted, self.least = frozenset(wanted), least
+
+    def why(self, item: Item) -> tuple[str, str] | None:
+        """See `Rule`."""
+        found = language(whole(item.row))
+        if found.code not in self.wanted:
+            return "another language", found.code
+        return ("no language surely enough", f"{found.code} {found.share:.2f}") if found.share < self.least else None
 
 
 class Placeholders(Rule):
