@@ -97,7 +97,7 @@ def prepare(recipe: Recipe, fresh: bool, console: Console) -> None:
             )
         if folder.begin(key):
             say("the recipe or a source has changed since the run that was broken off; it starts over")
-        with counting(console, "") as tell:
+        with counting(console) as tell:
             outcome = _outcome(recipe, folder.beside, tell)
             files = write(
                 outcome, _plan(recipe), recipe.output, folder.beside, engine_of(recipe.engine, recipe.workers), tell
@@ -121,7 +121,7 @@ def prepare(recipe: Recipe, fresh: bool, console: Console) -> None:
 
 def dry_run(recipe: Recipe, console: Console) -> None:
     """Count what each step would do, and write nothing that stays."""
-    with tempfile.TemporaryDirectory(dir=_scratch()) as beside, counting(console, "") as tell:
+    with tempfile.TemporaryDirectory(dir=_scratch()) as beside, counting(console) as tell:
         outcome = _outcome(recipe, Path(beside), tell)
         lines = told(outcome, reported(outcome), None)
         outcome.spool.close()

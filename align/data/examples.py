@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from align.data.proportions import passes_of
-from align.data.store import Store
+from align.data.store import Left, Store
 from align.data.trees import Tree
 from align.recipe.schema import Source
 
@@ -29,6 +29,7 @@ class Part(NamedTuple):
     store: Store
     rows: np.ndarray  # (k,) int64, ascending indices into the store
     chunks: np.ndarray | None = None  # (k, 2) int64, first and last token (excluded) of a chunk; 0 and 0 for whole rows
+    left: Left | None = None  # the rows that steps of preparation left of the source, where there were any
 
     def less(self, drop: np.ndarray) -> Part:
         """Without the rows where `drop`, (k,) bool, is True."""

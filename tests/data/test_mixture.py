@@ -328,7 +328,7 @@ def test_counting_is_quiet_at_first_and_off_a_terminal_prints_lines(monkeypatch)
     with counting(Console(file=screen, force_terminal=False)) as tell:
         for second, rows in ((1, 512), (11, 1024), (12, 1536), (22, 2048)):
             now = second
-            tell("a[b].jsonl", rows)
+            tell("tokenising a[b].jsonl", rows)
     assert screen.getvalue() == "tokenising a[b].jsonl: 1,024 rows\ntokenising a[b].jsonl: 2,048 rows\n"
 
 

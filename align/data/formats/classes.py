@@ -28,6 +28,7 @@ from align.data.templates.chat import Unwritable
 from align.data.templates.control import controls_of
 from align.data.trees import Tree
 from align.recipe.errors import UserError
+from align.recipe.functions import Border
 from align.recipe.schema import Data, Eval, Source
 
 UNDERSAMPLED = "undersampled"
@@ -80,6 +81,7 @@ def prepare_classes(
     seed: int,
     cache: Path,
     progress: Progress | None = None,
+    border: Border | None = None,
 ) -> Sides:
     """Read all sources, leave out what is too many of the frequent classes, and split by text into three sides.
 
@@ -88,11 +90,11 @@ def prepare_classes(
     """
     reading = classes(labels)
     whole = data.model_copy(update={"eval": data.eval if data.eval.sources else Eval()})
-    read = prepare(whole, tokenizer, reading, seed, cache, progress)
+    read = prepare(whole, tokenizer, reading, seed, cache, progress, border)
     train, held, tested, ledger = read.train.parts, read.eval.parts, [], read.ledger
     summary = [line for line in read.summary if not line.startswith(("train: ", "eval: "))]
     if test.sources:
-        alone = data.model_copy(update={"train": test.sources, "eval": Eval()})
+        alone = data.model_copy(update={"train": test.sources, "eval": Eval(), "prepare": None})
         apart = prepare(alone, tokenizer, reading, seed, cache, progress)
         ledger.entries += apart.ledger.entries
         summary += [f"test: {line}" for line in apart.summary if not line.startswith(("train: ", "eval: "))]

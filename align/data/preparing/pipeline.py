@@ -193,11 +193,11 @@ def invalid(outcome: Outcome) -> tuple[int, list[str]]:
     return count, ["{}:{}: {}".format(*fault) for fault in faults]
 
 
-def check_valid(outcome: Outcome, how: str) -> None:
-    """Raise UserError for records that are no rows, unless they are to be dropped."""
+def check_valid(outcome: Outcome, how: str, key: str = "invalid") -> None:
+    """Raise UserError for records that are no rows, unless they are to be dropped, as the recipe's `key` says."""
     count, first = invalid(outcome)
     if count and how == "error":
         shown = first[:10]
         rest = f"… and {count - len(shown):,} more; " if count > len(shown) else ""
-        remedy = "mend them, or leave them out with invalid=drop"
+        remedy = f"mend them, or leave them out with {key}=drop"
         raise UserError(*shown, f"{rest}{count:,} row{'s' * (count != 1)} cannot be taken: {remedy}")
