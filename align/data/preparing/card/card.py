@@ -15,9 +15,10 @@ from align.data.formats.rows import Fault, Row
 from align.data.formats.shown import shown
 from align.data.preparing.card.oddities import CANDIDATES, MEASURES, histogram, measures, oddest
 from align.data.preparing.duplicates.same import everything, normalised
-from align.data.preparing.languages import language
+from align.data.preparing.languages import available, language
 from align.data.preparing.step import Item
-from align.data.preparing.texts import whole, words_of
+from align.data.preparing.texts import whole
+from align.data.preparing.tokens import words_in
 
 LISTED = 10  # rows of a list
 EXCERPT = 160  # characters of a row that is shown
@@ -31,6 +32,7 @@ class Card:
     """Counts what is there. The same rows give the same card, however they are cut into batches.
 
     Lengths are `tokens` where there is a tokenizer, else words. `hide` takes private values out of what is shown.
+    Languages are counted where the libraries that tell them are installed.
     """
 
     name = "card"
@@ -40,16 +42,13 @@ class Card:
         sources: Sequence[str],
         tokens: Callable[[Row], int] | None,
         hide: Callable[[str], str],
-        languages: bool = True,
     ) -> None:
-        self.sources, self.tokens, self.hide, self.languages = list(sources), tokens, hide, languages
+        self.sources, self.tokens, self.hide, self.languages = list(sources), tokens, hide, available()
 
     def observe(self, items: Sequence[Item], faults: Sequence[Fault]) -> dict[str, Any]:
         """Of one batch."""
         texts = [whole(item.row) for item in items]
-        lengths = [
-            self.tokens(item.row) if self.tokens else len(words_of(text)) for item, text in zip(items, texts, strict=True)
-        ]
+        lengths = [self.tokens(item.row) if self.tokens else words_in(item.row) for item in items]
         counts = {
             "kinds": Counter(item.kind for item in items),
             "turns": Counter(str(turns_of(item.row)) for item in items),
