@@ -15,7 +15,21 @@ from align.data.preparing.reading import ALL
 from align.data.preparing.spool import Spool
 from align.recipe.schema import Source
 
-WORDS = "harbour boat gull water north net wind rope calm night weather people noise morning wall man".split()
+WORDS = [
+    "harbour",
+    "boat",
+    "gull",
+    "water",
+    "north",
+    "net",
+    "wind",
+    "rope",
+    "calm",
+    "night",
+    "weather",
+    "people",
+    "man",
+]
 
 
 def said(i: int, n: int = 30) -> str:
@@ -23,28 +37,19 @@ def said(i: int, n: int = 30) -> str:
     return " ".join(f"{WORDS[(i * 7 + k * (i % 5 + 1)) % len(WORDS)]}{(i * k) % 97}" for k in range(n))
 
 
+def talk(asked: str, answer: str, **more):
+    return {**more, "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+
+
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
     """Sources of several formats, more rows than one batch has, with known faults and duplicates."""
     folder = tmp_path_factory.mktemp("raw")
-    talks = [
-        {
-            "id": i,
-            "messages": [{"role": "user", "content": f"ask {said(i, 8)}"}, {"role": "assistant", "content": said(i)}],
-        }
-        for i in range(700)
-    ]
-    talks += [json.loads(json.dumps(talks[i]).upper().replace("MESSAGES", "messages").replace('"ID"', '"id"')
-                         .replace("ROLE", "role").replace("CONTENT", "content").replace("USER", "user")
-                         .replace("ASSISTANT", "assistant")) for i in range(40)]  # fmt: skip
-    talks += [{"messages": [{"role": "user", "content": "no answer"}]}, "{broken"]
-    talks.append(
-        {"messages": [{"role": "user", "content": "Mail"}, {"role": "assistant", "content": "To jo@example.org."}]}
-    )
+    talks = [talk(f"ask {said(i, 8)}", said(i), id=i) for i in range(700)]
+    talks += [talk(f"Ask {said(i, 8).upper()}?", said(i), id=i) for i in range(40)]
+    talks += [{"messages": [{"role": "user", "content": "no answer"}]}, "{broken", talk("Mail", "To jo@example.org.")]
     write_rows(folder / "talks.jsonl", talks)
-    pairs = [
-        {"prompt": f"why {said(i, 6)}", "chosen": said(i), "rejected": said(i + 1), "margin": 0.5} for i in range(30)
-    ]
+    pairs = [{"prompt": f"why {said(i, 6)}", "chosen": said(i), "rejected": said(i + 1)} for i in range(30)]
     write_rows(folder / "pairs.jsonl", pairs + pairs[:5])
     (folder / "texts.txt").write_text("\n\n".join(said(i, 50) for i in range(20)) + "\n\nI am {{name}}.\n", "utf-8")
     return folder
@@ -113,9 +118,8 @@ def test_no_private_value_is_left_anywhere(whole):
     folder, out = whole
     assert all(b"jo@example.org" not in data for data in tree(folder).values())
     assert "jo@example" not in out
-    (mail,) = [row for row in lines(next(folder.glob("*/messages-*.jsonl"))) + [
-        row for file in folder.glob("*/messages-*.jsonl") for row in lines(file)
-    ] if row["messages"][0]["content"] == "Mail"][-1:]  # fmt: skip
+    rows = [row for file in folder.glob("*/messages-*.jsonl") for row in lines(file)]
+    (mail,) = [row for row in rows if row["messages"][0]["content"] == "Mail"]
     assert mail["messages"][1]["content"] == "To <EMAIL_1>."
 
 
@@ -133,14 +137,9 @@ def test_the_set_reads_back_as_its_rows(raw, whole):
         assert key in rows or "<EMAIL_1>" in key[0]
         kept += 1
     assert kept > 500
-    prompts = [
-        {
-            json.dumps(row.messages[0] if row.messages else row.text)
-            for row in read_rows(Source(path=str(folder / side)), ALL)
-        }
-        for side in ("train", "eval")
-    ]
-    assert not prompts[0] & prompts[1]
+    sides = [list(read_rows(Source(path=str(folder / side)), ALL)) for side in ("train", "eval")]
+    train, held = ({json.dumps(row.messages[0] if row.messages else row.text) for row in side} for side in sides)
+    assert not train & held
     first = lines(sorted((folder / "train").glob("messages-*"))[0])[0]
     assert first["id"] in (0, 1, 2), "a column that is kept"
 
@@ -153,19 +152,19 @@ def test_several_workers_make_the_same_bytes(raw, whole, here):
 
 def test_a_run_that_ends_anywhere_goes_on_to_the_same_bytes(raw, whole, here, monkeypatch):
     """As a kill would: it ends right after some batch, file or step was noted, and may leave a part of the next."""
-    path, add, ends = recipe(here, raw), Spool.add, 0
-    for after in range(20):
-        count = 0
+    path, add, left, ends = recipe(here, raw), Spool.add, 0, 0
 
-        def torn(self, *given):
-            nonlocal count
-            add(self, *given)
-            count += 1
-            if count > after % 3:  # batch after batch of what is left to do
-                (self.folder / "rows.jsonl").open("ab").write(b'{"torn')
-                raise KeyboardInterrupt
+    def torn(self, *given):
+        nonlocal left
+        add(self, *given)
+        left -= 1
+        if left < 0:  # batch after batch of what is left to do
+            (self.folder / "rows.jsonl").open("ab").write(b'{"torn')
+            raise KeyboardInterrupt
 
-        monkeypatch.setattr(Spool, "add", torn)
+    monkeypatch.setattr(Spool, "add", torn)
+    for attempt in range(20):
+        left = attempt % 3
         told = align(path, stage=prepare)
         if told.status == 0:
             break
@@ -183,17 +182,17 @@ def test_a_whole_set_that_was_not_put_into_place_is(raw, whole, here, monkeypatc
     assert told.status == 2
     assert "holds a set of another recipe" in told.err
     old = files_of(here / "set")
-    real = type(here).replace
+    real, left = type(here).replace, 0
+
+    def ends(self, target):
+        nonlocal left
+        left -= ".preparing" in str(self) and ".writing" not in str(self)
+        if left < 0:
+            raise KeyboardInterrupt
+        return real(self, target)
+
     for after in range(2, 9, 3):  # files that were renamed before the end
-        count = 0
-
-        def ends(self, target):
-            nonlocal count
-            count += ".preparing" in str(self) and ".writing" not in str(self)
-            if count > after:
-                raise KeyboardInterrupt
-            return real(self, target)
-
+        left = after
         monkeypatch.setattr(type(here), "replace", ends)
         assert align(path, "seed=1", "--fresh", stage=prepare).status == 130
         monkeypatch.setattr(type(here), "replace", real)
@@ -288,18 +287,15 @@ def test_a_folder_of_somebody_else(raw, here):
 def test_help_and_schema():
     found = align("--help", stage=prepare)
     assert found.status == 0
-    assert "prepare.deduplicate.near.threshold: a number above 0 and below 1, default 0.7" in " ".join(
-        found.out.split()
-    )
+    told = " ".join(found.out.split())
+    assert "prepare.deduplicate.near.threshold: a number above 0 and below 1, default 0.7" in told
     assert json.loads(align("--schema", stage=prepare).out)["title"] == "Recipe"
 
 
 def test_a_stage_takes_its_rows_through_the_same_steps(world, here):
     rows = [json.loads(line) for line in world.talks.read_text("utf-8").splitlines()]
-    mail = {"messages": [{"role": "user", "content": "Mail?"}, {"role": "assistant", "content": "jo@example.org"}]}
-    refusal = {
-        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "I'm sorry, but I can't."}]
-    }
+    mail = talk("Mail?", "jo@example.org")
+    refusal = talk("x", "I'm sorry, but I can't.")
     write_rows(here / "rows.jsonl", [*rows, *rows[:3], mail, refusal])
     path = world.recipe(here / "sft.yaml", data={"train": [{"path": str(here / "rows.jsonl")}]}, train={"steps": 1})
     section = "data.prepare={filter: {refusals: true}, privacy: {}, deduplicate: {}}"
