@@ -76,6 +76,9 @@ class Recipe(Section):
     """What counts tokens, for lengths and shares: a base checkpoint as in a stage's `model.base`, or a tokenizer.json.
     Default: words are counted."""
     output: Output = Field(default_factory=Output)
+    card: bool = True
+    """Write the data card, `card.html` and `card.json`. It takes about as long as reading: leave it out of very large
+    sets."""
     dry_run: bool = False
     """Only count what each step would do; `--dry-run` sets it."""
     workers: PositiveInt | Literal["auto"] = "auto"
@@ -118,7 +121,8 @@ def prepare(recipe: Recipe, fresh: bool, console: Console) -> None:
             "lost": files.lost,
             "sides": files.sides,
         }
-        write_cards(folder.beside / "set", _plan(recipe), outcome, report, files, recipe)
+        if recipe.card:
+            write_cards(folder.beside / "set", _plan(recipe), outcome, report, files, recipe)
         outcome.spool.close()
         folder.publish(recipe, manifest)
     for line in told(outcome, report, files):
@@ -150,7 +154,7 @@ def _plan(recipe: Recipe) -> Plan:
     output, tokenizer = recipe.output, recipe.tokenizer and tokenizer_file(recipe.tokenizer)
     tools = Tools(foreign, names_of, partial(Tokens, tokenizer) if tokenizer else None)
     return Plan(
-        recipe.sources, ALL, recipe.prepare, recipe.seed, tools, output.keep, output.split, recipe.mix, card=True
+        recipe.sources, ALL, recipe.prepare, recipe.seed, tools, output.keep, output.split, recipe.mix, recipe.card
     )
 
 

