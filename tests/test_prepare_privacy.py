@@ -16,23 +16,6 @@ RAW = [  # values that may stand in no file and on no screen
     "536-90-4399", "ghp_" + "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8", "202-555-0143", "2025550143", "hunter2",
 ]  # fmt: skip
 WORDS = ("harbour", "boat", "gull", "water", "north", "net", "wind", "rope", "calm", "night", "weather", "people")
-    "harbour",
-    "boat",
-    "gull",
-    "water",
-    "north",
-    "net",
-    "wind",
-    "rope",
-    "calm",
-    "night",
-    "weather",
-    "people",
-    "noise",
-    "morning",
-    "wall",
-    "man",
-]
 
 
 def said(i: int, n: int) -> str:
