@@ -16,7 +16,7 @@ from align.recipe.preparing.mixing import Mix
 class Mixing:
     """Rows by their sources."""
 
-    name, where = "mix", "workers"
+    name, where, raw = "mix", "workers", False
 
     def __init__(self, section: Mix, sources: Sequence[str], count: Callable[[Row], int], seed: int) -> None:
         """`sources`: their names, in the recipe's order; `count`: tokens of a row. Raises UserError for lists of

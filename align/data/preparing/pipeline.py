@@ -58,15 +58,15 @@ class Outcome(NamedTuple):
 
     def ledger(self) -> Iterator[str]:
         """Lines on the rows that set steps drop, step after step."""
-        file, line = self.spool.column("file"), self.spool.column("line")
+        files, file, line = self.files, self.spool.column("file"), self.spool.column("line")
         for step, decision in zip(self.steps, self.decisions, strict=True):
             if decision.drop is None:
                 continue
             for row in np.flatnonzero(decision.drop):
                 reason = f"{step.name}: {decision.reasons[decision.drop[row] - 1]}"
-                if decision.because is not None and decision.because[row] >= 0:
-                    reason += ": {}:{}".format(*self.place(decision.because[row]))
-                yield entry(self.files[file[row]], int(line[row]), "dropped", reason)
+                first = -1 if decision.because is None else decision.because[row]
+                reason += f": {files[file[first]]}:{line[first]}" if first >= 0 else ""
+                yield entry(files[file[row]], int(line[row]), "dropped", reason)
 
 
 def decided(plan: Plan, folder: Path, engine: Engine, scorers: Sequence[SetStep], tell: Tell) -> Outcome:

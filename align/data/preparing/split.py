@@ -17,7 +17,7 @@ TRAIN = "train"
 class Split:
     """Whole groups go to each side, in the order of a seeded hash, until its share of the rows is reached."""
 
-    name, where = "split", "workers"
+    name, where, raw = "split", "workers", False
 
     def __init__(self, shares: Mapping[str, float], seed: int) -> None:
         """`shares`: of the rows, by the name of the side; what is left is `train`."""

@@ -142,7 +142,8 @@ def duplicates(section: Deduplicate, seed: int) -> list[SetStep]:
         reason = "the same as an earlier row but for case, punctuation and blanks"
         found.append(same("exact", partial(_of_row, normalised), reason))
     for name in section.by:
-        found.append(same(f"by.{name}", column(name), f"the same {name} as an earlier row"))
+        reason = f"the same {name} as an earlier row"
+        found.append(Same(f"deduplicate.by.{name}", column(name), reason, section.drop, raw=True))
     if section.prompts:
         found.append(same("prompts", prompt, "the same prompt as an earlier row"))
     if section.near:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from align.recipe.records import to_json
 
 EXAMPLES = 3  # of each reason that a batch brings along
 MOST_REASONS = 200  # of a step that a batch counts by name
+FOUND = re.compile(r"found the (text|list|object|number) .*", re.DOTALL)
 
 
 class Done(NamedTuple):
@@ -39,7 +41,9 @@ class Worker:
         """One batch. Raises UserError as the steps do."""
         plan, steps = self.plan, self.steps
         items, faults = items_of(batch, plan.sources, plan.formats, plan.columns)
-        faults = [fault._replace(reason=steps.hide(fault.reason)) for fault in faults]
+        if plan.preparation.privacy:  # a value that is shown cut off may be private, and not be found any more
+            faults = [fault._replace(reason=FOUND.sub(r"found a \1", steps.hide(fault.reason))) for fault in faults]
+        records = {item.number: item.record for item in items}
         tally = Tally(len(batch), steps)
         tally.ledger += [entry(*fault[:2], "dropped", f"invalid: {fault.reason}") for fault in faults]
         tally.faults = [list(fault) for fault in faults[:EXAMPLES]]
@@ -63,7 +67,8 @@ class Worker:
         }
         for step in steps.sets:
             if step.where == "workers":
-                columns |= {f"{step.name}:{name}": array for name, array in step.sketch(items).items()}
+                given = [item._replace(record=records[item.number]) for item in items] if step.raw else items
+                columns |= {f"{step.name}:{name}": array for name, array in step.sketch(given).items()}
         return Done([packed(item) for item in items], columns, files, "".join(tally.ledger).encode(), tally.record())
 
 

@@ -39,7 +39,7 @@ class Scored:
     """A number for each row, and bounds that it has to keep."""
 
     name, what = "", ""
-    where = "main"
+    where, raw = "main", False
     higher_is_better = True
 
     def __init__(self, section: Perplexity | Score) -> None:

@@ -30,7 +30,7 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 class NearDuplicates:
     """Of rows that are alike, directly or through others, the first stays."""
 
-    name, where = "deduplicate.near", "workers"
+    name, where, raw = "deduplicate.near", "workers", False
 
     def __init__(self, section: Near, seed: int, drop: bool) -> None:
         self.section, self.seed, self.drop = section, seed, drop

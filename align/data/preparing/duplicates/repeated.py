@@ -27,7 +27,7 @@ ENDS = re.compile(rf"(?:{SENTENCE.pattern})|\s*\n\s*")
 class RepeatedParts:
     """Parts of texts that repeat earlier ones."""
 
-    where = "workers"
+    where, raw = "workers", False
 
     def __init__(self, name: str, what: str, section: Repeated, parts: Callable[[str], list[Span]]) -> None:
         """`what`: the parts, in a word; `parts` finds them in a text."""

@@ -26,9 +26,9 @@ class Same:
 
     where = "workers"
 
-    def __init__(self, name: str, key: Callable[[Item], Any], reason: str, drop: bool) -> None:
+    def __init__(self, name: str, key: Callable[[Item], Any], reason: str, drop: bool, *, raw: bool = False) -> None:
         """`key` gives None for a row that is compared with none; `reason`: why a row goes."""
-        self.name, self.key, self.reason, self.drop = name, key, reason, drop
+        self.name, self.key, self.reason, self.drop, self.raw = name, key, reason, drop, raw
 
     def sketch(self, items: Sequence[Item]) -> Sketch:
         """`key`: (n,) uint64."""
