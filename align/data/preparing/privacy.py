@@ -61,7 +61,7 @@ class Privacy:
         texts = list(dict.fromkeys(_texts(value)))
         found = self.find(texts)
         told = {text[f.start : f.end]: f for (_, text), finds in zip(texts, found, strict=True) for f in finds}
-        hidden = {raw: f for raw, f in told.items() if len(raw) >= _LEAST and not any(self.find([("", raw)]))}
+        hidden = {raw: f for raw, f in told.items() if len(raw) >= _LEAST and not any(self._found("", raw))}
         spans = _everywhere([text for _, text in texts], found, hidden)
         if not any(spans):
             return Masked(value, {})
