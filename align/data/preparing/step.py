@@ -107,7 +107,7 @@ class SetStep(Protocol):
 
     name: str  # as RowStep's
     where: Literal["workers", "main"]  # which processes sketch
-    raw: bool  # whether it sketches rows with their records as the file has them: an address tells rows apart, masked not
+    raw: bool  # whether it sketches rows with their records as the file has them, before anything is masked
 
     def sketch(self, items: Sequence[Item]) -> Sketch:
         """Arrays by name, each (len(items), …); or ragged: `name` holds the values of all rows one after the other, and

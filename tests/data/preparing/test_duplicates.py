@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -229,7 +230,7 @@ def test_repeated_sentences_go_from_later_texts():
     step = RepeatedParts("deduplicate.sentences", "sentences", Repeated(), sentence_spans)
     found = decided(step, items)
     values, starts = found.cuts
-    cuts = [values[a:b].tolist() for a, b in zip(starts, starts[1:], strict=False)]
+    cuts = [values[a:b].tolist() for a, b in pairwise(starts)]
     assert cuts == [[], [1], [0], []]
     assert step.edit(items[1], np.array(cuts[1])).item.row.text == "Something quite new to read now. Yes."
     assert step.edit(items[2], np.array(cuts[2])).reason == "every one of its sentences stood in an earlier text"
