@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from align.data.preparing.private.accounts import cards, ibans
 from align.data.preparing.private.contacts import addresses, emails
-from align.data.preparing.private.found import Found, folded
+from align.data.preparing.private.found import WORD, Found, folded
 from align.data.preparing.private.hints import hint
 from align.data.preparing.private.identities import identities
 from align.data.preparing.private.phones import COUNTRIES, phones
@@ -163,7 +163,8 @@ def _everywhere(texts: Sequence[str], found: Sequence[Sequence[Found]], told: Ma
     """What was found, and `told` wherever it stands: values that only words beside them, in one of the texts, tell."""
     values, everywhere = sorted(told, key=len, reverse=True), list(map(list, found))
     for at in range(0, len(values), _AT_ONCE):
-        known = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, values[at : at + _AT_ONCE])) + r")(?!\w)")
+        either = "|".join(map(re.escape, values[at : at + _AT_ONCE]))
+        known = re.compile(rf"(?<![{WORD}])(?:{either})(?![{WORD}])")
         for text, each in zip(texts, everywhere, strict=True):
             each += [told[m[0]]._replace(start=m.start(), end=m.end()) for m in known.finditer(text)]
     return [_apart(each) for each in everywhere]

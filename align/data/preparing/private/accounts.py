@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from align.data.preparing.private.found import Found, digits
+from align.data.preparing.private.found import WORD, Found, digits
 from align.data.preparing.private.hints import hint
 
-_CARD = re.compile(r"(?<![\w.,/#-])\d(?:[ .-]?\d){12,18}(?![\w]|[.,-]\d)")
+_CARD = re.compile(rf"(?<![{WORD}.,/#-])\d(?:[ .-]?\d){{12,18}}(?![{WORD}]|[.,-]\d)")
 _BRANDS = re.compile(  # issuers' first digits and the lengths of their numbers (ISO/IEC 7812)
     r"4(?:\d{12}|\d{15}|\d{18})"  # Visa
     r"|(?:5[1-5]\d\d|222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720)\d{12}"  # Mastercard

@@ -6,7 +6,7 @@ import ipaddress
 import re
 from collections.abc import Iterator
 
-from align.data.preparing.private.found import Found
+from align.data.preparing.private.found import LETTERS, WORD, Found
 from align.data.preparing.private.hints import hint
 
 # The signs of an address, and what people write for them so that programs do not find it.
@@ -17,10 +17,11 @@ _AT = re.compile(
 )
 _DOT = r"(?:\.|\s?[\[({<]\s?(?:dot|\.|punkt|point|punto|ponto)\s?[\])}>]\s?|\s(?:dot|punto|ponto)\s)"
 # The parts of RFC 5321 and 6531, with letters of any language.
-_ATOM = r"[\w!#$%&'*+/=?^`{|}~-]+"
+_ATOM = rf"[{WORD}!#$%&'*+/=?^`{{|}}~-]+"
 _LOCAL = re.compile(rf"""(?:"[^"\n@]{{1,64}}"|{_ATOM}(?:{_DOT}{_ATOM})*)$""", re.IGNORECASE)
 _DOMAIN = re.compile(
-    rf"(?:[^\W_](?:[\w-]{{0,61}}[^\W_])?{_DOT}){{1,8}}(?P<top>xn--[a-z0-9-]{{2,59}}|[^\W\d_]{{2,24}})(?!\w)",
+    rf"(?:[{WORD}](?:[{WORD}-]{{0,61}}[{WORD}])?{_DOT}){{1,8}}(?P<top>xn--[a-z0-9-]{{2,59}}|[{LETTERS}]{{2,24}})"
+    rf"(?![{WORD}])",
     re.IGNORECASE,
 )
 _LONGEST = 80  # characters of a local part that are looked at
@@ -33,8 +34,10 @@ _FILES = re.compile(
 )
 
 _BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-_IPV4 = re.compile(rf"(?<![\w.])(?<![^\W\d_][/-])(?:{_BYTE}\.){{3}}{_BYTE}(?!\w|-[^\W\d_]|\.\d)")
-_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}(?:(?:\d{1,3}\.){3}\d{1,3}|[0-9A-Fa-f]{0,4})(?![\w:]|\.\d)")
+_IPV4 = re.compile(rf"(?<![{WORD}.])(?<![{LETTERS}][/-])(?:{_BYTE}\.){{3}}{_BYTE}(?![{WORD}]|-[{LETTERS}]|\.\d)")
+_IPV6 = re.compile(
+    rf"(?<![{WORD}:.])(?:[0-9A-Fa-f]{{0,4}}:){{2,7}}(?:(?:\d{{1,3}}\.){{3}}\d{{1,3}}|[0-9A-Fa-f]{{0,4}})(?![{WORD}:]|\.\d)"
+)
 
 
 def emails(text: str) -> Iterator[Found]:

@@ -16,6 +16,11 @@ class Found(NamedTuple):
     value: str  # what it says, the same for all ways of writing it
 
 
+# For character classes: letters of scripts that put blanks between words, digits, and what joins them. A number or an
+# address that touches one goes on there; one that touches a Chinese or Thai letter does not.
+LETTERS = "A-Za-z\u00aa-\u02af\u0370-\u052f"
+WORD = f"0-9_{LETTERS}"
+
 _GONE = "\0"  # stands for a character that nobody sees
 _SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from align.data.preparing.private.found import LETTERS
+
 Hint = Literal["phone", "card", "iban", "identity", "address", "version", "other"]
 
 REACH = 48  # characters before a number in which its hint may stand
@@ -70,10 +72,13 @@ def _pattern() -> re.Pattern[str]:
     whole = set(_WHOLE.split())
     groups = []
     for hint, stems in _STEMS.items():
-        words = [re.escape(stem) + r"(?![^\W\d_])" if stem in whole else stem + r"[^\W\d_]*" for stem in stems.split()]
+        words = [
+            re.escape(stem) + rf"(?![{LETTERS}])" if stem in whole else stem + rf"[{LETTERS}]*"
+            for stem in stems.split()
+        ]
         others = _WITHOUT_SPACES.get(hint, "").split()
         compounds = [_COMPOUNDS[hint]] if hint in _COMPOUNDS else []
-        begun = r"(?<![^\W\d_])(?:" + "|".join([*compounds, *sorted(words, key=len, reverse=True)]) + ")"
+        begun = rf"(?<![{LETTERS}])(?:" + "|".join([*compounds, *sorted(words, key=len, reverse=True)]) + ")"
         groups.append(f"(?P<{hint}>" + "|".join([begun, *map(re.escape, others)]) + ")")
     return re.compile("|".join(groups), re.IGNORECASE)
 

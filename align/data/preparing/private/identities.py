@@ -8,7 +8,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from align.data.preparing.private.found import Found
+from align.data.preparing.private.found import WORD, Found
 from align.data.preparing.private.hints import hint
 
 
@@ -23,7 +23,7 @@ class Scheme(NamedTuple):
     @property
     def pattern(self) -> re.Pattern[str]:
         """The form, where nothing goes on before or after it."""
-        return re.compile(rf"(?<![\w])(?<!\w[.,/-])(?:{self.form})(?!\w|[.,/-]\w)", re.IGNORECASE)
+        return re.compile(rf"(?<![{WORD}])(?<![{WORD}][.,/-])(?:{self.form})(?![{WORD}]|[.,/-][{WORD}])", re.IGNORECASE)
 
 
 SCHEMES = (

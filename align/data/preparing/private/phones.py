@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from align.data.preparing.private.found import Found, digits
+from align.data.preparing.private.found import WORD, Found, digits
 from align.data.preparing.private.hints import hint
 
 # Countries whose national way of writing numbers is tried, those first whose numbers are most often met.
@@ -18,8 +18,10 @@ COUNTRIES = (
 )  # fmt: skip
 MOST_GROUPS = 7  # of digits in one number
 _NUMBER = re.compile(
-    r"(?<![\w.,/#$€£¥-])(?:\+|00)?(?:\d{1,3}[ .-]?)?(?:\(\d{1,5}\)[ .\-/]{0,2}|\d{2,5} ?[-/] ?)?\d(?:[ .\-/]?\d){3,14}"
-    r"(?:,?\s?(?:ext|extension|x|durchwahl|#)\.?\s?\d{1,6})?(?!\w|[.,:-]\d|\s?[%€$£¥])",
+    rf"(?<![{WORD}.,/#$€£¥-])"
+    r"(?:\+|00)?(?:\d{1,3}[ .-]?)?(?:\(\d{1,5}\)[ .\-/]{0,2}|\d{2,5} ?[-/] ?)?\d(?:[ .\-/]?\d){3,14}"
+    r"(?:,?\s?(?:ext|extension|x|durchwahl|#)\.?\s?\d{1,6})?"
+    rf"(?![{WORD}]|[.,:-]\d|\s?[%€$£¥])",
     re.IGNORECASE,
 )
 _AFTER_NUMBER = re.compile(r"(?:ext|x|durchwahl|#|,).*", re.IGNORECASE)
