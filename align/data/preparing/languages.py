@@ -17,8 +17,9 @@ from align.recipe.errors import UserError
 UNKNOWN = "und"  # ISO 639: undetermined
 LOOKED_AT = 20_000  # characters of a text; more do not change what it is told to be
 LEAST = 0.25  # of the model's probability: below it, the best guess is no more than that
-# What says nothing of a language, and what the model takes for words all the same.
-_NOT_WORDS = re.compile(r"https?://\S+|www\.\S+|\S+@\S+|<[A-Z]+_\d+>|[^\W\d_]*[\d_][\w]*|[^\w\s'’-]+|\s+")
+_ADDRESS = re.compile(r"https?://\S+|www\.\S+|[\w.+-]{1,64}@\S+")
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+_NO_WORD = re.compile(r"[\d_]")  # of names in code, of numbers and of placeholders
 
 
 class Language(NamedTuple):
@@ -59,7 +60,8 @@ def languages(text: str) -> dict[str, float]:
 
 def _words(text: str) -> str:
     """The words of a text on one line, with half surrogate pairs, which the model cannot read, replaced."""
-    return " ".join(_NOT_WORDS.sub(" ", text).split()).encode("utf-8", "replace").decode("utf-8")
+    words = (word for word in _WORD.findall(_ADDRESS.sub(" ", text)) if not _NO_WORD.search(word))
+    return " ".join(words).encode("utf-8", "replace").decode("utf-8")
 
 
 def available() -> bool:

@@ -24,9 +24,10 @@ EXCERPT = 60  # characters on either side of a placeholder in the report
 Names = Callable[[Sequence[str]], Sequence[Sequence[Found]]]
 
 _PLACEHOLDER = re.compile(r"<([A-Z]+(?:_[A-Z]+)*)_(\d{1,9})>")
-_CUT = re.compile(r"[^\s'\"…]{4,}\s?(?:…|\.\.\.)(?=['\"]?$)|^…\s?[^\s…]{4,}")
+_CUT = re.compile(r"(?:[\d+][\d .()/-]*|[^\s'\"…]{4,})\s?(?:…|\.\.\.)|^…\s?(?:[\d .()/-]{4,}|[^\s…]{4,})")
 _UNTOUCHED = frozenset(("role", "type", "train"))  # keys of messages and tools whose values are words of the format
 _RANK = {kind: rank for rank, kind in enumerate(KINDS)}
+_AT_ONCE = 500  # values that are looked for at once
 _LEAST = 6  # letters of a value that is looked for in the other texts of its row too
 
 
@@ -58,14 +59,17 @@ class Privacy:
     def mask(self, value: Any) -> Masked:
         """A value of JSON, of any depth, as one document: a private value has one placeholder in all its texts."""
         texts = list(dict.fromkeys(_texts(value)))
-        spans = _everywhere([text for _, text in texts], self.find(texts))
+        found = self.find(texts)
+        told = {text[f.start : f.end]: f for (_, text), finds in zip(texts, found, strict=True) for f in finds}
+        hidden = {raw: f for raw, f in told.items() if len(raw) >= _LEAST and not any(self._found("", raw))}
+        spans = _everywhere([text for _, text in texts], found, hidden)
         if not any(spans):
             return Masked(value, {})
         placeholders = _Placeholders([text for _, text in texts])
-        found = dict(zip(texts, spans, strict=True))
-        written = {place: placeholders.write(place[1], each) for place, each in found.items() if each}
+        by_place = dict(zip(texts, spans, strict=True))
+        written = {place: placeholders.write(place[1], each) for place, each in by_place.items() if each}
         masked = _mapped(value, lambda key, text: written.get((key, text), text))
-        return Masked(masked, Counter(each.kind for place in _texts(value) for each in found[place]))
+        return Masked(masked, Counter(each.kind for place in _texts(value) for each in by_place[place]))
 
     def hide(self, text: str) -> str:
         """What a report may say of a text: without private values, and without words that an ellipsis cuts off, which
@@ -155,21 +159,14 @@ def _apart(found: Sequence[Found]) -> list[Found]:
     return sorted(kept)
 
 
-def _everywhere(texts: Sequence[str], found: Sequence[Sequence[Found]]) -> list[list[Found]]:
-    """What was found, in whichever of the texts it stands: what tells a number may be said in one of them alone."""
-    raw = {
-        text[each.start : each.end]: each for text, each_found in zip(texts, found, strict=True) for each in each_found
-    }
-    long = sorted((value for value in raw if len(value) >= _LEAST), key=len, reverse=True)
-    if not long:
-        return [list(each) for each in found]
-    known = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, long)) + r")(?!\w)")
-    return [
-        _apart(
-            [*each, *(raw[match[0]]._replace(start=match.start(), end=match.end()) for match in known.finditer(text))]
-        )
-        for text, each in zip(texts, found, strict=True)
-    ]
+def _everywhere(texts: Sequence[str], found: Sequence[Sequence[Found]], told: Mapping[str, Found]) -> list[list[Found]]:
+    """What was found, and `told` wherever it stands: values that only words beside them, in one of the texts, tell."""
+    values, everywhere = sorted(told, key=len, reverse=True), list(map(list, found))
+    for at in range(0, len(values), _AT_ONCE):
+        known = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, values[at : at + _AT_ONCE])) + r")(?!\w)")
+        for text, each in zip(texts, everywhere, strict=True):
+            each += [told[m[0]]._replace(start=m.start(), end=m.end()) for m in known.finditer(text)]
+    return [_apart(each) for each in everywhere]
 
 
 def _excerpt(text: str) -> str:

@@ -6,6 +6,7 @@ import base64
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -43,7 +44,8 @@ class Card:
         tokens: Callable[[Row], int] | None,
         hide: Callable[[str], str],
     ) -> None:
-        self.sources, self.tokens, self.hide, self.languages = list(sources), tokens, hide, available()
+        self.sources, self.tokens, self.languages = list(sources), tokens, available()
+        self.hide = lru_cache(maxsize=4096)(hide)
 
     def observe(self, items: Sequence[Item], faults: Sequence[Fault]) -> dict[str, Any]:
         """Of one batch."""

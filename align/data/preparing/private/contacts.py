@@ -20,7 +20,7 @@ _DOT = r"(?:\.|\s?[\[({<]\s?(?:dot|\.|punkt|point|punto|ponto)\s?[\])}>]\s?|\s(?
 _ATOM = r"[\w!#$%&'*+/=?^`{|}~-]+"
 _LOCAL = re.compile(rf"""(?:"[^"\n@]{{1,64}}"|{_ATOM}(?:{_DOT}{_ATOM})*)$""", re.IGNORECASE)
 _DOMAIN = re.compile(
-    rf"(?:[^\W_](?:[\w-]{{0,61}}[^\W_])?{_DOT}){{1,8}}(?P<top>xn--[a-z0-9-]{{2,59}}|[^\W\d_]{{2,24}})(?![\w-])",
+    rf"(?:[^\W_](?:[\w-]{{0,61}}[^\W_])?{_DOT}){{1,8}}(?P<top>xn--[a-z0-9-]{{2,59}}|[^\W\d_]{{2,24}})(?!\w)",
     re.IGNORECASE,
 )
 _LONGEST = 80  # characters of a local part that are looked at

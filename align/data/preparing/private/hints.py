@@ -41,18 +41,19 @@ _STEMS: dict[Hint, str] = {  # the beginnings of words, in the languages in whic
         "order invoice ticket ref reference receipt tracking shipment parcel isbn issn ean upc gtin sku asin serial "
         "model part article item product batch lot commit hash checksum timestamp unix epoch doi arxiv pmid patent "
         "issue bug case docket customer member policy booking reservation confirmation flight imei iccid vin latitude "
-        "longitude coordinates transaction id uuid zip population bestell rechnung kunden artikel auftrag sendung "
+        "longitude coordinates transaction uuid zip population bestell rechnung kunden artikel auftrag sendung "
         "serien aktenzeichen commande facture référence suivi pedido factura referencia seguimiento ordine fattura "
         "riferimento encomenda fatura bestelling factuur zamówien faktur sipariş tilaus ordre заказ счёт счет артикул "
         "ऑर्डर"
     ),
 }  # fmt: skip
 _COMPOUNDS: dict[Hint, str] = {  # whose last word alone says something else
-    "identity": r"(?:identity|identification|id|pan|aadhaar|social insurance|social security|tax|health) card",
+    "identity": r"(?:identity|identification|id|pan|aadhaar|social insurance|social security|tax|health) card|"
+    r"(?:national|personal) id|id (?:number|no\b)",
     "other": r"(?:sim|sd|graphics|library|gift|loyalty|membership|report|score) card|"
     r"(?:customer|order|ticket|case|call|contact) (?:id|reference|no)",
 }
-_WHOLE = "v ver tel tin nie nir sin rut pan pps ref rev lot id ip oid part cell ring bel ruf cep kart rfc case"
+_WHOLE = "v ver tel tin nie nir sin rut pan pps ref rev lot ip oid part cell ring bel ruf cep kart rfc case"
 _WITHOUT_SPACES: dict[Hint, str] = {  # of scripts that put none between words
     "phone": (
         "电话 電話 手机 手機 联系方式 联系我 致电 拨打 传真 携帯 ファックス 전화 휴대폰 핸드폰 연락처 هاتف جوال اتصل"

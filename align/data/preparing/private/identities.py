@@ -93,7 +93,8 @@ def identities(text: str, countries: Sequence[str] | None = None) -> Iterator[Fo
             continue
         for match in pattern.finditer(text):
             said = hint(text, match.start())
-            if (said == "identity" or (scheme.told and said in (None, "address"))) and _valid(scheme.module, match[0]):
+            told = said == "identity" or (scheme.told and said in (None, "address", "phone"))
+            if told and _valid(scheme.module, match[0]):
                 yield Found(match.start(), match.end(), "ID", re.sub(r"[^\w+]", "", match[0]).upper())
 
 

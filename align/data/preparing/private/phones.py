@@ -61,7 +61,7 @@ def _value(number: str, said: str | None, chinese: bool, countries: tuple[str, .
             return value
         value = next(filter(None, (_valid(number, country) for country in countries)), None)
         return value or (digits(number) if _SHORT.fullmatch(number) else None)
-    if said is not None:
+    if said not in (None, "address"):
         return None
     if number.startswith("00"):
         return _valid(f"+{number[2:]}", None) if re.search(r"[ /-]", number) else None

@@ -36,7 +36,7 @@ _BLOCK = re.compile(  # PEM and PGP; one that is cut off goes as far as its lett
     r"(?:[\s\S]{0,20000}?-----END (?P=what)-----|(?:\s*(?:\\n)?[A-Za-z0-9+/=:, -]{16,})*)"
 )
 _IN_URL = re.compile(r"[a-z][a-z0-9+.-]{1,20}://[^\s/:@]{0,64}:(?P<key>[^\s/@]{3,128})@(?=[\w\[])", re.IGNORECASE)
-_HEADER = re.compile(r"\b(?:Bearer|Basic|Token)\s+(?P<key>[A-Za-z0-9+/_.~-]{16,}={0,2})")
+_HEADER = re.compile(r"\b(?i:bearer|basic|token)\s+(?P<key>(?=[^\s\d]*\d)[A-Za-z0-9+/_.~-]{16,}={0,2})")
 _NAMED = re.compile(  # api_key = "…", "clientSecret": "…", PASSWORD=…, le mot de passe est …
     r"(?P<name>pass(?:word|wd|phrase|code)|pwd|passwort|kennwort|contraseña|mot de passe|senha|wachtwoord|пароль|"
     r"密码|密碼|パスワード|비밀번호|(?:secret|api|access|auth|private|account|client)[_ -]?key|secret|token|credential)"
