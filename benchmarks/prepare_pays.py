@@ -4,8 +4,8 @@
 
 The set, drawn anew for each seed: 600 messages with their labels; 400 copies of 20 of them, with a word exchanged and
 the wrong label; 300 lines of signs and digits with a label by chance; and 150 of the held-out messages, reworded in a
-word, with their labels. `align.prepare` filters, deduplicates and decontaminates it against the held-out messages. Both
-sets train as many steps. Held-out messages are of two kinds: `unseen`, and `leaked`, whose copies stand in the dirty set.
+word, with their labels. `align.prepare` filters, deduplicates and decontaminates it against all held-out messages. Both
+sets train as many steps. Held-out messages are of two kinds: `unseen`, and `leaked`, with a copy in the dirty set.
 Last, one JSON line.
 """
 

@@ -17,6 +17,7 @@ import numpy as np
 from align.data.formats.formats import read_rows
 from align.data.formats.prompts import PROMPTING
 from align.data.formats.rows import Row
+from align.data.preparing.grams import grams_at
 from align.data.preparing.step import Item, Verdict, drop, keep
 from align.data.preparing.texts import normal, texts_of
 from align.recipe.errors import UserError
@@ -24,8 +25,6 @@ from align.recipe.source import Source
 
 LEAST_WORDS = 4  # of an item; fewer stand in every second text
 COMMON = 32  # items that one n-gram may be of; one of more is their template, and says nothing of an item
-
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Measured(NamedTuple):
@@ -140,14 +139,7 @@ def hashes(words: Sequence[str]) -> np.ndarray:
 
 def ngrams(words: np.ndarray, n: int) -> np.ndarray:
     """Hashes of (w,) words -> (w - n + 1,) uint64, hashes of their n-grams; none where there are fewer words."""
-    count = len(words) - n + 1
-    if count < 1:
-        return np.zeros(0, np.uint64)
-    found = np.zeros(count, np.uint64)
-    for i in range(n):
-        found = (found ^ words[i : i + count]) * _MULTIPLIER
-        found ^= found >> np.uint64(29)
-    return found
+    return grams_at(words, np.arange(len(words) - n + 1), n)
 
 
 @lru_cache(maxsize=1 << 18)

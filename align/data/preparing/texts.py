@@ -15,7 +15,7 @@ SPELT = ("content", "reasoning_content")  # of a message: what somebody wrote
 UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
-WORD = re.compile(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])\w)+")
+WORD = re.compile(rf"[^\W{UNSPACED}]+|[{UNSPACED}]")
 
 
 def whole(row: Row) -> str:

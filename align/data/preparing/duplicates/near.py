@@ -15,6 +15,7 @@ import numpy as np
 
 from align.data.preparing.duplicates.groups import Groups
 from align.data.preparing.duplicates.same import repeats
+from align.data.preparing.grams import grams_at, mixed
 from align.data.preparing.step import Decision, Item, Sketch, Sketches, Verdict, keep
 from align.data.preparing.texts import normal, whole
 from align.recipe.errors import UserError
@@ -24,7 +25,6 @@ FOUND = 0.99  # of pairs that are just alike enough, the least share that become
 ROUNDS = 16  # in which the rows of a band are compared with one of them
 PAIRS = 1 << 14  # compared at once
 ROWS = 1 << 14  # whose band is hashed at once
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class NearDuplicates:
@@ -77,12 +77,7 @@ def ngrams(hashes: Sequence[Sequence[int]], n: int) -> np.ndarray:
     flat = np.fromiter((word for row in hashes for word in row), np.uint64, int(lengths.sum()))
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
     inside = np.arange(len(flat)) - starts + n <= np.repeat(lengths, lengths)  # places where a whole n-gram begins
-    begin = np.flatnonzero(inside)
-    found = np.zeros(len(begin), np.uint64)
-    for i in range(n):
-        found = (found ^ flat[begin + i]) * MULTIPLIER
-        found ^= found >> np.uint64(29)
-    return found
+    return grams_at(flat, np.flatnonzero(inside), n)
 
 
 def bands_of(threshold: float, permutations: int) -> tuple[int, int]:
@@ -131,8 +126,7 @@ def _band(signature: np.ndarray, rows: np.ndarray, first: int, r: int) -> np.nda
     for at in range(0, len(rows), ROWS):
         numbers = signature[rows[at : at + ROWS], first : first + r].astype(np.uint64)
         for i in range(r):
-            keys[at : at + ROWS] = (keys[at : at + ROWS] ^ numbers[:, i]) * MULTIPLIER
-            keys[at : at + ROWS] ^= keys[at : at + ROWS] >> np.uint64(31)
+            keys[at : at + ROWS] = mixed(keys[at : at + ROWS], numbers[:, i])
     return keys
 
 
