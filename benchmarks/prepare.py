@@ -4,8 +4,8 @@
     python benchmarks/prepare.py scale [--rows 10000 100000 1000000] [--workers 2]
     python benchmarks/prepare.py beside PYTHON [--rows 100000] [--workers 2]
 
-`planted` says how many of the planted copies are found, and how many of what is dropped were planted. `scale` prepares
-sets of several sizes, each in a process of its own. `beside` runs text-dedup's MinHash, which PYTHON has installed, on
+`planted` says how many of the planted copies are found, and how many of what is dropped were planted. `scale` does so
+with sets of several sizes. `beside` runs text-dedup's MinHash, which PYTHON has installed, on
 the same rows with as many processes. Rows are drawn words: no text of anybody. Last, one JSON line.
 
 Of 10 rows 6 are originals of 40 to 160 words, and 4 are copies of an earlier original: with 1 to 4 % of the words
@@ -48,8 +48,8 @@ def planted(rows: int, seed: int = 0) -> Iterator[dict[str, Any]]:
             how = rng.choice(COPIES)
             yield {"text": copied(rng, words, how, boilerplate), "family": family, "copy": how}
             continue
-        at, count = rng.randrange(len(stock) - 200), rng.randint(40, 160)
-        words = rng.sample(stock[at : at + 20_000], count) if len(stock) > at + 20_000 else rng.sample(stock, count)
+        count = rng.randint(40, 160)
+        words = rng.choices(stock, k=count)
         if len(known) < 200_000:
             known.append((i, words))
         text = " ".join(words)
@@ -99,27 +99,35 @@ def prepared(folder: Path, data: Path, workers: int, steps: dict[str, Any] | Non
 
 
 def measured(command: list[str], log: Path) -> dict[str, float]:
-    """A command's seconds, and the peak of its processes' memory in MB, each page counted once."""
-    started, peak = time.monotonic(), 0
+    """A command's seconds, those of the processor in all its processes, and the peak of their memory in MB, each page
+    counted once."""
+    started, peak, busy = time.monotonic(), 0, dict[int, float]()
     with log.open("wb") as out:
         process = psutil.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ)
         while process.poll() is None:
-            peak = max(peak, memory(process))
-            time.sleep(0.5)
+            bytes_, seconds = usage(process)
+            peak, busy = max(peak, bytes_), busy | seconds
+            time.sleep(0.2)
     if process.returncode:
         raise SystemExit(f"{command} ended with status {process.returncode}:\n{log.read_text()[-2000:]}")
-    return {"seconds": round(time.monotonic() - started, 1), "peak_mb": round(peak / 2**20)}
+    cpu = round(sum(busy.values()), 1)
+    return {"seconds": round(time.monotonic() - started, 1), "cpu_seconds": cpu, "peak_mb": round(peak / 2**20)}
 
 
-def memory(process: psutil.Process) -> int:
-    """Proportional set size of a process and all below it."""
-    total = 0
-    for one in (process, *process.children(recursive=True)):
+def usage(process: psutil.Process) -> tuple[int, dict[int, float]]:
+    """Of a process and all below it: proportional set sizes together, and seconds of the processor by process."""
+    total, busy = 0, {}
+    try:
+        processes = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0, {}
+    for one in processes:
         try:
             total += one.memory_full_info().pss
+            busy[one.pid] = sum(one.cpu_times()[:2])
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
-    return total
+    return total, busy
 
 
 def found(folder: Path, data: Path) -> dict[str, Any]:
@@ -172,7 +180,7 @@ def main() -> None:
             write(data, rows)
             result: dict[str, Any] = {"rows": rows, "mb": round(data.stat().st_size / 2**20), "workers": asked.workers}
             result |= prepared(folder, data, asked.workers)
-            if asked.what == "planted":
+            if asked.what != "beside":
                 result |= found(folder, data)
             if asked.what == "beside":
                 theirs = beside(asked.python, folder, data, asked.workers)
