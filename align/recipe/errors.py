@@ -35,3 +35,6 @@ class UserError(ValueError):
         assert problems, "a UserError names at least one problem"
         self.problems = tuple(printable(problem).replace("\n", "\\n") for problem in problems)
         super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, ...]]:
+        return UserError, self.problems  # as it comes from another process

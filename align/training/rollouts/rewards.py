@@ -6,7 +6,6 @@ Shapes: E episodes (responses), K parts.
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import islice
@@ -23,6 +22,7 @@ from align.models.judge import Judge, read_judge
 from align.models.roles import CRITIC, Scorer, read_scorer
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
+from align.recipe.functions import imported
 from align.recipe.paths import Location
 from align.recipe.schema import Section
 from align.training.borders.foreign import foreign
@@ -111,7 +111,7 @@ class Rewards:
                 elif part.model:
                     self.judges[title] = read_judge(part.model, part.label, f"{key}.{i}", trunk.device, trunk.dtype)
                 else:
-                    self.functions[title] = _imported(part.function, f"{key}.{i}.function")
+                    self.functions[title] = imported(part.function, f"{key}.{i}.function", foreign)
             except UserError as error:
                 problems += error.problems
         if problems:
@@ -155,15 +155,6 @@ class Rewards:
             score = (scores[title] - (normal.mean or 0.0)) / (normal.std or 1.0)
             total += part.weight * (score if part.clip is None else score.clamp(-part.clip, part.clip))
         return total
-
-
-def _imported(name: str, key: str) -> RewardFunction:
-    module, _, attribute = name.partition(":")
-    found = foreign(f"{key}: {module} cannot be imported", lambda: importlib.import_module(module))
-    function = foreign(f"{key}: {module} has no function {attribute!r}", lambda: getattr(found, attribute, None))
-    if not callable(function):
-        raise UserError(f"{key}: {module} has no function {attribute!r}")
-    return function
 
 
 def _called(function: RewardFunction, name: str, answered: list[Answered]) -> list[float]:

@@ -1,0 +1,94 @@
+"""What the words before a number say it is: a phone number, a card, an order.
+
+The same digits can be any of these, and checksums of one digit let a tenth of all numbers through. So where the form of
+a number does not tell, the nearest such word before it does.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from align.data.preparing.private.found import LETTERS
+
+Hint = Literal["phone", "card", "iban", "identity", "address", "version", "other"]
+
+REACH = 48  # characters before a number in which its hint may stand
+
+_STEMS: dict[Hint, str] = {  # the beginnings of words, in the languages in which data sets are mostly written
+    "phone": (
+        "phone telephone tel tél telefon telefoon teléfono telefone téléphone mobile mobil móvil mobiel cell cellphone "
+        "celular cellulare cep call dial ring fax whatsapp sms reach contact kontakt contacto hotline helpline handy "
+        "anruf ruf durchwahl festnetz portable appel joign llám llam chiam ligue ligar bel telemóvel komórk zadzwo "
+        "puhelin soita тел телефон моб звон позвон हेल्पलाइन फोन फ़ोन मोबाइल"
+    ),
+    "card": (
+        "card visa mastercard amex maestro discover diners jcb credit debit karte kreditkarte carte tarjeta carta "
+        "cartão cartao kaart karta kart kort карт कार्ड"
+    ),
+    "iban": "iban bic swift konto bankverbindung",
+    "identity": (
+        "ssn social sécurité securite sozialversicherung national identity identification tax taxpayer tin itin nino "
+        "insurance nhs steuer idnr ausweis nir insee dni nie nif cpf cédula cedula curp rfc aadhaar aadhar uidai pan "
+        "pesel personnummer personbeteckning henkilötunnus hetu cpr fødselsnummer personnr bsn burgerservicenummer "
+        "rijksregister niss ahv avs codice fiscale cnp rodné rodne sin tfn pps ppsn egn егн oib isikukood asmens amka "
+        "αμκα инн снилс паспорт kimlik tckn rut cuit cuil passport आधार"
+    ),
+    "address": "ip ipv4 ipv6 address adresse host hostname server ping ssh client remote dirección indirizzo адрес",
+    "version": (
+        "v ver version versión versione versão versie release section chapter clause paragraph oid firmware kernel "
+        "driver build revision rev update upgrade patch abschnitt kapitel версия"
+    ),
+    "other": (
+        "order invoice ticket ref reference receipt tracking shipment parcel isbn issn ean upc gtin sku asin serial "
+        "model part article item product batch lot commit hash checksum timestamp unix epoch doi arxiv pmid patent "
+        "issue bug case docket customer member policy booking reservation confirmation flight imei iccid vin latitude "
+        "longitude coordinates transaction uuid zip population bestell rechnung kunden artikel auftrag sendung "
+        "serien aktenzeichen commande facture référence suivi pedido factura referencia seguimiento ordine fattura "
+        "riferimento encomenda fatura bestelling factuur zamówien faktur sipariş tilaus ordre заказ счёт счет артикул "
+        "ऑर्डर"
+    ),
+}  # fmt: skip
+_COMPOUNDS: dict[Hint, str] = {  # whose last word alone says something else
+    "identity": r"(?:identity|identification|id|pan|aadhaar|social insurance|social security|tax|health) card|"
+    r"(?:national|personal) id|id (?:number|no\b)",
+    "other": r"(?:sim|sd|graphics|library|gift|loyalty|membership|report|score) card|"
+    r"(?:customer|order|ticket|case|call|contact) (?:id|reference|no)",
+}
+_WHOLE = "v ver tel tin nie nir sin rut pan pps ref rev lot ip oid part cell ring bel ruf cep kart rfc case"
+_WITHOUT_SPACES: dict[Hint, str] = {  # of scripts that put none between words
+    "phone": (
+        "电话 電話 手机 手機 联系方式 联系我 致电 拨打 传真 携帯 ファックス 전화 휴대폰 핸드폰 연락처 هاتف جوال اتصل"
+    ),
+    "card": "信用卡 银行卡 卡号 カード 카드 بطاقة",
+    "identity": "身份证 身分證 证件号 個人番号 マイナンバー 주민등록 זהות الهوية",
+    "address": "地址 アドレス 주소 عنوان",
+    "version": "版本 バージョン 버전 第",
+    "other": "订单 訂單 编号 編號 单号 序列号 流水号 発注 注文 番号 주문 송장 طلب",
+}
+
+
+def _pattern() -> re.Pattern[str]:
+    whole = set(_WHOLE.split())
+    groups = []
+    for hint, stems in _STEMS.items():
+        words = [
+            re.escape(stem) + rf"(?![{LETTERS}])" if stem in whole else stem + rf"[{LETTERS}]*"
+            for stem in stems.split()
+        ]
+        others = _WITHOUT_SPACES.get(hint, "").split()
+        compounds = [_COMPOUNDS[hint]] if hint in _COMPOUNDS else []
+        begun = rf"(?<![{LETTERS}])(?:" + "|".join([*compounds, *sorted(words, key=len, reverse=True)]) + ")"
+        groups.append(f"(?P<{hint}>" + "|".join([begun, *map(re.escape, others)]) + ")")
+    return re.compile("|".join(groups), re.IGNORECASE)
+
+
+_HINTS = _pattern()
+
+
+def hint(text: str, start: int) -> Hint | None:
+    """What the nearest telling word in the `REACH` characters before `start` says; None where there is none."""
+    last = None
+    for last in _HINTS.finditer(text, max(0, start - REACH), start):  # noqa: B007
+        pass
+    return last and last.lastgroup
