@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from align.data.preparing.private.found import WORD, Found, digits
 from align.data.preparing.private.hints import hint
 
-_CARD = re.compile(rf"(?<![{WORD}.,/#-])\d(?:[ .-]?\d){{12,18}}(?![{WORD}]|[.,-]\d)")
+_CARD = re.compile(rf"(?<![{WORD}/#-])(?<!\d[.,])\d(?:[ .-]?\d){{12,18}}(?![{WORD}]|[.,-]\d)")
 _BRANDS = re.compile(  # issuers' first digits and the lengths of their numbers (ISO/IEC 7812)
     r"4(?:\d{12}|\d{15}|\d{18})"  # Visa
     r"|(?:5[1-5]\d\d|222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720)\d{12}"  # Mastercard
@@ -41,15 +41,18 @@ def ibans(text: str) -> Iterator[Found]:
     """Bank accounts by their international number (ISO 13616): a country's length and form, and the checksum."""
     from stdnum import iban  # of the extra `prepare`
 
-    for match in _IBAN.finditer(text):
-        written = match[0]
+    match = _IBAN.search(text)
+    while match:
+        written, after = match[0], match.start() + 4
         ends = [i for i in range(len(written), 14, -1) if written[i - 1].isalnum()]
         for end in ends:  # the number ends where it is valid: words may follow
             following = written[end : end + 1]
             if not following.isalnum() and iban.is_valid(written[:end], check_country=False):
                 value = re.sub("[^A-Z0-9]", "", written[:end].upper())
-                yield Found(match.start(), match.start() + end, "IBAN", value)
+                after = match.start() + end
+                yield Found(match.start(), after, "IBAN", value)
                 break
+        match = _IBAN.search(text, after)
 
 
 def luhn(number: str) -> bool:

@@ -24,6 +24,13 @@ _DOMAIN = re.compile(
     rf"(?![{WORD}])",
     re.IGNORECASE,
 )
+# What an address that is spelt out as words ends in, and what is none before "at".
+_TOPS = re.compile(
+    "com|org|net|edu|gov|io|co|info|de|uk|fr|es|it|nl|ch|at|be|pt|br|in|cn|jp|ru|pl|se|eu|us|ca|au|example", re.I
+)
+_WORDS = re.compile(
+    "me|us|him|her|it|them|you|look|is|are|was|be|meet|arrive|work|stay|stop|start|everyone|we|one|that", re.I
+)
 _LONGEST = 80  # characters of a local part that are looked at
 _AROUND = "!#$%&'*/=?^`{|}~-."  # signs that may be in a local part, but at its beginning are quotes and brackets
 # Ends of file names, which look like domains: logo@2x.png
@@ -46,6 +53,8 @@ def emails(text: str) -> Iterator[Found]:
         before = text[max(0, at.start() - _LONGEST) : at.start()]
         local, domain = _LOCAL.search(before), _DOMAIN.match(text, at.end())
         name = local[0].lstrip(_AROUND) if local else ""
+        if at[0].strip().isalpha() and domain and not (_TOPS.fullmatch(domain["top"]) and not _WORDS.fullmatch(name)):
+            continue  # "look at the dot on the map"
         if not name or not domain or _FILES.fullmatch(domain["top"]):
             continue
         if name == "git" and text[domain.end() : domain.end() + 1] == ":":
@@ -60,7 +69,9 @@ def addresses(text: str) -> Iterator[Found]:
     Four numbers may be a version as well: it takes no such word before them.
     """
     for match in _IPV4.finditer(text):
-        if hint(text, match.start()) != "version" and _somebodys(match[0]):
+        said = hint(text, match.start())
+        small = all(len(number) == 1 for number in match[0].split("."))  # 1.2.3.4
+        if (said == "address" if small else said != "version") and _somebodys(match[0]):
             yield Found(match.start(), match.end(), "IP", match[0])
     for match in _IPV6.finditer(text):
         groups = [group for group in match[0].split(":") if group]

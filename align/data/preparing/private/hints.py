@@ -7,7 +7,7 @@ a number does not tell, the nearest such word before it does.
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from align.data.preparing.private.found import LETTERS
 
@@ -20,7 +20,7 @@ _STEMS: dict[Hint, str] = {  # the beginnings of words, in the languages in whic
         "phone telephone tel tél telefon telefoon teléfono telefone téléphone mobile mobil móvil mobiel cell cellphone "
         "celular cellulare cep call dial ring fax whatsapp sms reach contact kontakt contacto hotline helpline handy "
         "anruf ruf durchwahl festnetz portable appel joign llám llam chiam ligue ligar bel telemóvel komórk zadzwo "
-        "puhelin soita тел телефон моб звон позвон हेल्पलाइन फोन फ़ोन मोबाइल"
+        "puhelin soita gsm natel ringe тел телефон моб звон позвон हेल्पलाइन फोन फ़ोन मोबाइल"
     ),
     "card": (
         "card visa mastercard amex maestro discover diners jcb credit debit karte kreditkarte carte tarjeta carta "
@@ -58,7 +58,8 @@ _COMPOUNDS: dict[Hint, str] = {  # whose last word alone says something else
 _WHOLE = "v ver tel tin nie nir sin rut pan pps ref rev lot ip oid part cell ring bel ruf cep kart rfc case"
 _WITHOUT_SPACES: dict[Hint, str] = {  # of scripts that put none between words
     "phone": (
-        "电话 電話 手机 手機 联系方式 联系我 致电 拨打 传真 携帯 ファックス 전화 휴대폰 핸드폰 연락처 هاتف جوال اتصل"
+        "電話番号 携帯番号 電話號碼 手機號碼 电话 電話 手机 手機 联系方式 联系我 致电 拨打 传真 携帯 ファックス 전화 "
+        "휴대폰 핸드폰 연락처 هاتف جوال اتصل"
     ),
     "card": "信用卡 银行卡 卡号 カード 카드 بطاقة",
     "identity": "身份证 身分證 证件号 個人番号 マイナンバー 주민등록 זהות الهوية",
@@ -84,11 +85,36 @@ def _pattern() -> re.Pattern[str]:
 
 
 _HINTS = _pattern()
+_ENDS = re.compile(r"[!?。！？]|\n\s*\n")
+_AND = (
+    r"(?:and|or|und|oder|et|ou|y|o|e|en|of|och|og|eller|lub|ja|и|или|ve|veya|ext)"  # what joins the numbers of a list
+)
+_SPENT = re.compile(
+    rf"\d{{3}}(?=.*?(?<![{LETTERS}])(?!{_AND}(?![{LETTERS}]))[{LETTERS}]{{2,}})", re.DOTALL | re.IGNORECASE
+)
+
+
+class Told(NamedTuple):
+    """A telling word before a number."""
+
+    hint: Hint
+    end: int  # of the word
+
+
+def told(text: str, start: int) -> Told | None:
+    """The nearest telling word in the `REACH` characters before `start`; None where there is none.
+
+    A word tells of the number that comes next, and of others in a list with it; not beyond the end of a question or
+    a paragraph.
+    """
+    begin = max([max(0, start - REACH), *(end.end() for end in _ENDS.finditer(text, max(0, start - REACH), start))])
+    last = None
+    for last in _HINTS.finditer(text, begin, start):  # noqa: B007
+        pass
+    return Told(last.lastgroup, last.end()) if last and not _SPENT.search(text, last.end(), start) else None
 
 
 def hint(text: str, start: int) -> Hint | None:
-    """What the nearest telling word in the `REACH` characters before `start` says; None where there is none."""
-    last = None
-    for last in _HINTS.finditer(text, max(0, start - REACH), start):  # noqa: B007
-        pass
-    return last and last.lastgroup
+    """What that word says."""
+    found = told(text, start)
+    return found and found.hint

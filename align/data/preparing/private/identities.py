@@ -81,7 +81,7 @@ SCHEMES = (
     Scheme("MX", "mx.rfc", r"[A-Z]{4}[ -]?\d{6}[ -]?[A-Z0-9]{3}", False),
 )
 _PATTERNS = [(scheme, scheme.pattern) for scheme in SCHEMES]
-_DIGITS_AT_ALL = re.compile(r"\d(?:[ .+/-]?\d){3}")
+_DIGITS_AT_ALL = re.compile(r"\d\d[A-Za-z]\d\d|\d(?:[ .+/-]?\d){3}")
 
 
 def identities(text: str, countries: Sequence[str] | None = None) -> Iterator[Found]:

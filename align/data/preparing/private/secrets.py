@@ -41,7 +41,8 @@ _NAMED = re.compile(  # api_key = "…", "clientSecret": "…", PASSWORD=…, le
     r"(?P<name>pass(?:word|wd|phrase|code)|pwd|passwort|kennwort|contraseña|mot de passe|senha|wachtwoord|пароль|"
     r"密码|密碼|パスワード|비밀번호|(?:secret|api|access|auth|private|account|client)[_ -]?key|secret|token|credential)"
     r"(?:[_-]\w{1,20}|s|Key|Value)?"
-    r"(?:[\"'`]?\s{0,2}(?:[:=]>?|:=|：|=>)\s{0,2}[\"'`]?|\s(?:is|was|ist|est|es|é|è|är)\s[\"'`]?|[是为は]\s?)"
+    r"(?:(?:\s[^\W\d_]{1,12}){0,3}[\"'`]?\s{0,2}(?:[:=]>?|:=|：|=>)\s{0,2}[\"'`]?|"
+    r"\s(?:is|was|ist|est|es|é|è|är)\s[\"'`]?|[是为は]\s?)"
     r"(?P<key>[^\s\"'`,;<>(){}\[\]，。；、]{6,512})",
     re.IGNORECASE,
 )
