@@ -42,6 +42,7 @@ _FILES = re.compile(
 
 _BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 _IPV4 = re.compile(rf"(?<![{WORD}.])(?<![{LETTERS}][/-])(?:{_BYTE}\.){{3}}{_BYTE}(?![{WORD}]|-[{LETTERS}]|\.\d)")
+_PRODUCT = re.compile(rf"[{LETTERS}]*[A-Z][{LETTERS}]*\s$")  # a name before a number
 _IPV6 = re.compile(
     rf"(?<![{WORD}:.])(?:[0-9A-Fa-f]{{0,4}}:){{2,7}}(?:(?:\d{{1,3}}\.){{3}}\d{{1,3}}|[0-9A-Fa-f]{{0,4}})(?![{WORD}:]|\.\d)"
 )
@@ -70,8 +71,11 @@ def addresses(text: str) -> Iterator[Found]:
     """
     for match in _IPV4.finditer(text):
         said = hint(text, match.start())
-        small = all(len(number) == 1 for number in match[0].split("."))  # 1.2.3.4
-        if (said == "address" if small else said != "version") and _somebodys(match[0]):
+        numbers = match[0].split(".")
+        # Mostly versions: 9.0.65.0, 1.2.3.4, cuDNN 8.9.2.26
+        odd = numbers[3] == "0" or all(len(number) == 1 for number in numbers)
+        odd = odd or (int(numbers[0]) < 32 and _PRODUCT.search(text, max(0, match.start() - 24), match.start()))
+        if (said == "address" if odd else said != "version") and _somebodys(match[0]):
             yield Found(match.start(), match.end(), "IP", match[0])
     for match in _IPV6.finditer(text):
         groups = [group for group in match[0].split(":") if group]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
-from align.data.preparing.private.found import LETTERS
+from align.data.preparing.private.found import LETTERS, WORD
 
 Hint = Literal["phone", "card", "iban", "identity", "address", "version", "other"]
 
@@ -29,8 +29,8 @@ _STEMS: dict[Hint, str] = {  # the beginnings of words, in the languages in whic
     "iban": "iban bic swift konto bankverbindung",
     "identity": (
         "ssn social sécurité securite sozialversicherung national identity identification tax taxpayer tin itin nino "
-        "insurance nhs steuer idnr ausweis nir insee dni nie nif cpf cédula cedula curp rfc aadhaar aadhar uidai pan "
-        "pesel personnummer personbeteckning henkilötunnus hetu cpr fødselsnummer personnr bsn burgerservicenummer "
+        "utr insurance nhs steuer idnr ausweis nir insee dni nie nif cpf cédula cedula curp rfc aadhaar aadhar uidai "
+        "pan pesel personnummer personbeteckning henkilötunnus hetu cpr fødselsnummer personnr bsn burgerservicenummer "
         "rijksregister niss ahv avs codice fiscale cnp rodné rodne sin tfn pps ppsn egn егн oib isikukood asmens amka "
         "αμκα инн снилс паспорт kimlik tckn rut cuit cuil passport आधार"
     ),
@@ -42,20 +42,23 @@ _STEMS: dict[Hint, str] = {  # the beginnings of words, in the languages in whic
     "other": (
         "order invoice ticket ref reference receipt tracking shipment parcel isbn issn ean upc gtin sku asin serial "
         "model part article item product batch lot commit hash checksum timestamp unix epoch doi arxiv pmid patent "
-        "issue bug case docket customer member policy booking reservation confirmation flight imei iccid vin latitude "
-        "longitude coordinates transaction uuid zip population bestell rechnung kunden artikel auftrag sendung "
+        "issue bug case docket policy booking reservation confirmation flight imei iccid vin latitude "
+        "longitude coordinates transaction uuid fedex ups usps dhl zip "
+        "population bestell rechnung kundennummer artikel auftrag sendung "
         "serien aktenzeichen commande facture référence suivi pedido factura referencia seguimiento ordine fattura "
         "riferimento encomenda fatura bestelling factuur zamówien faktur sipariş tilaus ordre заказ счёт счет артикул "
         "ऑर्डर"
     ),
 }  # fmt: skip
 _COMPOUNDS: dict[Hint, str] = {  # whose last word alone says something else
+    "phone": r"(?:my|our|his|her|mi|su|mon|notre|meine|unsere|der|mijn|mio|meu|mitt) "
+    r"(?:number|número|numéro|nummer|numero)",
     "identity": r"(?:identity|identification|id|pan|aadhaar|social insurance|social security|tax|health) card|"
     r"(?:national|personal) id|id (?:number|no\b)",
     "other": r"(?:sim|sd|graphics|library|gift|loyalty|membership|report|score) card|"
-    r"(?:customer|order|ticket|case|call|contact) (?:id|reference|no)",
+    r"(?:customer|member|order|ticket|case|call|contact)[ _-]?(?:id\b|number|reference|no\b|nr\b)",
 }
-_WHOLE = "v ver tel tin nie nir sin rut pan pps ref rev lot ip oid part cell ring bel ruf cep kart rfc case"
+_WHOLE = "v ver tel tin nie nir sin rut pan pps ref rev lot ip oid part cell ring bel ruf cep kart rfc case ups dhl"
 _WITHOUT_SPACES: dict[Hint, str] = {  # of scripts that put none between words
     "phone": (
         "電話番号 携帯番号 電話號碼 手機號碼 电话 電話 手机 手機 联系方式 联系我 致电 拨打 传真 携帯 ファックス 전화 "
@@ -85,12 +88,18 @@ def _pattern() -> re.Pattern[str]:
 
 
 _HINTS = _pattern()
+_SAID_AFTER = re.compile(
+    r"[\s,;:–-]{0,3}(?:\(|(?:(?:that|this|it)(?:['’]s| is)|is|was|ist|es|est|è|é)\s"
+    r"(?:(?:my|our|his|her|the|meine?|mi|mon)\s)?)",
+    re.IGNORECASE,
+)
 _ENDS = re.compile(r"[!?。！？]|\n\s*\n")
-_AND = (
-    r"(?:and|or|und|oder|et|ou|y|o|e|en|of|och|og|eller|lub|ja|и|или|ve|veya|ext)"  # what joins the numbers of a list
+_AND = (  # what joins the numbers of a list
+    r"(?:and|or|at|on|und|oder|unter|sonst|et|ou|au|y|o|al|alla|oppure|e|en|of|op|och|og|eller|på|lub|ja|i|и|или|ve|veya"
+    r"|ext)"
 )
 _SPENT = re.compile(
-    rf"\d{{3}}(?=.*?(?<![{LETTERS}])(?!{_AND}(?![{LETTERS}]))[{LETTERS}]{{2,}})", re.DOTALL | re.IGNORECASE
+    rf"\d{{3}}(?=.*?(?<![{WORD}])(?!{_AND}(?![{LETTERS}]))[{LETTERS}]{{2,}}(?!\d))", re.DOTALL | re.IGNORECASE
 )
 
 
@@ -112,6 +121,13 @@ def told(text: str, start: int) -> Told | None:
     for last in _HINTS.finditer(text, begin, start):  # noqa: B007
         pass
     return Told(last.lastgroup, last.end()) if last and not _SPENT.search(text, last.end(), start) else None
+
+
+def told_after(text: str, end: int) -> Hint | None:
+    """What words right after a number say it is: "…, that's my cell", "… (mobile)"."""
+    said = _SAID_AFTER.match(text, end)
+    word = said and _HINTS.match(text, said.end())
+    return word.lastgroup if word else None
 
 
 def hint(text: str, start: int) -> Hint | None:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from align.data.preparing.private.found import WORD, Found, digits
-from align.data.preparing.private.hints import told
+from align.data.preparing.private.hints import told, told_after
 
 # Countries whose national way of writing numbers is tried, those first whose numbers are most often met.
 COUNTRIES = (
@@ -18,7 +18,7 @@ COUNTRIES = (
 )  # fmt: skip
 MOST_GROUPS = 7  # of digits in one number
 _NUMBER = re.compile(
-    rf"(?<![{WORD}/#$€£¥-])(?<!\d[.,])"
+    rf"(?<![{WORD}/#$€£¥])(?<!\d[.,])(?<!-(?=[\d(]))"
     r"(?:\+|00)?(?:\d{1,3}[ .-]?)?(?:\(\d{1,5}\)[ .\-/]{0,2}|\d{2,5} ?[-/] ?)?\d(?:[ .\-/]?\d){3,14}"
     r"(?:,?\s?(?:ext|extension|x|durchwahl|#)\.?\s?\d{1,6})?"
     rf"(?![{WORD}]|[.,:-]\d|\s?[%€$£¥])",
@@ -55,7 +55,8 @@ def phones(text: str, countries: Sequence[str] = COUNTRIES) -> Iterator[Found]:
         bare = word and word.hint == "phone" and _ANY_NUMBER.fullmatch(number)
         if bare and not _BESIDE.fullmatch(text, word.end, match.start()):
             continue
-        value = _value(number, word and word.hint, bool(_HAN.search(text)), tuple(countries))
+        said = word.hint if word else told_after(text, match.end())
+        value = _value(number, said, bool(_HAN.search(text)), tuple(countries))
         if value:
             yield Found(match.start(), match.end(), "PHONE", value)
 
