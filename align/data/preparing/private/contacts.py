@@ -54,6 +54,8 @@ def emails(text: str) -> Iterator[Found]:
         before = text[max(0, at.start() - _LONGEST) : at.start()]
         local, domain = _LOCAL.search(before), _DOMAIN.match(text, at.end())
         name = local[0].lstrip(_AROUND) if local else ""
+        if text[at.start() - len(name) - 1 : at.start() - len(name)] == "\\" and name[:1] in ("n", "r", "t"):
+            name = name[1:]  # a line break in a string of code
         if at[0].strip().isalpha() and domain and not (_TOPS.fullmatch(domain["top"]) and not _WORDS.fullmatch(name)):
             continue  # "look at the dot on the map"
         if not name or not domain or _FILES.fullmatch(domain["top"]):
@@ -84,11 +86,13 @@ def addresses(text: str) -> Iterator[Found]:
             yield Found(match.start(), match.end(), "IP", ipaddress.ip_address(match[0]).compressed)
 
 
-_NOBODYS = [  # what RFC 1918 and 6890 reserve, but for the networks of documentation, which stand for real ones
+# What RFC 1918 and 6890 reserve, but for the networks of documentation, which stand for real ones; and public resolvers
+_NOBODYS = [
     ipaddress.ip_network(network)
     for network in (
         "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",
         "224.0.0.0/3", "::/127", "fc00::/7", "fe80::/10", "ff00::/8",
+        "8.8.8.8/32", "8.8.4.4/32", "1.1.1.1/32", "1.0.0.1/32", "9.9.9.9/32",
     )
 ]  # fmt: skip
 

@@ -65,7 +65,7 @@ _WITHOUT_SPACES: dict[Hint, str] = {  # of scripts that put none between words
         "휴대폰 핸드폰 연락처 هاتف جوال اتصل"
     ),
     "card": "信用卡 银行卡 卡号 カード 카드 بطاقة",
-    "identity": "身份证 身分證 证件号 個人番号 マイナンバー 주민등록 זהות الهوية",
+    "identity": "身份证 身分證 证件号 個人番号 マイナンバー 주민등록 주민번호 זהות الهوية",
     "address": "地址 アドレス 주소 عنوان",
     "version": "版本 バージョン 버전 第",
     "other": "订单 訂單 编号 編號 单号 序列号 流水号 発注 注文 番号 주문 송장 طلب",
@@ -99,7 +99,7 @@ _AND = (  # what joins the numbers of a list
     r"|ext)"
 )
 _SPENT = re.compile(
-    rf"\d{{3}}(?=.*?(?<![{WORD}])(?!{_AND}(?![{LETTERS}]))[{LETTERS}]{{2,}}(?!\d))", re.DOTALL | re.IGNORECASE
+    rf"\d{{3}}(?=.*?(?<![{WORD}])(?!{_AND}(?![{LETTERS}]))[^\W\d_]{{2,}}(?!\d))", re.DOTALL | re.IGNORECASE
 )
 
 

@@ -109,7 +109,7 @@ def _stretches(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_told(scheme: Scheme, said: str | None) -> bool:
-    return said == "identity" or (scheme.told and said in (None, "address", "phone"))
+    return said == "identity" or (scheme.told and said in (None, "address"))
 
 
 @lru_cache(maxsize=4096)

@@ -30,7 +30,10 @@ _AREA_IN_BRACKETS = re.compile(r"(?:\d[ -]?)?\(0?\d{1,5}\)[ -]?\d[\d -]+\d")
 _TRUNK_PREFIX = re.compile(r"0[1-9]\d{0,4}[ /-]\d[\d /-]+\d|0[1-9](?:\.\d\d){4}")
 _CHINESE_MOBILE = re.compile(r"1[3-9]\d{9}|1[3-9]\d[ -]\d{4}[ -]\d{4}")
 _SHORT = re.compile(r"\d{3}[ .-]\d{4}")
-_DATE = re.compile(r"(?:\d{4}([-./])\d\d?\1\d\d?|\d\d?([-./])\d\d?\2\d{4})(?:$|[ T]\d|[ ]?-)")
+_OTHER = re.compile(  # dates, years from and to, IP addresses, fractions
+    r"(?:\d{4}([-./])\d\d?\1\d\d?|\d\d?([-./])\d\d?\2\d{4})(?:$|[ T]\d| ?-)"
+    r"|(?:(?:1[5-9]|20)\d\d ?- ?(?:1[5-9]|20)\d\d|\d{1,3}(?:\.\d{1,3}){3}|\d{1,4}/\d{1,4})$"
+)
 _ISBN = re.compile(r"\d{1,5}([ -])\d+\1\d+\1\d")
 _ANY_NUMBER = re.compile(r"\d{7,8}")  # it takes a word right before it
 _BESIDE = re.compile(r"(?:\s(?:me|us|him|her|at|on|no|nr|number|nummer|is|now))*[^\w]{0,4}", re.IGNORECASE)
@@ -49,7 +52,7 @@ def phones(text: str, countries: Sequence[str] = COUNTRIES) -> Iterator[Found]:
         written = match[0]
         number = _AFTER_NUMBER.sub("", written)
         groups = re.findall(r"\d+", number)
-        if not 7 <= len(digits(number)) <= 17 or len(groups) > MOST_GROUPS or _DATE.match(number):
+        if not 7 <= len(digits(number)) <= 17 or len(groups) > MOST_GROUPS or _OTHER.match(number):
             continue
         word = told(text, match.start())
         bare = word and word.hint == "phone" and _ANY_NUMBER.fullmatch(number)
