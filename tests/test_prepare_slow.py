@@ -62,6 +62,12 @@ def whole(rows, tmp_path_factory):
     return files_of(folder / "set")
 
 
+def test_several_workers_make_the_same_bytes(rows, whole, here):
+    told = align(recipe(here, rows, workers=4), stage=prepare)
+    assert told.status == 0, told.err
+    assert files_of(here / "set") == whole
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kill_9_at_any_time(rows, whole, here, workers):
     path, rng, kills = recipe(here, rows, workers=workers), random.Random(workers), 0

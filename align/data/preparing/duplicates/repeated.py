@@ -21,7 +21,7 @@ from align.recipe.preparing.duplicates import Repeated
 Span = tuple[int, int]  # first and last character (excluded) of a part
 SHARES = 64  # in which the hashes of all parts are looked at, so that only one share is in memory
 CHUNK = 1 << 20  # hashes that are read at once
-ENDS = re.compile(rf"(?:{SENTENCE.pattern})|\s*\n\s*")
+ENDS = re.compile(rf"(?:{SENTENCE.pattern})\s*|\s*\n\s*")
 
 
 class RepeatedParts:
