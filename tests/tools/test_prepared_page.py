@@ -11,7 +11,7 @@ EVIL = "<script>alert(1)</script>\x1b[31m ]]> {{ 7 * 7 }} \u202e"
 
 
 def cards(count: int = 30):
-    counter = Card([f"a {EVIL}"], None, str)
+    counter = Card([f"a {EVIL}"], None)
     rows = [
         Item(
             i,
@@ -80,7 +80,7 @@ def test_it_says_what_was_done_and_what_is_there():
 
 
 def test_a_set_without_rows_has_a_page():
-    counter = Card(["a"], None, str)
+    counter = Card(["a"], None)
     assert "Rows read" in page("set", [], {"read": counter.merge([])}, "")
 
 
