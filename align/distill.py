@@ -35,6 +35,7 @@ from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.paths import Location
 from align.recipe.schema import BaseRecipe, Model, PositiveInt, Section
+from align.training.answers.section import AnsweringTrain
 from align.training.launch import run_stage
 from align.training.learner import Metrics
 from align.training.loop import Learnt, Loop
@@ -93,6 +94,7 @@ class Recipe(BaseRecipe):
 
     stage: Literal["distill"]
     """This stage."""
+    train: AnsweringTrain = Field(default_factory=AnsweringTrain)
     distill: Distill
 
     @model_validator(mode="after")
@@ -183,7 +185,11 @@ class Algorithm:
                 sums.add(name, values.sum(), len(values))
         return sums.merged(loop.accelerator)
 
-    def conclude(self, loop: Loop) -> dict[str, Any]:
+    def may_be_best(self, figures: dict[str, Any]) -> bool:
+        """Any student may."""
+        return True
+
+    def described(self, loop: Loop, last: bool) -> dict[str, Any]:
         """What the result's align.json tells besides."""
         return {}
 

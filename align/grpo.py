@@ -44,7 +44,7 @@ from align.training.rollouts.experience import Experience
 from align.training.rollouts.pretraining import Pretraining
 from align.training.rollouts.rewards import Rewards, stands_on
 from align.training.rollouts.rollout import Episodes, check_samples, figures, minibatches, score_figures
-from align.training.rollouts.sections import Rewarded, check_rewarded
+from align.training.rollouts.sections import Rewarded, RewardedTrain, check_rewarded
 from align.training.rollouts.watch import Watch
 from align.training.session import Session
 from align.training.shards import load_trunk
@@ -115,6 +115,7 @@ class Recipe(BaseRecipe):
 
     stage: Literal["grpo"]
     """This stage."""
+    train: RewardedTrain = Field(default_factory=RewardedTrain)
     grpo: Grpo
 
     @model_validator(mode="after")
@@ -269,9 +270,13 @@ class Algorithm:
         """Scores of responses to the held-out prompts, and how far the actor has gone."""
         return self.experience.evaluated(loop, (self.recipe.seed, SAMPLING, 0), self.kl_coef)
 
-    def conclude(self, loop: Loop) -> dict[str, Any]:
+    def may_be_best(self, figures: dict[str, Any]) -> bool:
+        """Whether the actor is within its budget."""
+        return self.grpo.affords(figures["kl"])
+
+    def described(self, loop: Loop, last: bool) -> dict[str, Any]:
         """What the result's align.json tells besides."""
-        return dict(loop.memory)
+        return {}
 
 
 def train(session: Session) -> None:

@@ -13,7 +13,7 @@ from evaluations import compare_sweeps, evaluated, make_sweeps, recipe, result, 
 
 from align.compare import main
 from align.tools.comparison.figures import Pair
-from align.tools.comparison.statistics import Estimate
+from align.training.bootstrap import Estimate
 from align.training.report.plots import duration
 
 

@@ -8,21 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from align.recipe.paths import Location
+from align.recipe.section import Fraction, PositiveInt, Section
+from align.recipe.train import Train
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 OTHER_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica", "eva", "orthogonal")  # of peft
-
-
-class Section(BaseModel):
-    """Base of all sections: strict types, frozen, no key it does not know."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+FIGURES = ("_low", "_high", "_share", "_edges", "_seconds", "_per_second")  # what names of figures may end in
 
 
 class Model(Section):
@@ -135,10 +128,19 @@ class Source(Section):
     Otherwise they are text."""
     limit: PositiveInt | None = None
     """Read only this many rows."""
+    title: Annotated[str | None, Field(pattern=r"^[\w.-]+$")] = None
+    """Held-out rows of the sources with this title have figures of their own besides: `loss/<title>`, and so on."""
     name: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
     """Split of a hub data set."""
+
+    @field_validator("title")
+    @classmethod
+    def _is_no_figure(cls, title: str | None) -> str | None:
+        if title and title.endswith(FIGURES):
+            raise ValueError(f"{title} ends as the names of some figures do; take one without {', '.join(FIGURES)}")
+        return title
 
 
 class Eval(Section):
@@ -214,27 +216,6 @@ class Optim(Section):
     """Clip the global gradient norm to this; 0 does not clip."""
 
 
-class Train(Section):
-    """How long, and how often to look and to save."""
-
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the mixture; fractions are allowed."""
-    steps: PositiveInt | None = None
-    """Stop after this many optimizer steps instead of `epochs`."""
-    eval_every: PositiveInt | None = None
-    """Steps between evaluations; there is always one before the first step and one after the last."""
-    save_every: PositiveInt | None = 100
-    """Steps between checkpoints; there is always one at the end, and one when the run is stopped."""
-    keep: PositiveInt = 2
-    """How many of the newest checkpoints stay on disk."""
-    shard: Literal["none", "layers"] = "none"
-    """With several processes: `layers` leaves a part of each weight on every process, and gathers a layer's while it
-    computes, so that a trunk need not fit on one device. The numbers stay the same. A launcher's FSDP means this."""
-    start_from: Location | None = None
-    """Weights to train on: an earlier run's folder, one of its checkpoints, or its `final/` or `best/`, with the same
-    trunk and the same `lora`. Steps, schedule and order are this run's own. Default: new weights."""
-
-
 class Log(Section):
     """What a run tells, and to whom."""
 
@@ -292,6 +273,13 @@ class BaseRecipe(Section):
             )
         if self.model.config and self.model.init != "random":
             raise ValueError("`model.config` needs `model.init: random`")
+        train, held = self.train, self.data.eval
+        if not (held.fraction or held.sources or getattr(train, "generate", None)):
+            asked = [
+                name for name in ("best", "patience") if getattr(train, name) != type(train).model_fields[name].default
+            ]
+            if asked:
+                raise ValueError(f"`train.{asked[0]}` needs held-out rows to evaluate: give `data.eval`")
         return self
 
     @property

@@ -25,7 +25,8 @@ from align.data.trees import Forest
 from align.models import acceleration
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
-from align.training import telling
+from align.training import best, telling
+from align.training.answers.answers import Answers
 from align.training.batches import Batches
 from align.training.borders.stops import Stopped
 from align.training.learner import Learner, Work
@@ -66,8 +67,11 @@ class Algorithm(Protocol):
     def evaluate(self, loop: Loop) -> dict[str, Any]:
         """Figures of the held-out examples."""
 
-    def conclude(self, loop: Loop) -> dict[str, Any]:
-        """After the last step; what it returns stands in the result's align.json."""
+    def may_be_best(self, figures: dict[str, Any]) -> bool:
+        """Whether weights with these figures of an evaluation may be kept as the best."""
+
+    def described(self, loop: Loop, last: bool) -> dict[str, Any]:
+        """What the align.json of a result of the weights as they are holds besides; `last`: after the last step."""
 
 
 class Loop:
@@ -90,6 +94,8 @@ class Loop:
         self.session, self.run, self.trunk, self.data, self.algorithm = session, run, trunk, data, algorithm
         self.recipe, self.accelerator = session.recipe, session.accelerator
         self.plan = Plan(self.recipe, data.train, run.standing.step, run.standing.place)
+        generate = getattr(self.recipe.train, "generate", None)
+        self.answers = Answers(generate, data.prompts, trunk, self.recipe.seed) if data.prompts else None
         kind = ZeroLearner if stage_of(self.accelerator) else Learner
         self.learner = kind(session, trunk, module or trunk, rates or {})
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
@@ -114,7 +120,7 @@ class Loop:
                 screen.at_once = self.session.signals.at_once
             try:
                 self._train()
-                about = self.algorithm.conclude(self)
+                about = self.algorithm.described(self, last=True)
             except Stopped:
                 self._stop()
             else:
@@ -143,9 +149,10 @@ class Loop:
         while True:
             if evaluate:
                 self._evaluate()
-            if self.step in (0, self.plan.steps):
+            ends = self.step == self.plan.steps or best.over(self)
+            if ends or self.step == 0:
                 telling.samples(self)
-            if self.step == self.plan.steps:
+            if ends:
                 return
             self._train_step()
             self.session.heed()
@@ -162,7 +169,7 @@ class Loop:
         """Leave what is needed to go on: the state after the last step."""
         if self.step:
             self.save_state()
-        telling.close(self)
+        telling.close(self, telling.STOPPED)
         where = f"after step {self.step} of {self.plan.steps}" if self.step else "before the first step"
         self.session.say(f"stopped by a signal {where}; run the same command again to go on from there")
 
@@ -202,7 +209,7 @@ class Loop:
             return
         self.learner.forget()
         self.save_state()
-        telling.close(self)
+        telling.close(self, telling.FAILED)
         what = "gradient" if math.isfinite(loss) else "loss"
         where = ", ".join(self.data.train.where(int(i)) for i in chosen[:8])
         raise UserError(
@@ -212,22 +219,28 @@ class Loop:
         )
 
     def _evaluate(self) -> None:
-        if not len(self.data.eval):
+        answering = self.answers is not None and self.answers.due(self)
+        if not (len(self.data.eval) or answering):
             return
         self.learner.model.eval()
-        started = time.perf_counter()
-        record = {"step": self.step, "split": "eval", **self.algorithm.evaluate(self)}
+        started, record = time.perf_counter(), {"step": self.step, "split": "eval"}
+        if len(self.data.eval):
+            record |= self.algorithm.evaluate(self)
+        if answering:
+            record |= self.answers.evaluated(self)
         self.learner.model.train()
         let_go(self.trunk)
         if not math.isfinite(record.get("loss", 0.0)):
             if self.step:
                 self.save_state()
-                telling.close(self)
+                telling.close(self, telling.FAILED)
             raise UserError(
                 f"step {self.step}: the eval rows' loss is not finite ({record['loss']}); check model.base, or {MILDER}"
             )
+        best.judged(self, record, answering)
         record["eval_seconds"] = self.eval_seconds = time.perf_counter() - started
         telling.log(self, record)
+        telling.report(self)
 
     def each(
         self, examples: Examples, chosen: np.ndarray, function: Callable[[Trunk, Forest], Tensor], what: str
@@ -270,8 +283,10 @@ class Loop:
 
     def _finish(self, about: dict[str, Any]) -> None:
         self.save_state()
-        telling.close(self)
-        self.publish(self.run.final, about)  # last of all, for it says that the run is finished
+        if self.step < self.plan.steps:
+            self.session.say(best.in_words(self))
+        telling.close(self, best.in_words(self) if self.step < self.plan.steps else telling.FINISHED)
+        self.publish(self.run.final, about | best.told(self))  # last of all, for it says that the run is finished
         self.session.say(f"done: {self.run.final}; report: {self.run.folder / 'report.html'}")
 
     def publish(self, folder: Path, about: dict[str, Any]) -> None:

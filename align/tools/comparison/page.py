@@ -16,10 +16,10 @@ from align.recipe.records import to_json
 from align.tools.comparison.evaluated import Evaluated
 from align.tools.comparison.figures import Comparison
 from align.tools.comparison.plots import frontier, overoptimisation, training_curves
-from align.tools.comparison.statistics import Estimate
 from align.tools.comparison.summary import answers, details, headlines, notes, summary
 from align.tools.comparison.verdict import duel_words
 from align.tools.comparison.words import KLS, number, ranged, rate
+from align.training.bootstrap import Estimate
 from align.training.report.plots import COLOURS, amount, duration, size
 
 SHOWN_PROMPTS = 100  # whose answers the page holds

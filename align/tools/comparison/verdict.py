@@ -7,8 +7,8 @@ from itertools import combinations
 from typing import NamedTuple
 
 from align.tools.comparison.figures import SURE, Comparison, Pair, at_like_kl
-from align.tools.comparison.statistics import Estimate
 from align.tools.comparison.words import number, ranged, rate
+from align.training.bootstrap import Estimate
 from align.training.report.plots import percent
 
 MOST_PAIRS = 6  # told one by one

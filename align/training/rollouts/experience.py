@@ -73,6 +73,6 @@ class Experience:
         rollout, score = self.read(loop, episodes, [everyone]), self.score(parts, episodes)
         found = score_figures(parts, score, episodes)
         found |= figures(rollout, kl_coef, found["score"])
-        self.watch.evaluated(loop, episodes, score, found, self.section.kl_budget)
+        self.watch.evaluated(loop, episodes, score, found)
         low, high = mean_interval(score.view(len(everyone), -1).mean(1))  # over prompts, which are independent
         return found | {"score_low": low, "score_high": high} if len(everyone) > 1 else found
