@@ -40,7 +40,7 @@ from align.training.launch import run_stage
 from align.training.learner import Loss, Metrics, Work
 from align.training.loop import Learnt, Loop
 from align.training.rollouts.epochs import Targets, in_epochs, spent
-from align.training.rollouts.experience import Experience
+from align.training.rollouts.experience import Experience, FromRewards
 from align.training.rollouts.pretraining import Pretraining
 from align.training.rollouts.rewards import Rewards, stands_on
 from align.training.rollouts.rollout import Episodes, check_samples, figures, minibatches, score_figures
@@ -192,10 +192,8 @@ def token_weights(grpo: Grpo, lengths: Tensor, learnt: Tensor, minibatch: Tensor
     return weights
 
 
-class Algorithm:
+class Algorithm(FromRewards):
     """GRPO's step and evaluation."""
-
-    labels = None
 
     def __init__(self, recipe: Recipe, roles: Roles, rewards: Rewards, watch: Watch, ptx: Pretraining | None) -> None:
         self.recipe, self.grpo, self.watch, self.ptx = recipe, recipe.grpo, watch, ptx
@@ -269,14 +267,6 @@ class Algorithm:
     def evaluate(self, loop: Loop) -> dict[str, Any]:
         """Scores of responses to the held-out prompts, and how far the actor has gone."""
         return self.experience.evaluated(loop, (self.recipe.seed, SAMPLING, 0), self.kl_coef)
-
-    def may_be_best(self, figures: dict[str, Any]) -> bool:
-        """Whether the actor is within its budget."""
-        return self.grpo.affords(figures["kl"])
-
-    def described(self, loop: Loop, last: bool) -> dict[str, Any]:
-        """What the result's align.json tells besides."""
-        return {}
 
 
 def train(session: Session) -> None:

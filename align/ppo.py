@@ -40,7 +40,7 @@ from align.training.launch import run_stage
 from align.training.learner import Loss, Metrics, Work
 from align.training.loop import Learnt, Loop
 from align.training.rollouts.epochs import Targets, in_epochs, spent
-from align.training.rollouts.experience import Experience
+from align.training.rollouts.experience import Experience, FromRewards
 from align.training.rollouts.pretraining import Pretraining
 from align.training.rollouts.rewards import Rewards, stands_on
 from align.training.rollouts.rollout import check_samples, explained, figures, minibatches, score_figures
@@ -136,10 +136,8 @@ def loss(
     }
 
 
-class Algorithm:
+class Algorithm(FromRewards):
     """PPO's step and evaluation."""
-
-    labels = None
 
     def __init__(self, recipe: Recipe, roles: Roles, rewards: Rewards, watch: Watch, ptx: Pretraining | None) -> None:
         self.recipe, self.ppo, self.watch, self.ptx = recipe, recipe.ppo, watch, ptx
@@ -209,10 +207,6 @@ class Algorithm:
         """Scores of responses to the held-out prompts, and how far the actor has gone."""
         kl_coef = loop.memory.get("kl_coef", self.ppo.kl_coef)
         return self.experience.evaluated(loop, (self.recipe.seed, SAMPLING, 0), kl_coef)
-
-    def may_be_best(self, figures: dict[str, Any]) -> bool:
-        """Whether the actor is within its budget."""
-        return self.ppo.affords(figures["kl"])
 
     def described(self, loop: Loop, last: bool) -> dict[str, Any]:
         """What the result's align.json tells besides."""

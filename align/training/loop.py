@@ -283,8 +283,6 @@ class Loop:
 
     def _finish(self, about: dict[str, Any]) -> None:
         self.save_state()
-        if self.step < self.plan.steps:
-            self.session.say(best.in_words(self))
         telling.close(self, best.in_words(self) if self.step < self.plan.steps else telling.FINISHED)
         self.publish(self.run.final, about | best.told(self))  # last of all, for it says that the run is finished
         self.session.say(f"done: {self.run.final}; report: {self.run.folder / 'report.html'}")

@@ -63,9 +63,7 @@ class Supervised:
         examples = loop.data.eval
         self.hooks.before(loop, examples, np.arange(len(examples)))
         found = {title: self._summed(loop, chosen) for title, chosen in titled(examples).items()}
-        whole = Sums()
-        for sums in found.values():
-            whole.include(sums)
+        whole = Sums.of(found.values())
         figures = counted(whole) | self.hooks.derive(whole)
         by_source = {title: counted(sums) | self.hooks.derive(sums) for title, sums in found.items() if title}
         return with_sources(figures, by_source)

@@ -19,6 +19,22 @@ from align.training.rollouts.rewards import Rewards
 from align.training.rollouts.rollout import Episodes, Rollout, figures, read, sampled, score_figures, scored
 from align.training.rollouts.sections import Rewarded
 from align.training.rollouts.watch import Watch
+from align.training.sources import titled, with_sources
+
+
+class FromRewards:
+    """What PPO and GRPO put into the loop alike."""
+
+    labels = None
+    experience: Experience
+
+    def may_be_best(self, figures: dict[str, Any]) -> bool:
+        """Whether the actor is within its budget."""
+        return self.experience.section.affords(figures["kl"])
+
+    def described(self, loop: Loop, last: bool) -> dict[str, Any]:
+        """What the result's align.json tells besides."""
+        return {}
 
 
 class Experience:
@@ -71,8 +87,19 @@ class Experience:
         episodes = self.sampled(loop, examples, everyone, key, self.section.eval_samples)
         parts = self.parts(loop, examples, everyone, episodes, [everyone])
         rollout, score = self.read(loop, episodes, [everyone]), self.score(parts, episodes)
-        found = score_figures(parts, score, episodes)
+        kl = (rollout.logprobs - rollout.ref_logprobs).sum(1)  # (E,)
+
+        def of(chosen: np.ndarray) -> dict[str, float]:
+            numbers = episodes.numbers(chosen)
+            found = score_figures(
+                {name: part[numbers] for name, part in parts.items()}, score[numbers], episodes.part(chosen)
+            )
+            if len(chosen) > 1:  # over prompts, which are independent
+                low, high = mean_interval(score[numbers].view(len(chosen), -1).mean(1))
+                found |= {"score_low": low, "score_high": high}
+            return found | {"kl": float(kl[numbers].mean())}
+
+        found = of(everyone)
         found |= figures(rollout, kl_coef, found["score"])
         self.watch.evaluated(loop, episodes, score, found)
-        low, high = mean_interval(score.view(len(everyone), -1).mean(1))  # over prompts, which are independent
-        return found | {"score_low": low, "score_high": high} if len(everyone) > 1 else found
+        return with_sources(found, {title: of(chosen) for title, chosen in titled(examples).items() if title})
