@@ -36,7 +36,7 @@ from align.training.planning.forecast import planned_rows
 from align.training.runs.checkpoint import CheckpointWriter, published
 from align.training.runs.run import Run
 from align.training.runs.start import find_start, start_from, terms_of
-from align.training.runs.state import restore
+from align.training.runs.state import kept_portions, restore
 from align.training.screen import Screen
 from align.training.session import Session
 from align.training.shards import let_go
@@ -107,6 +107,7 @@ class Loop:
         self.saved, self.blocking_seconds, self.eval_seconds = -1, None, 0.0
         self.throughput = Throughput(self.accelerator.num_processes)
         self.trackers: list[GeneralTracker] = []
+        self.page = telling.Page()
 
     # -- the run -----------------------------------------------------------------------------------------------
 
@@ -169,9 +170,9 @@ class Loop:
         """Leave what is needed to go on: the state after the last step."""
         if self.step:
             self.save_state()
-        telling.close(self, telling.STOPPED)
-        where = f"after step {self.step} of {self.plan.steps}" if self.step else "before the first step"
-        self.session.say(f"stopped by a signal {where}; run the same command again to go on from there")
+        stopped = f"stopped by a signal {telling.place(self)}; run the same command again to go on from there"
+        telling.close(self, f"The run was {stopped}.")
+        self.session.say(stopped)
 
     def _train_step(self) -> None:
         """One step."""
@@ -209,7 +210,7 @@ class Loop:
             return
         self.learner.forget()
         self.save_state()
-        telling.close(self, telling.FAILED)
+        telling.close(self, f"The run ended with an error {telling.place(self)}.")
         what = "gradient" if math.isfinite(loss) else "loss"
         where = ", ".join(self.data.train.where(int(i)) for i in chosen[:8])
         raise UserError(
@@ -233,14 +234,14 @@ class Loop:
         if not math.isfinite(record.get("loss", 0.0)):
             if self.step:
                 self.save_state()
-                telling.close(self, telling.FAILED)
+                telling.close(self, f"The run ended with an error {telling.place(self)}.")
             raise UserError(
                 f"step {self.step}: the eval rows' loss is not finite ({record['loss']}); check model.base, or {MILDER}"
             )
         best.judged(self, record, answering)
         record["eval_seconds"] = self.eval_seconds = time.perf_counter() - started
         telling.log(self, record)
-        telling.report(self)
+        self.page.refresh(self)
 
     def each(
         self, examples: Examples, chosen: np.ndarray, function: Callable[[Trunk, Forest], Tensor], what: str
@@ -274,17 +275,19 @@ class Loop:
     def _keep_portions(self, before: dict[str, int]) -> None:
         """Work in the portions of before: others would round otherwise. What there is no room for now is smaller."""
         now = {"row_tokens": self.batches.row_tokens, **self.trunk.budgets._asdict()}
-        kept = {name: min(value, before.get(name, value)) for name, value in now.items()}
-        if less := [name for name in kept if kept[name] < before.get(name, 0)]:
-            told = ", ".join(f"{name} {kept[name]:,} in place of {before[name]:,}" for name in less)
-            self.session.say(f"less memory is free than before ({told}): the last digits may differ")
+        kept, less = kept_portions(now, before)
+        if less:
+            self.session.say(less)
         self.batches.row_tokens = kept.pop("row_tokens")
         self.trunk.budgets = self.trunk.budgets._replace(**kept)
 
     def _finish(self, about: dict[str, Any]) -> None:
         self.save_state()
-        telling.close(self, best.in_words(self) if self.step < self.plan.steps else telling.FINISHED)
+        early = best.in_words(self) if self.step < self.plan.steps else None
+        telling.close(self, early or f"The run is finished: {self.step} steps.")
         self.publish(self.run.final, about | best.told(self))  # last of all, for it says that the run is finished
+        if early:
+            self.session.say(early)
         self.session.say(f"done: {self.run.final}; report: {self.run.folder / 'report.html'}")
 
     def publish(self, folder: Path, about: dict[str, Any]) -> None:
