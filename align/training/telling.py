@@ -70,6 +70,11 @@ def samples(loop: Loop) -> None:
             loop.run.append("samples.jsonl", {"step": loop.step, "prompt": prompt, "response": response})
 
 
+def place(loop: Loop) -> str:
+    """How far the run is, in words."""
+    return f"after step {loop.step} of {loop.plan.steps}" if loop.step else "before the first step"
+
+
 class Page:
     """report.html of a run that goes on: written at evaluations, but no more often than that is cheap."""
 
@@ -96,12 +101,8 @@ def close(loop: Loop, state: str) -> None:
         durable = loop.writer.wait()
         for tracker in loop.trackers:
             tracker.finish()
-        cost = {
-            "steps": loop.step,
-            "planned_steps": loop.plan.steps,
-            "tokens_seen": loop.tokens_seen,
-            "train_seconds": loop.elapsed,
-        }
+        done = {"steps": loop.step, "planned_steps": loop.plan.steps}
+        cost = {**done, "tokens_seen": loop.tokens_seen, "train_seconds": loop.elapsed}
         saving = {"save_blocking_seconds": loop.blocking_seconds, "save_durable_seconds": durable}
         cost |= costs(loop.trunk, loop.throughput, loop.data.train.lengths) | forecast.outcome(loop, loop.forecast)
         loop.run.summarise(cost | saving)
