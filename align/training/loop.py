@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ from align.training.shards import let_go
 from align.training.zero import stage_of
 from align.training.zero_learner import ZeroLearner
 
+if TYPE_CHECKING:
+    from align.training.algorithm import Algorithm
+
 LONG = 60.0  # seconds of an evaluation before which a checkpoint is due
 MILDER = "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"
 
@@ -53,25 +56,6 @@ class Learnt(NamedTuple):
     metrics: dict[str, Any]
     distinct: int  # tokens that were trained on, each once, over all processes
     tokens: int  # of the step's examples
-
-
-class Algorithm(Protocol):
-    """What a stage puts into the loop; each is called on every process."""
-
-    labels: list[str] | None  # what the outputs of a head are, in words
-
-    def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
-        """One step on the chosen examples, (k,) int64, at a learning rate. Once it has changed a weight it must not
-        raise Stopped."""
-
-    def evaluate(self, loop: Loop) -> dict[str, Any]:
-        """Figures of the held-out examples."""
-
-    def may_be_best(self, figures: dict[str, Any]) -> bool:
-        """Whether weights with these figures of an evaluation may be kept as the best."""
-
-    def described(self, loop: Loop, last: bool) -> dict[str, Any]:
-        """What the align.json of a result of the weights as they are holds besides; `last`: after the last step."""
 
 
 class Loop:

@@ -19,7 +19,7 @@ PREFIX = "generate/"  # of the figures' names
 OWN = ("response_tokens", "ended")  # figures of all answers
 
 
-class Drawing(Generation):
+class Decoding(Generation):
     """How answers are drawn."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.0
@@ -37,7 +37,7 @@ class Generate(Section):
     """Answer at every n-th evaluation, and always at the first and the last one."""
     samples: PositiveInt = 1
     """Answers to each prompt."""
-    generation: Drawing = Field(default_factory=Drawing)
+    generation: Decoding = Field(default_factory=Decoding)
     """How they are drawn, from the same random numbers each time."""
     measures: list[Measure] = Field(default_factory=list)
     """Compare with the row's answer: `exact_match`, `contains`, `multiple_choice`, `rouge_l` (needs rouge-score),

@@ -87,19 +87,31 @@ class Experience:
         episodes = self.sampled(loop, examples, everyone, key, self.section.eval_samples)
         parts = self.parts(loop, examples, everyone, episodes, [everyone])
         rollout, score = self.read(loop, episodes, [everyone]), self.score(parts, episodes)
-        kl = (rollout.logprobs - rollout.ref_logprobs).sum(1)  # (E,)
-
-        def of(chosen: np.ndarray) -> dict[str, float]:
-            numbers = episodes.numbers(chosen)
-            found = score_figures(
-                {name: part[numbers] for name, part in parts.items()}, score[numbers], episodes.part(chosen)
-            )
-            if len(chosen) > 1:  # over prompts, which are independent
-                low, high = mean_interval(score[numbers].view(len(chosen), -1).mean(1))
-                found |= {"score_low": low, "score_high": high}
-            return found | {"kl": float(kl[numbers].mean())}
-
-        found = of(everyone)
-        found |= figures(rollout, kl_coef, found["score"])
+        found = score_figures(parts, score, episodes)
+        found |= figures(rollout, kl_coef, found["score"]) | _interval(score, episodes, everyone)
         self.watch.evaluated(loop, episodes, score, found)
-        return with_sources(found, {title: of(chosen) for title, chosen in titled(examples).items() if title})
+        by_source = {
+            title: _of_source(rollout, score, episodes, chosen) for title, chosen in titled(examples).items() if title
+        }
+        return with_sources(found, by_source)
+
+
+def _interval(score: Tensor, episodes: Episodes, chosen: np.ndarray) -> dict[str, float]:
+    """That of the mean score (E,) over prompts, (k,) int64, which are independent; nothing for one prompt."""
+    if len(chosen) < 2:
+        return {}
+    low, high = mean_interval(score[episodes.numbers(chosen)].view(len(chosen), -1).mean(1))
+    return {"score_low": low, "score_high": high}
+
+
+def _of_source(rollout: Rollout, score: Tensor, episodes: Episodes, chosen: np.ndarray) -> dict[str, float]:
+    """Means over the responses to some prompts, (k,) int64."""
+    numbers = episodes.numbers(chosen)
+    kl = (rollout.logprobs - rollout.ref_logprobs)[numbers].sum(1)
+    return {
+        "score": float(score[numbers].mean()),
+        **_interval(score, episodes, chosen),
+        "kl": float(kl.mean()),
+        "response_tokens": float(episodes.said[numbers].double().mean()),
+        "ended": float(episodes.ended[numbers].double().mean()),
+    }
