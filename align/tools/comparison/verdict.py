@@ -170,7 +170,9 @@ def _of_many(c: Comparison) -> Verdict:
                 beaten[k].add(other)
     every = f"{', '.join(groups[:-1])} and {groups[-1]}"
     shown = [pair for own in wins.values() for pair in own]
-    kl = f"They were compared at KL {_at(c, pairs)} nats." if pairs else "No two runs of two groups lie at like KL."
+    kls = sorted((c.kl_of(pair.a).value + c.kl_of(pair.b).value) / 2 for pair in pairs)
+    span = " to ".join(dict.fromkeys(map(number, kls[:: max(len(kls) - 1, 1)])))
+    kl = f"They were compared at KL {span} nats." if pairs else "No two runs of two groups lie at like KL."
     first = next((g for g in groups if len(beaten[g]) == len(groups) - 1), None)
     if first is None:
         short, won = f"{every}: none beats all others", "No group is shown to win against each other at like KL."
