@@ -149,7 +149,7 @@ def test_how_far_a_run_is_stands_on_its_page(run):
 
 
 def test_answers_to_held_out_prompts_are_shown_before_and_after(run):
-    """The first sample of each prompt, with what its row has and its scores; figures of answers have their own plots."""
+    """The first answer to each prompt, with the row's own and its scores; each figure of answers has a plot."""
     rows = [
         {"step": step, "prompt": f"Q{i} {EVIL}", "sample": sample, "response": f"A{i}-{step}-{sample}"}
         | {"reference": f"R{i}" if i else None, "scores": {"exact_match": 0.125 * step, "gold": None}}
