@@ -81,10 +81,14 @@ class Answers:
         shape = len(self.prompts.stems), self.section.samples
         references = [reference for reference in self.prompts.references for _ in range(shape[1])]
         pairs = [*zip(answered, references, strict=True)]
-        found = {
-            name: [measured(name, answer.response, reference, answer.asked.record) for answer, reference in pairs]
-            for name in self.section.measures
-        }
+
+        def beside_references() -> dict[str, list[float]]:
+            return {
+                name: [measured(name, answer.response, reference, answer.asked.record) for answer, reference in pairs]
+                for name in self.section.measures
+            }
+
+        found = loop.session.decided(beside_references)  # a time limit may come earlier in another process
         every = [np.arange(len(episodes))]
         scores = scored(self.scorers, loop.batches, episodes, every, [*self.rewards.scorers], loop.screen)
         read = answered if self.rewards.read_texts else []
