@@ -5,6 +5,7 @@ The docstring under each field is also its `--help` and its description in the J
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -128,7 +129,7 @@ class Source(Section):
     Otherwise they are text."""
     limit: PositiveInt | None = None
     """Read only this many rows."""
-    title: Annotated[str | None, Field(pattern=r"^[\w.-]+$")] = None
+    title: str | None = None
     """Held-out rows of the sources with this title have figures of their own besides: `loss/<title>`, and so on."""
     name: str | None = None
     """Configuration of a hub data set."""
@@ -138,8 +139,9 @@ class Source(Section):
     @field_validator("title")
     @classmethod
     def _is_no_figure(cls, title: str | None) -> str | None:
-        if title and title.endswith(FIGURES):
-            raise ValueError(f"{title} ends as the names of some figures do; take one without {', '.join(FIGURES)}")
+        if title is not None and (title.endswith(FIGURES) or not re.fullmatch(r"[\w.-]+", title)):
+            ends = ", ".join(FIGURES)
+            raise ValueError(f"take letters, digits, `.`, `-` and `_`, without an ending of figures ({ends})")
         return title
 
 
