@@ -83,7 +83,7 @@ def test_answers_are_the_greedy_ones_of_plain_transformers(whole, world):
                     input_ids=torch.tensor([ids]), max_new_tokens=MOST, do_sample=False, eos_token_id=end,
                     pad_token_id=end, attention_mask=torch.ones(1, len(ids), dtype=torch.long),
                 )[0, len(ids) :].tolist()  # fmt: skip
-            text = tokenizer.decode([token for token in out if token != end])
+            text = tokenizer.decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             assert (row["response"], row["reference"]) == (text, talk[1]["content"])
             assert (row["tokens"], row["ended"]) == (len(out), out[-1] == end)
             expected["exact_match"].append(float(text.split() == talk[1]["content"].split()))
@@ -103,11 +103,9 @@ def test_every_second_evaluation_answers_and_every_source_has_its_figures(whole)
     held = metrics(run, "eval")
     assert [record["step"] for record in held] == [0, 2, 4, 6, 8, 10, 12]
     assert [record["step"] for record in held if "generate/exact_match" in record] == [0, 4, 8, 12]
-    shares = {
-        round((record["loss"] - record["loss/more"]) / (record["loss/few"] - record["loss/more"]), 4) for record in held
-    }
-    assert len(shares) == 1, "the loss of all is that of each, by its share of the tokens"
-    assert 0.3 < shares.pop() < 0.6
+    shares = [(record["loss"] - record["loss/more"]) / (record["loss/few"] - record["loss/more"]) for record in held]
+    assert max(shares) - min(shares) < 1e-3, "the loss of all is that of each, by its share of the tokens"
+    assert 0.3 < shares[0] < 0.6
     assert all(record["perplexity/few"] == pytest.approx(2.718281828459045 ** record["loss/few"]) for record in held)
 
 

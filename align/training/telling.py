@@ -95,7 +95,7 @@ class Page:
         self.took = self.written - started
 
 
-def close(loop: Loop, state: str) -> None:
+def close(loop: Loop, state: str = "") -> None:
     """Wait for the disk, then write summary and report; `state`: a sentence on how the run ended."""
     if loop.session.first:
         durable = loop.writer.wait()
@@ -106,5 +106,5 @@ def close(loop: Loop, state: str) -> None:
         saving = {"save_blocking_seconds": loop.blocking_seconds, "save_durable_seconds": durable}
         cost |= costs(loop.trunk, loop.throughput, loop.data.train.lengths) | forecast.outcome(loop, loop.forecast)
         loop.run.summarise(cost | saving)
-        loop.page.write(loop, state)
+        loop.page.write(loop, state or f"The run was left {place(loop)}; the same command goes on from there.")
     loop.accelerator.wait_for_everyone()
