@@ -123,10 +123,12 @@ def _of_examples(held: Examples) -> Iterator[tuple[str, dict[str, Any], Row | Fa
 def _distinct(
     rows: Sequence[tuple[dict[str, Any], Row]], most: int, seed: int
 ) -> tuple[list[tuple[dict[str, Any], Row]], int]:
-    """Each prompt once, a seeded choice of `most`; and how many there are."""
+    """Each prompt once, in its first row that has an answer, if one has; a seeded choice of `most`; how many there are."""
     first: dict[str, tuple[dict[str, Any], Row]] = {}
     for record, row in rows:
-        first.setdefault(json.dumps([row.messages, row.text, row.tools]), (record, row))
+        prompt = json.dumps([row.messages, row.text, row.tools])
+        if prompt not in first or (row.answers and not first[prompt][1].answers):
+            first[prompt] = record, row
     distinct = list(first.values())
     if len(distinct) <= most:
         return distinct, len(distinct)

@@ -80,6 +80,13 @@ def test_each_prompt_once_and_a_choice_that_the_seed_fixes(tmp_path):
     assert asked(changed).keys == everything.keys
 
 
+def test_a_prompt_takes_the_answer_of_its_first_row_that_has_one(tmp_path):
+    """As of KTO: the first row's answer is a bad one."""
+    rows = [{"prompt": "p", "completion": f"c{i}", "label": i > 0} for i in range(3)]
+    found = asked(write_rows(tmp_path / "rows.jsonl", [*rows, {"prompt": "q"}]))
+    assert found.references == ["c1", None]
+
+
 def test_rows_that_cannot_be_taken_follow_the_recipe(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "p"}, {"prompt": ""}, {"prompt": "word " * 200}])
     with pytest.raises(UserError) as caught:

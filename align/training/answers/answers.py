@@ -38,10 +38,11 @@ class Answers:
         """Scores on the trunk become frozen adapters of it. Raises UserError for what cannot be had."""
         self.section, self.prompts, self.trunk, self.seed = section, prompts, trunk, seed
         check_samples(trunk)
-        if not trunk.adapted and (own := next((part.title for part in section.scores if part.adapter), None)):
+        own = next((part.title for part in section.scores if part.adapter), None)
+        if own and (trunk.added or not trunk.adapted):
+            key = "model.add_tokens" if trunk.adapted else "lora: null"
             raise UserError(
-                f"{KEY}: {own} is an adapter on a frozen trunk, which `lora: null` trains; give a merged checkpoint of "
-                "it as `model`"
+                f"{KEY}: {own} is an adapter on a frozen trunk, which `{key}` trains; give a `model` instead"
             )
         self.rewards = Rewards(section.scores, trunk, KEY)
         self.scorers = Scorers(trunk, self.rewards.scorers, seed)
