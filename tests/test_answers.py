@@ -303,7 +303,7 @@ def test_an_adapter_cannot_score_where_the_trunk_itself_trains(world, start, her
     train = {"steps": 1, "generate": SCORED | {"scores": [{"adapter": str(start.reward)}]}}
     told = align(world.recipe(here / "run.yaml", model={"base": str(start.base)}, lora=None, train=train))
     assert told.status == 2
-    assert "reward is an adapter on a frozen trunk, which `lora: null` trains; give a `model`" in told.err
+    assert "reward is an adapter on a frozen trunk, which `lora: null` trains; give a `model` instead" in told.err
 
 
 def test_a_reward_keeps_its_best_with_the_mean_and_spread_of_those_weights(world, here):

@@ -123,7 +123,7 @@ def _of_examples(held: Examples) -> Iterator[tuple[str, dict[str, Any], Row | Fa
 def _distinct(
     rows: Sequence[tuple[dict[str, Any], Row]], most: int, seed: int
 ) -> tuple[list[tuple[dict[str, Any], Row]], int]:
-    """Each prompt once, in its first row that has an answer, if one has; a seeded choice of `most`. And their number."""
+    """Each prompt once, in its first row that has an answer, if one has; a seeded choice of `most`; their number."""
     first: dict[str, tuple[dict[str, Any], Row]] = {}
     for record, row in rows:
         prompt = json.dumps([row.messages, row.text, row.tools])
