@@ -88,15 +88,15 @@ def test_a_prompt_takes_the_answer_of_its_first_row_that_has_one(tmp_path):
 
 
 def test_rows_that_cannot_be_taken_follow_the_recipe(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "p"}, {"prompt": ""}, {"prompt": "word " * 200}])
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "p"}, {"prompt": ""}, {"prompt": "word " * 400}])
     with pytest.raises(UserError) as caught:
-        asked(path, max_length=64)
+        asked(path, max_length=256)
     told = "\n".join(caught.value.problems)
     assert f"{path}:2: " in told
     assert "train.generate.sources: 1 row cannot be taken" in told
-    assert "longer than data.max_length = 64 tokens" in told
+    assert "longer than data.max_length = 256 tokens" in told
     ledger = Ledger()
-    found = asked(path, ledger=ledger, max_length=64, invalid="drop", overlong="drop")
+    found = asked(path, ledger=ledger, max_length=256, invalid="drop", overlong="drop")
     assert len(found.stems) == 1
     assert sorted(ledger.dropped) == ["invalid", "overlong"]
     assert "2 rows without a prompt to answer are left out" in found.said
