@@ -26,7 +26,6 @@ from align.recipe.errors import UserError
 from align.recipe.paths import Location
 from align.recipe.records import to_json
 from align.recipe.schema import Data, Model, PositiveInt, Section, Source
-from align.tools.comparison.statistics import Draws
 from align.tools.evaluation.drawn_pairs import Preferences, drawn_pairs
 from align.tools.evaluation.folder import (
     PREFERENCES,
@@ -47,6 +46,7 @@ from align.tools.evaluation.policy import NO_UPDATE, load_policy, read_policy, t
 from align.tools.evaluation.reading import read
 from align.tools.evaluation.whole_texts import whole_perplexity
 from align.training.batches import Batches
+from align.training.bootstrap import Draws
 from align.training.borders.foreign import foreign
 from align.training.launch import run_stage
 from align.training.meters import environment

@@ -40,11 +40,11 @@ from align.training.launch import run_stage
 from align.training.learner import Loss, Metrics, Work
 from align.training.loop import Learnt, Loop
 from align.training.rollouts.epochs import Targets, in_epochs, spent
-from align.training.rollouts.experience import Experience
+from align.training.rollouts.experience import Experience, FromRewards
 from align.training.rollouts.pretraining import Pretraining
 from align.training.rollouts.rewards import Rewards, stands_on
 from align.training.rollouts.rollout import Episodes, check_samples, figures, minibatches, score_figures
-from align.training.rollouts.sections import Rewarded, check_rewarded
+from align.training.rollouts.sections import Rewarded, RewardedTrain, check_rewarded
 from align.training.rollouts.watch import Watch
 from align.training.session import Session
 from align.training.shards import load_trunk
@@ -115,6 +115,7 @@ class Recipe(BaseRecipe):
 
     stage: Literal["grpo"]
     """This stage."""
+    train: RewardedTrain = Field(default_factory=RewardedTrain)
     grpo: Grpo
 
     @model_validator(mode="after")
@@ -191,10 +192,8 @@ def token_weights(grpo: Grpo, lengths: Tensor, learnt: Tensor, minibatch: Tensor
     return weights
 
 
-class Algorithm:
+class Algorithm(FromRewards):
     """GRPO's step and evaluation."""
-
-    labels = None
 
     def __init__(self, recipe: Recipe, roles: Roles, rewards: Rewards, watch: Watch, ptx: Pretraining | None) -> None:
         self.recipe, self.grpo, self.watch, self.ptx = recipe, recipe.grpo, watch, ptx
@@ -268,10 +267,6 @@ class Algorithm:
     def evaluate(self, loop: Loop) -> dict[str, Any]:
         """Scores of responses to the held-out prompts, and how far the actor has gone."""
         return self.experience.evaluated(loop, (self.recipe.seed, SAMPLING, 0), self.kl_coef)
-
-    def conclude(self, loop: Loop) -> dict[str, Any]:
-        """What the result's align.json tells besides."""
-        return dict(loop.memory)
 
 
 def train(session: Session) -> None:

@@ -40,11 +40,11 @@ from align.training.launch import run_stage
 from align.training.learner import Loss, Metrics, Work
 from align.training.loop import Learnt, Loop
 from align.training.rollouts.epochs import Targets, in_epochs, spent
-from align.training.rollouts.experience import Experience
+from align.training.rollouts.experience import Experience, FromRewards
 from align.training.rollouts.pretraining import Pretraining
 from align.training.rollouts.rewards import Rewards, stands_on
 from align.training.rollouts.rollout import check_samples, explained, figures, minibatches, score_figures
-from align.training.rollouts.sections import Rewarded, check_rewarded
+from align.training.rollouts.sections import Rewarded, RewardedTrain, check_rewarded
 from align.training.rollouts.watch import Watch
 from align.training.session import Session
 from align.training.shards import load_trunk
@@ -95,6 +95,7 @@ class Recipe(BaseRecipe):
 
     stage: Literal["ppo"]
     """This stage."""
+    train: RewardedTrain = Field(default_factory=RewardedTrain)
     ppo: Ppo
 
     @model_validator(mode="after")
@@ -135,10 +136,8 @@ def loss(
     }
 
 
-class Algorithm:
+class Algorithm(FromRewards):
     """PPO's step and evaluation."""
-
-    labels = None
 
     def __init__(self, recipe: Recipe, roles: Roles, rewards: Rewards, watch: Watch, ptx: Pretraining | None) -> None:
         self.recipe, self.ppo, self.watch, self.ptx = recipe, recipe.ppo, watch, ptx
@@ -209,9 +208,9 @@ class Algorithm:
         kl_coef = loop.memory.get("kl_coef", self.ppo.kl_coef)
         return self.experience.evaluated(loop, (self.recipe.seed, SAMPLING, 0), kl_coef)
 
-    def conclude(self, loop: Loop) -> dict[str, Any]:
+    def described(self, loop: Loop, last: bool) -> dict[str, Any]:
         """What the result's align.json tells besides."""
-        return dict(loop.memory)
+        return {"kl_coef": loop.memory.get("kl_coef", self.ppo.kl_coef)}
 
 
 def train(session: Session) -> None:

@@ -25,6 +25,7 @@ from align.data.fitting import NAMED, chunked, counted, fitted
 from align.data.formats.reading import Reading
 from align.data.formats.shown import shown
 from align.data.preparing.stage import cleaned
+from align.data.prompt_set import PromptSet
 from align.data.store import Left, Progress, stored
 from align.recipe.errors import UserError, printable
 from align.recipe.functions import Border
@@ -38,6 +39,7 @@ class Prepared(NamedTuple):
     eval: Examples
     ledger: Ledger
     summary: list[str]  # lines for the screen
+    prompts: PromptSet | None = None  # that are answered while the run trains
 
     def named(self, name: str) -> list[str]:
         """The summary of rows that a run reads beside its own, all of which it learns from."""

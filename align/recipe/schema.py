@@ -14,6 +14,7 @@ from align.recipe.paths import Location
 from align.recipe.preparing.preparation import Preparation
 from align.recipe.section import Fraction, PositiveInt, Section
 from align.recipe.source import Source
+from align.recipe.train import Train
 
 OTHER_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica", "eva", "orthogonal")  # of peft
 
@@ -181,27 +182,6 @@ class Optim(Section):
     """Clip the global gradient norm to this; 0 does not clip."""
 
 
-class Train(Section):
-    """How long, and how often to look and to save."""
-
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the mixture; fractions are allowed."""
-    steps: PositiveInt | None = None
-    """Stop after this many optimizer steps instead of `epochs`."""
-    eval_every: PositiveInt | None = None
-    """Steps between evaluations; there is always one before the first step and one after the last."""
-    save_every: PositiveInt | None = 100
-    """Steps between checkpoints; there is always one at the end, and one when the run is stopped."""
-    keep: PositiveInt = 2
-    """How many of the newest checkpoints stay on disk."""
-    shard: Literal["none", "layers"] = "none"
-    """With several processes: `layers` leaves a part of each weight on every process, and gathers a layer's while it
-    computes, so that a trunk need not fit on one device. The numbers stay the same. A launcher's FSDP means this."""
-    start_from: Location | None = None
-    """Weights to train on: an earlier run's folder, one of its checkpoints, or its `final/` or `best/`, with the same
-    trunk and the same `lora`. Steps, schedule and order are this run's own. Default: new weights."""
-
-
 class Log(Section):
     """What a run tells, and to whom."""
 
@@ -259,6 +239,13 @@ class BaseRecipe(Section):
             )
         if self.model.config and self.model.init != "random":
             raise ValueError("`model.config` needs `model.init: random`")
+        train, held = self.train, self.data.eval
+        if not (held.fraction or held.sources or getattr(train, "generate", None)):
+            asked = [
+                name for name in ("best", "patience") if getattr(train, name) != type(train).model_fields[name].default
+            ]
+            if asked:
+                raise ValueError(f"`train.{asked[0]}` needs held-out rows to evaluate: give `data.eval`")
         return self
 
     @property

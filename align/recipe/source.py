@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from align.recipe.paths import Location
 from align.recipe.section import PositiveInt, Section
+
+FIGURES = ("_low", "_high", "_share", "_edges", "_seconds", "_per_second")  # what names of figures may end in
 
 
 class Source(Section):
@@ -36,7 +39,17 @@ class Source(Section):
     Otherwise they are text."""
     limit: PositiveInt | None = None
     """Read only this many rows."""
+    title: str | None = None
+    """Held-out rows of the sources with this title have figures of their own besides: `loss/<title>`, and so on."""
     name: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
     """Split of a hub data set."""
+
+    @field_validator("title")
+    @classmethod
+    def _is_no_figure(cls, title: str | None) -> str | None:
+        if title is not None and (title.endswith(FIGURES) or not re.fullmatch(r"[\w.-]+", title)):
+            ends = ", ".join(FIGURES)
+            raise ValueError(f"take letters, digits, `.`, `-` and `_`, without an ending of figures ({ends})")
+        return title

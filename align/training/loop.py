@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from align.data.trees import Forest
 from align.models import acceleration
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
-from align.training import telling
+from align.training import best, telling
+from align.training.answers.answers import Answers
 from align.training.batches import Batches
 from align.training.borders.stops import Stopped
 from align.training.learner import Learner, Work
@@ -35,12 +36,15 @@ from align.training.planning.forecast import planned_rows
 from align.training.runs.checkpoint import CheckpointWriter, published
 from align.training.runs.run import Run
 from align.training.runs.start import find_start, start_from, terms_of
-from align.training.runs.state import restore
+from align.training.runs.state import kept_portions, restore
 from align.training.screen import Screen
 from align.training.session import Session
 from align.training.shards import let_go
 from align.training.zero import stage_of
 from align.training.zero_learner import ZeroLearner
+
+if TYPE_CHECKING:
+    from align.training.algorithm import Algorithm
 
 LONG = 60.0  # seconds of an evaluation before which a checkpoint is due
 MILDER = "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"
@@ -52,22 +56,6 @@ class Learnt(NamedTuple):
     metrics: dict[str, Any]
     distinct: int  # tokens that were trained on, each once, over all processes
     tokens: int  # of the step's examples
-
-
-class Algorithm(Protocol):
-    """What a stage puts into the loop; each is called on every process."""
-
-    labels: list[str] | None  # what the outputs of a head are, in words
-
-    def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
-        """One step on the chosen examples, (k,) int64, at a learning rate. Once it has changed a weight it must not
-        raise Stopped."""
-
-    def evaluate(self, loop: Loop) -> dict[str, Any]:
-        """Figures of the held-out examples."""
-
-    def conclude(self, loop: Loop) -> dict[str, Any]:
-        """After the last step; what it returns stands in the result's align.json."""
 
 
 class Loop:
@@ -90,6 +78,8 @@ class Loop:
         self.session, self.run, self.trunk, self.data, self.algorithm = session, run, trunk, data, algorithm
         self.recipe, self.accelerator = session.recipe, session.accelerator
         self.plan = Plan(self.recipe, data.train, run.standing.step, run.standing.place)
+        generate = getattr(self.recipe.train, "generate", None)
+        self.answers = Answers(generate, data.prompts, trunk, self.recipe.seed) if data.prompts else None
         kind = ZeroLearner if stage_of(self.accelerator) else Learner
         self.learner = kind(session, trunk, module or trunk, rates or {})
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
@@ -101,6 +91,7 @@ class Loop:
         self.saved, self.blocking_seconds, self.eval_seconds = -1, None, 0.0
         self.throughput = Throughput(self.accelerator.num_processes)
         self.trackers: list[GeneralTracker] = []
+        self.page = telling.Page()
 
     # -- the run -----------------------------------------------------------------------------------------------
 
@@ -114,7 +105,7 @@ class Loop:
                 screen.at_once = self.session.signals.at_once
             try:
                 self._train()
-                about = self.algorithm.conclude(self)
+                about = self.algorithm.described(self, last=True)
             except Stopped:
                 self._stop()
             else:
@@ -143,9 +134,10 @@ class Loop:
         while True:
             if evaluate:
                 self._evaluate()
-            if self.step in (0, self.plan.steps):
+            ends = self.step == self.plan.steps or best.over(self)
+            if ends or self.step == 0:
                 telling.samples(self)
-            if self.step == self.plan.steps:
+            if ends:
                 return
             self._train_step()
             self.session.heed()
@@ -162,9 +154,9 @@ class Loop:
         """Leave what is needed to go on: the state after the last step."""
         if self.step:
             self.save_state()
-        telling.close(self)
-        where = f"after step {self.step} of {self.plan.steps}" if self.step else "before the first step"
-        self.session.say(f"stopped by a signal {where}; run the same command again to go on from there")
+        stopped = f"stopped by a signal {telling.place(self)}; run the same command again to go on from there"
+        telling.close(self, f"The run was {stopped}.")
+        self.session.say(stopped)
 
     def _train_step(self) -> None:
         """One step."""
@@ -202,7 +194,7 @@ class Loop:
             return
         self.learner.forget()
         self.save_state()
-        telling.close(self)
+        telling.close(self, f"The run ended with an error {telling.place(self)}.")
         what = "gradient" if math.isfinite(loss) else "loss"
         where = ", ".join(self.data.train.where(int(i)) for i in chosen[:8])
         raise UserError(
@@ -212,22 +204,28 @@ class Loop:
         )
 
     def _evaluate(self) -> None:
-        if not len(self.data.eval):
+        answering = self.answers is not None and self.answers.due(self)
+        if not (len(self.data.eval) or answering):
             return
         self.learner.model.eval()
-        started = time.perf_counter()
-        record = {"step": self.step, "split": "eval", **self.algorithm.evaluate(self)}
+        started, record = time.perf_counter(), {"step": self.step, "split": "eval"}
+        if len(self.data.eval):
+            record |= self.algorithm.evaluate(self)
+        if answering:
+            record |= self.answers.evaluated(self)
         self.learner.model.train()
         let_go(self.trunk)
         if not math.isfinite(record.get("loss", 0.0)):
             if self.step:
                 self.save_state()
-                telling.close(self)
+                telling.close(self, f"The run ended with an error {telling.place(self)}.")
             raise UserError(
                 f"step {self.step}: the eval rows' loss is not finite ({record['loss']}); check model.base, or {MILDER}"
             )
+        best.judged(self, record, answering)
         record["eval_seconds"] = self.eval_seconds = time.perf_counter() - started
         telling.log(self, record)
+        self.page.refresh(self)
 
     def each(
         self, examples: Examples, chosen: np.ndarray, function: Callable[[Trunk, Forest], Tensor], what: str
@@ -261,17 +259,19 @@ class Loop:
     def _keep_portions(self, before: dict[str, int]) -> None:
         """Work in the portions of before: others would round otherwise. What there is no room for now is smaller."""
         now = {"row_tokens": self.batches.row_tokens, **self.trunk.budgets._asdict()}
-        kept = {name: min(value, before.get(name, value)) for name, value in now.items()}
-        if less := [name for name in kept if kept[name] < before.get(name, 0)]:
-            told = ", ".join(f"{name} {kept[name]:,} in place of {before[name]:,}" for name in less)
-            self.session.say(f"less memory is free than before ({told}): the last digits may differ")
+        kept, less = kept_portions(now, before)
+        if less:
+            self.session.say(less)
         self.batches.row_tokens = kept.pop("row_tokens")
         self.trunk.budgets = self.trunk.budgets._replace(**kept)
 
     def _finish(self, about: dict[str, Any]) -> None:
         self.save_state()
-        telling.close(self)
-        self.publish(self.run.final, about)  # last of all, for it says that the run is finished
+        early = best.in_words(self) if self.step < self.plan.steps else None
+        telling.close(self, early or f"The run is finished: {self.step} steps.")
+        self.publish(self.run.final, about | best.told(self))  # last of all, for it says that the run is finished
+        if early:
+            self.session.say(early)
         self.session.say(f"done: {self.run.final}; report: {self.run.folder / 'report.html'}")
 
     def publish(self, folder: Path, about: dict[str, Any]) -> None:

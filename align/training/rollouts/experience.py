@@ -19,6 +19,22 @@ from align.training.rollouts.rewards import Rewards
 from align.training.rollouts.rollout import Episodes, Rollout, figures, read, sampled, score_figures, scored
 from align.training.rollouts.sections import Rewarded
 from align.training.rollouts.watch import Watch
+from align.training.sources import titled, with_sources
+
+
+class FromRewards:
+    """What PPO and GRPO put into the loop alike."""
+
+    labels = None
+    experience: Experience
+
+    def may_be_best(self, figures: dict[str, Any]) -> bool:
+        """Whether the actor is within its budget."""
+        return self.experience.section.affords(figures["kl"])
+
+    def described(self, loop: Loop, last: bool) -> dict[str, Any]:
+        """What the result's align.json tells besides."""
+        return {}
 
 
 class Experience:
@@ -72,7 +88,30 @@ class Experience:
         parts = self.parts(loop, examples, everyone, episodes, [everyone])
         rollout, score = self.read(loop, episodes, [everyone]), self.score(parts, episodes)
         found = score_figures(parts, score, episodes)
-        found |= figures(rollout, kl_coef, found["score"])
-        self.watch.evaluated(loop, episodes, score, found, self.section.kl_budget)
-        low, high = mean_interval(score.view(len(everyone), -1).mean(1))  # over prompts, which are independent
-        return found | {"score_low": low, "score_high": high} if len(everyone) > 1 else found
+        found |= figures(rollout, kl_coef, found["score"]) | _interval(score, episodes, everyone)
+        self.watch.evaluated(loop, episodes, score, found)
+        by_source = {
+            title: _of_source(rollout, score, episodes, chosen) for title, chosen in titled(examples).items() if title
+        }
+        return with_sources(found, by_source)
+
+
+def _interval(score: Tensor, episodes: Episodes, chosen: np.ndarray) -> dict[str, float]:
+    """That of the mean score (E,) over prompts, (k,) int64, which are independent; nothing for one prompt."""
+    if len(chosen) < 2:
+        return {}
+    low, high = mean_interval(score[episodes.numbers(chosen)].view(len(chosen), -1).mean(1))
+    return {"score_low": low, "score_high": high}
+
+
+def _of_source(rollout: Rollout, score: Tensor, episodes: Episodes, chosen: np.ndarray) -> dict[str, float]:
+    """Means over the responses to some prompts, (k,) int64."""
+    numbers = episodes.numbers(chosen)
+    kl = (rollout.logprobs - rollout.ref_logprobs)[numbers].sum(1)
+    return {
+        "score": float(score[numbers].mean()),
+        **_interval(score, episodes, chosen),
+        "kl": float(kl.mean()),
+        "response_tokens": float(episodes.said[numbers].double().mean()),
+        "ended": float(episodes.ended[numbers].double().mean()),
+    }

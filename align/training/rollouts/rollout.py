@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from align.data.templates.texts import decoded
 from align.data.trees import Forest, Tree
-from align.models.roles import Entropy, Roles, Said
+from align.models.roles import Entropy, Roles, Said, Scorers
 from align.models.sampling.choice import Sampling
 from align.models.sampling.decode import Heed, Response, sample
 from align.models.trunk import Trunk
@@ -155,7 +155,7 @@ def texts(trunk: Trunk, episodes: Episodes) -> list[tuple[str, str]]:
 
 
 def scored(
-    roles: Roles,
+    roles: Roles | Scorers,
     batches: Batches,
     episodes: Episodes,
     groups: Sequence[np.ndarray],

@@ -1,5 +1,4 @@
-"""What is seen of a run that samples, beside its metrics: responses over time, the best actor so far, and warnings in
-words."""
+"""What is seen of a run that samples, beside its metrics: responses over time, and warnings in words."""
 
 from __future__ import annotations
 
@@ -37,16 +36,8 @@ class Watch:
         asked_of = (rows[int(i)] for i in chosen for _ in range(episodes.samples))
         return [Answered(row, *text) for row, text in zip(asked_of, texts(self.trunk, episodes), strict=True)]
 
-    def evaluated(
-        self, loop: Loop, episodes: Episodes, score: Tensor, figures: dict[str, float], budget: float | None
-    ) -> None:
-        """Note some responses; put the actor in `best/` if it is; warn."""
-        best = loop.memory.get("best")
-        within = budget is None or figures["kl"] <= budget
-        if loop.step and within and (best is None or figures["score"] > best["score"]):
-            best = {"step": loop.step, "score": figures["score"], "kl": figures["kl"]}
-            loop.memory["best"] = best
-            loop.publish(loop.run.folder / "best", best)
+    def evaluated(self, loop: Loop, episodes: Episodes, score: Tensor, figures: dict[str, float]) -> None:
+        """Note some responses; warn."""
         if not loop.session.first:
             return
         few = Episodes(episodes.prompts[:KEPT], episodes.responses[:KEPT])
