@@ -16,7 +16,8 @@ from align import ppo
 from align.data.formats.prompts import Asked
 from align.recipe.errors import UserError
 from align.training.borders.stops import Signals
-from align.training.rollouts.rewards import Answered, RewardPart, Rewards
+from align.training.rollouts.parts import Answered, RewardPart
+from align.training.rollouts.rewards import Rewards
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -158,11 +159,25 @@ class Loop:
         every = self.recipe.train.eval_every
         return self.step in (0, self.plan.steps) or bool(every and self.step % every == 0)
 
-    def _stop(self) -> None:
+    @contextmanager
+    def leaving_off(self) -> Iterator[None]:
+        """Around what a step needs from elsewhere. Where it raises UserError, in all processes, the state before the step
+        is saved first."""
+        try:
+            yield
+        except UserError as error:
+            self._leave_off()
+            saved = f"; the state after step {self.step} is saved: run the same command again to resume"
+            raise UserError(*error.problems[:-1], error.problems[-1] + saved * bool(self.step)) from error
+
+    def _leave_off(self) -> None:
         """Leave what is needed to go on: the state after the last step."""
         if self.step:
             self.save_state()
         telling.close(self)
+
+    def _stop(self) -> None:
+        self._leave_off()
         where = f"after step {self.step} of {self.plan.steps}" if self.step else "before the first step"
         self.session.say(f"stopped by a signal {where}; run the same command again to go on from there")
 

@@ -29,6 +29,7 @@ TITLES = {  # in the order of the page
     "accuracy": "Accuracy",
     "margin": "Margin",
     "score": "Scores",
+    "failures": "Responses without a score",
     "rewards": "Rewards",
     "nll_per_token": "Negative log-likelihood per token",
     "reward": "Score less the KL penalty",

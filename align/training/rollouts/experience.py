@@ -40,16 +40,34 @@ class Experience:
     def parts(
         self, loop: Loop, examples: Examples, chosen: np.ndarray, episodes: Episodes, groups: Sequence[np.ndarray]
     ) -> dict[str, Tensor]:
-        """Every part of the reward by name, (E,) each; `groups` as in `scored`. Raises Stopped on a signal."""
+        """Every part of the reward by name, (E,) each; `groups` as in `scored`. Raises Stopped on a signal, and
+        UserError where a function fails, with the state before this step on disk."""
         loop.screen.phase("scoring")
         on_trunk = scored(self.roles, loop.batches, episodes, groups, [*self.rewards.scorers], loop.screen)
         texts = self.watch.texts(examples, chosen, episodes) if self.rewards.read_texts else []
-        signals = loop.session.signals
-        return on_trunk | self.rewards.of_texts(texts, loop.batches.rank, loop.batches.world, signals)
+        known_before = {*self.rewards.failed}
+        with loop.leaving_off():
+            read = self.rewards.of_texts(texts, loop.batches.rank, loop.batches.world, loop.session.signals)
+        for title in self.rewards.failed.keys() - known_before:
+            why = self.rewards.failed[title]
+            loop.session.say(f"the reward function of {title} {why}; such responses are left out, and counted")
+        return on_trunk | read
 
     def score(self, parts: dict[str, Tensor], episodes: Episodes) -> Tensor:
-        """(E,): the sum of the parts less the penalties."""
+        """(E,): the sum of the parts less the penalties; nan for responses that are left out."""
         return self.rewards.total(parts) - self.section.penalty(episodes.said, episodes.ended)
+
+    def known(self, loop: Loop, score: Tensor) -> Tensor:
+        """Which responses of a step have a score, like `score` bool. Raises UserError where none has one, with the
+        state before this step on disk."""
+        known = ~score.isnan()
+        with loop.leaving_off():
+            self.rewards.check_known(known)
+        return known
+
+    def figures(self, parts: dict[str, Tensor], score: Tensor, episodes: Episodes) -> dict[str, float | None]:
+        """Means of scores and lengths, and how many scores there are not; `parts` and `score` (E,) each."""
+        return score_figures(parts, score, episodes) | self.rewards.failures(parts)
 
     def read(
         self,
@@ -71,8 +89,10 @@ class Experience:
         episodes = self.sampled(loop, examples, everyone, key, self.section.eval_samples)
         parts = self.parts(loop, examples, everyone, episodes, [everyone])
         rollout, score = self.read(loop, episodes, [everyone]), self.score(parts, episodes)
-        found = score_figures(parts, score, episodes)
+        self.known(loop, score)
+        found = self.figures(parts, score, episodes)
         found |= figures(rollout, kl_coef, found["score"])
         self.watch.evaluated(loop, episodes, score, found, self.section.kl_budget)
-        low, high = mean_interval(score.view(len(everyone), -1).mean(1))  # over prompts, which are independent
+        of_prompts = score.view(len(everyone), -1).nanmean(1)  # they are independent
+        low, high = mean_interval(of_prompts[~of_prompts.isnan()])
         return found | {"score_low": low, "score_high": high} if len(everyone) > 1 else found

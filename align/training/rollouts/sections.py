@@ -9,8 +9,8 @@ from torch import Tensor
 
 from align.models.roles import Entropy
 from align.recipe.schema import BaseRecipe, PositiveInt, Section
+from align.training.rollouts.parts import RewardPart
 from align.training.rollouts.pretraining import Ptx
-from align.training.rollouts.rewards import RewardPart
 from align.training.rollouts.rollout import Generation
 
 

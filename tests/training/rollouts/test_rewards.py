@@ -17,7 +17,8 @@ from align.recipe.errors import UserError
 from align.recipe.schema import Lora
 from align.training.borders.foreign import SHARED
 from align.training.borders.stops import Signals, Stopped
-from align.training.rollouts.rewards import Answered, RewardPart, Rewards
+from align.training.rollouts.parts import Answered, RewardPart
+from align.training.rollouts.rewards import Rewards
 from align.training.rules import VALENCES, exact_answer, one_sentence, sentiment
 
 
