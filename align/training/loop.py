@@ -161,8 +161,8 @@ class Loop:
 
     @contextmanager
     def leaving_off(self) -> Iterator[None]:
-        """Around what a step needs from elsewhere. Where it raises UserError, in all processes, the state before the step
-        is saved first."""
+        """Around what a step needs from elsewhere. Where that raises UserError, in all processes, the state before the
+        step is saved first."""
         try:
             yield
         except UserError as error:
