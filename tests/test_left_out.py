@@ -3,6 +3,7 @@ processes that a function has for itself do not outlive the run."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,12 +11,11 @@ import time
 from pathlib import Path
 
 import ppo_start
-import psutil
 import pytest
 import samplers
 import torch
 from ppo_start import UNEVALUATED, make_start, wordy
-from world import Child, align, lines, metrics, weights
+from world import Child, align, alive, lines, metrics, weights
 
 from align import grpo, ppo
 
@@ -52,7 +52,7 @@ def sleepy(prompts, responses, rows):
     """Notes its process and one that it starts, and does not come back."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     with open("pids", "a") as file:
-        file.write(f"{psutil.Process().pid} {child.pid}\n")
+        file.write(f"{os.getpid()} {child.pid}\n")
     time.sleep(600)
 
 
@@ -126,6 +126,6 @@ def test_what_a_killed_run_has_started_is_gone(world, start, here):
     assert child.send_when(signal.SIGKILL, lambda: pids.is_file() and len(pids.read_text().split()) == 4)
     assert child.wait().status == -signal.SIGKILL
     numbers, end = [int(word) for word in pids.read_text().split()], time.monotonic() + 20
-    while any(map(psutil.pid_exists, numbers)) and time.monotonic() < end:
+    while alive(*numbers) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not any(map(psutil.pid_exists, numbers))
+    assert not alive(*numbers)

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from threading import Timer
 
-import psutil
 import pytest
 from test_functions import answered, scores_of
+from world import alive
 
 from align.recipe.errors import UserError
 from align.training.borders.stops import Signals, Stopped
@@ -92,10 +92,6 @@ def pids(here: Path) -> list[int]:
     return [int(word) for word in file.read_text().split()] if file.is_file() else []
 
 
-def gone(numbers: list[int]) -> bool:
-    return not any(psutil.pid_exists(n) and psutil.Process(n).status() != psutil.STATUS_ZOMBIE for n in numbers)
-
-
 def soon(true) -> bool:
     end = time.monotonic() + 20
     while not true() and time.monotonic() < end:
@@ -148,7 +144,7 @@ def test_the_end_of_a_late_process_is_that_of_all_it_started(here):
     with pytest.raises(UserError, match="took longer"):
         scores_of(rewards_of("stubborn", processes=1, timeout=1), "x")
     assert len(pids(here)) == 2
-    assert soon(lambda: gone(pids(here)))
+    assert soon(lambda: not alive(*pids(here)))
 
 
 def test_a_signal_ends_calls_at_once_and_the_pool_stays_usable(here):
@@ -184,6 +180,6 @@ def test_what_can_be_imported_in_the_run_alone(here, monkeypatch, line, said):
 def test_no_process_outlives_its_pool(here):
     rewards = rewards_of("rendezvous", processes=2)
     numbers = [int(number) for number in scores_of(rewards, "a", "b")["rendezvous"]]
-    assert not gone(numbers)
+    assert alive(*numbers)
     del rewards
-    assert soon(lambda: gone(numbers))
+    assert soon(lambda: not alive(*numbers))
