@@ -77,8 +77,8 @@ class Pool:
         weakref.finalize(self, _end_all, self.workers)
 
     def __call__(self, calls: Sequence[Call]) -> list[Verdict]:
-        """What is said of each response. Raises UserError where a process cannot import the function; whatever is
-        raised, no process is busy afterwards."""
+        """What is said of each response. Raises UserError where a process cannot import the function; where anything is
+        raised, all processes are ended."""
         found: list[Verdict | None] = [None] * len(calls)
         waiting = [(0.0, number, 0) for number in range(len(calls))]  # not before when, which, tried how often before
         heapify(waiting)
@@ -92,9 +92,9 @@ class Pool:
                         heappush(waiting, (time.monotonic() + pause(attempt + 1), number, attempt + 1))
                     else:
                         found[number] = verdict
-        finally:
-            for worker in self._busy():
-                self._lose(worker)
+        except BaseException:
+            _end_all(self.workers)
+            raise
         return found
 
     def _busy(self) -> list[Worker]:
@@ -153,5 +153,5 @@ def _with(status: int | None) -> str:
 
 
 def _end_all(workers: list[Worker]) -> None:
-    for worker in workers:
-        worker.end()
+    while workers:
+        workers.pop().end()
