@@ -55,10 +55,12 @@ async def _tried(call: Await) -> list[Verdict]:
     for attempt in range(call.retries + 1):
         await asyncio.sleep(pause(attempt) if attempt else 0)
         task = asyncio.ensure_future(_said(call))
-        await asyncio.wait({task}, timeout=call.timeout)
+        try:
+            await asyncio.wait({task}, timeout=call.timeout)
+        finally:
+            task.cancel()  # where it has not ended; and it is not waited for, as it may not want to
         if isinstance(said := task.result() if task.done() else late(call.timeout), list):
             return verdicts(said, call.responses)
-        task.cancel()  # and not waited for: it may not want to end
     return [said] * len(call.responses)
 
 

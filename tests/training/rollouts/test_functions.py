@@ -110,7 +110,7 @@ def test_a_signal_ends_what_is_awaited(mine):
     mine("""
 ended = []
 async def score(prompts, responses, rows):
-    os.kill(os.getpid(), signal.SIGTERM)
+    asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGTERM)
     try:
         await asyncio.sleep(60)
     finally:

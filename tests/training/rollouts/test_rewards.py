@@ -15,6 +15,7 @@ from align.data.formats.prompts import Asked
 from align.models.roles import CRITIC, Roles, Scorer
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora
+from align.training import rules
 from align.training.borders.foreign import SHARED
 from align.training.borders.stops import Signals, Stopped
 from align.training.rollouts.parts import Answered, RewardPart
@@ -353,6 +354,35 @@ def test_one_sentence(response, score):
 def test_exact_answer(response, answer, score):
     row = {} if answer is None else {"answer": answer}
     assert exact_answer(["q"], [response], [row]) == [score]
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "score"),
+    [
+        ("It is 1/2.", "0.5", 1),
+        (r"The answer is $\frac{1}{2}$.", "So it is a half.\n#### 0.5", 1),
+        (r"\boxed{\{1, 2\}}", r"$\{2, 1\}$", 1),
+        ("The answer is 7, not 8.", "7", 1),
+        ("$x^2$", "$x^3$", 0),
+        ("ten", "ten", 0),
+        ("$9^{9^{9^9}}$", "5", 0),  # which nobody can compute
+    ],
+)
+def test_exact_answer_as_mathematics(response, answer, score):
+    pytest.importorskip("math_verify")
+    assert exact_answer(["q"], [response], [{"answer": answer}]) == [score]
+
+
+def test_exact_answer_without_math_verify(monkeypatch, capsys):
+    """Numbers alone are compared, as is said once, by the first process."""
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    for rank, lines in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        rules._verifier.cache_clear()
+        for _ in range(2):
+            assert exact_answer(["q"] * 2, ["1/2", "so 7"], [{"answer": "0.5"}, {"answer": 7}]) == [0, 1]
+        assert capsys.readouterr().err.count("pip install math-verify") == lines
+    rules._verifier.cache_clear()
 
 
 @pytest.mark.parametrize(
