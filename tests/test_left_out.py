@@ -96,7 +96,7 @@ def test_an_evaluation_counts_what_has_a_score(world, start, here):
     assert all(isinstance(row["score"], float) for row in lines(here / "run" / "episodes.jsonl"))
 
 
-@pytest.mark.parametrize("policy", ["stop", "leave_out"])
+@pytest.mark.parametrize("policy", [pytest.param("stop", marks=pytest.mark.slow), "leave_out"])
 def test_a_function_that_fails_for_good_ends_the_run_with_its_state_saved(world, start, here, policy):
     """What it is called like may change when the run goes on, which then ends like one that never failed."""
     own = {"rewards": [{"function": "test_left_out:flaky", "on_failure": policy}]}
