@@ -43,7 +43,7 @@ from align.training.rollouts.epochs import Targets, in_epochs, spent
 from align.training.rollouts.experience import Experience, FromRewards
 from align.training.rollouts.pretraining import Pretraining
 from align.training.rollouts.rewards import Rewards, stands_on
-from align.training.rollouts.rollout import Episodes, check_samples, figures, minibatches, score_figures
+from align.training.rollouts.rollout import Episodes, check_samples, figures, minibatches
 from align.training.rollouts.sections import Rewarded, RewardedTrain, check_rewarded
 from align.training.rollouts.watch import Watch
 from align.training.session import Session
@@ -215,25 +215,25 @@ class Algorithm(FromRewards):
             episodes, drawn, equal = episodes.replaced(again, anew), drawn + int(anew.said.sum()), groups.equal(scores)
             if not equal.any():
                 break
-        kept = (~equal).nonzero()[:, 0].numpy() if grpo.equal_groups == "drop" else np.arange(len(chosen))
-        learnt = episodes.part(kept).ended if grpo.unended == "mask" else torch.ones(len(kept) * grpo.samples).bool()
-        metrics |= {"learnt_groups": len(kept) / len(chosen), "learning_rate": rate}
+        kept = self.experience.known(loop, scores) & (~equal[:, None] | (grpo.equal_groups == "keep"))  # (N, k)
+        metrics |= {"learnt_groups": float(kept.any(1).float().mean()), "learning_rate": rate}
         sampled_at = time.perf_counter()
+        learnt = kept.flatten() & episodes.ended if grpo.unended == "mask" else kept.flatten()  # (N k,)
         if not learnt.any():
             metrics |= {"updates": 0, **spent(started, sampled_at, sampled_at, drawn)}
             return Learnt(metrics, 0, int(episodes.lengths.sum()))
-        episodes, scores = episodes.part(kept), scores[kept]
+        episodes, learnt = episodes.kept(kept.flatten()), learnt[kept.flatten()]  # from here on (E,)
 
         # 3. Actor and reference read them, in the rows of the first epoch.
         orders = [(seed, ORDER, step, epoch) for epoch in range(grpo.epochs)]
-        epochs = [minibatches(len(kept), grpo.minibatches, order) for order in orders]
+        epochs = [minibatches(len(episodes), grpo.minibatches, order) for order in orders]
         rollout = self.experience.read(loop, episodes, epochs[0], grpo.entropy or "known", grpo.kl != "none")
         # 4. Advantages of the responses, which are those of their tokens.
-        metrics |= figures(rollout, self.kl_coef, float(scores.mean()))
+        metrics |= figures(rollout, self.kl_coef, float(scores[kept].mean()))
         if grpo.kl == "reward":
             penalty = k1(rollout.logprobs, rollout.ref_logprobs).sum(1)  # (E,); both are 0 where masked
-            scores = scores - grpo.kl_coef * penalty.view_as(scores)
-        advantages = ADVANTAGES[grpo.advantage](scores).flatten()  # (E,)
+            scores[kept] -= grpo.kl_coef * penalty
+        advantages = ADVANTAGES[grpo.advantage](scores)[kept]  # (E,)
         scored_at = time.perf_counter()
 
         # 5. Epochs of minibatches.
@@ -262,7 +262,7 @@ class Algorithm(FromRewards):
         episodes = experience.sampled(loop, prompts, chosen, key, grpo.samples)
         parts = experience.parts(loop, prompts, chosen, episodes, [np.arange(len(chosen))])
         score = experience.score(parts, episodes)
-        return episodes, score.view(len(chosen), -1), score_figures(parts, score, episodes)
+        return episodes, score.view(len(chosen), -1), experience.figures(parts, score, episodes)
 
     def evaluate(self, loop: Loop) -> dict[str, Any]:
         """Scores of responses to the held-out prompts, and how far the actor has gone."""

@@ -43,7 +43,7 @@ from align.training.rollouts.epochs import Targets, in_epochs, spent
 from align.training.rollouts.experience import Experience, FromRewards
 from align.training.rollouts.pretraining import Pretraining
 from align.training.rollouts.rewards import Rewards, stands_on
-from align.training.rollouts.rollout import check_samples, explained, figures, minibatches, score_figures
+from align.training.rollouts.rollout import check_samples, explained, figures, minibatches
 from align.training.rollouts.sections import Rewarded, RewardedTrain, check_rewarded
 from align.training.rollouts.watch import Watch
 from align.training.session import Session
@@ -151,11 +151,14 @@ class Algorithm(FromRewards):
         # 1. Sample responses to the step's prompts.
         episodes = self.experience.sampled(loop, prompts, chosen, (seed, SAMPLING, step), ppo.samples)
         sampled_at = time.perf_counter()
-        # 2. Score them, and have every role read them, in the rows of the first epoch.
+        # 2. Score them; those that have a score are read by every role, in the rows of the first epoch.
+        parts = self.experience.parts(loop, prompts, chosen, episodes, [np.arange(len(chosen))])
+        score = self.experience.score(parts, episodes)
+        means, drawn = self.experience.figures(parts, score, episodes), int(episodes.said.sum())
+        known = self.experience.known(loop, score)
+        episodes, score = episodes.kept(known), score[known]  # (E,)
         orders = [(seed, ORDER, step, epoch) for epoch in range(ppo.epochs)]
-        epochs = [minibatches(len(chosen), ppo.minibatches, order) for order in orders]
-        parts = self.experience.parts(loop, prompts, chosen, episodes, epochs[0])
-        score = self.experience.score(parts, episodes)  # (E,)
+        epochs = [minibatches(len(episodes), ppo.minibatches, order) for order in orders]
         rollout = self.experience.read(loop, episodes, epochs[0], ppo.entropy or "known")
 
         # 3. Rewards: the KL penalty at every token, the score at the end.
@@ -190,7 +193,6 @@ class Algorithm(FromRewards):
         kl = float((rollout.logprobs - rollout.ref_logprobs).sum() / len(score))
         if ppo.kl_target:
             loop.memory["kl_coef"] = adv.adapted(kl_coef, kl, ppo.kl_target, ppo.kl_horizon, len(score))
-        means = score_figures(parts, score, episodes)
         metrics = {
             **means,
             **figures(rollout, kl_coef, means["score"]),
@@ -198,7 +200,7 @@ class Algorithm(FromRewards):
             **explained(rollout, returns),
             "learning_rate": rate,
             f"learning_rate/{CRITIC}": rate * ppo.critic_rate(self.recipe.optim),
-            **spent(started, sampled_at, scored_at, int(episodes.said.sum())),
+            **spent(started, sampled_at, scored_at, drawn),
         }
         self.watch.learnt(loop, step, metrics)
         return Learnt(metrics, passes.distinct, int(episodes.lengths.sum()))

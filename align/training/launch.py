@@ -19,12 +19,11 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from align.recipe.errors import UserError
+from align.recipe.errors import UserError, reason
 from align.recipe.load import parse_command
 from align.recipe.schema import BaseRecipe
 from align.training import zero
 from align.training.borders.border import border, shows
-from align.training.borders.foreign import reason
 from align.training.borders.peers import Peers
 from align.training.borders.processes import PATIENCE, FirstFailed, FirstRefused
 from align.training.borders.stops import Signals, Stopped

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -150,12 +151,26 @@ class Loop:
         every = self.recipe.train.eval_every
         return self.step in (0, self.plan.steps) or bool(every and self.step % every == 0)
 
-    def _stop(self) -> None:
-        """Leave what is needed to go on: the state after the last step."""
+    @contextmanager
+    def leaving_off(self) -> Iterator[None]:
+        """Around what a step needs from elsewhere. Where that raises UserError, in all processes, the state before the
+        step is saved first."""
+        try:
+            yield
+        except UserError as error:
+            self._leave_off(f"ended with an error {telling.place(self)}")
+            saved = f"; the state after step {self.step} is saved: run the same command again to resume"
+            raise UserError(*error.problems[:-1], error.problems[-1] + saved * bool(self.step)) from error
+
+    def _leave_off(self, how: str) -> None:
+        """Leave what is needed to go on: the state after the last step; `how` the run ended, for its page."""
         if self.step:
             self.save_state()
+        telling.close(self, f"The run {how}.")
+
+    def _stop(self) -> None:
         stopped = f"stopped by a signal {telling.place(self)}; run the same command again to go on from there"
-        telling.close(self, f"The run was {stopped}.")
+        self._leave_off(f"was {stopped}")
         self.session.say(stopped)
 
     def _train_step(self) -> None:

@@ -56,16 +56,34 @@ class Experience:
     def parts(
         self, loop: Loop, examples: Examples, chosen: np.ndarray, episodes: Episodes, groups: Sequence[np.ndarray]
     ) -> dict[str, Tensor]:
-        """Every part of the reward by name, (E,) each; `groups` as in `scored`. Raises Stopped on a signal."""
+        """Every part of the reward by name, (E,) each; `groups` as in `scored`. Raises Stopped on a signal, and
+        UserError where a function fails, with the state before this step on disk."""
         loop.screen.phase("scoring")
         on_trunk = scored(self.roles, loop.batches, episodes, groups, [*self.rewards.scorers], loop.screen)
         texts = self.watch.texts(examples, chosen, episodes) if self.rewards.read_texts else []
-        signals = loop.session.signals
-        return on_trunk | self.rewards.of_texts(texts, loop.batches.rank, loop.batches.world, signals)
+        known_before = {*self.rewards.failed}
+        with loop.leaving_off():
+            read = self.rewards.of_texts(texts, loop.batches.rank, loop.batches.world, loop.session.signals)
+        for title in self.rewards.failed.keys() - known_before:
+            why = self.rewards.failed[title]
+            loop.session.say(f"the reward function of {title} {why}; such responses are left out, and counted")
+        return on_trunk | read
 
     def score(self, parts: dict[str, Tensor], episodes: Episodes) -> Tensor:
-        """(E,): the sum of the parts less the penalties."""
+        """(E,): the sum of the parts less the penalties; nan for responses that are left out."""
         return self.rewards.total(parts) - self.section.penalty(episodes.said, episodes.ended)
+
+    def known(self, loop: Loop, score: Tensor) -> Tensor:
+        """Which responses of a step have a score, like `score` bool. Raises UserError where none has one, with the
+        state before this step on disk."""
+        known = ~score.isnan()
+        with loop.leaving_off():
+            self.rewards.check_known(known)
+        return known
+
+    def figures(self, parts: dict[str, Tensor], score: Tensor, episodes: Episodes) -> dict[str, float | None]:
+        """Means of scores and lengths, and how many scores there are not; `parts` and `score` (E,) each."""
+        return score_figures(parts, score, episodes) | self.rewards.failures(parts)
 
     def read(
         self,
@@ -87,7 +105,8 @@ class Experience:
         episodes = self.sampled(loop, examples, everyone, key, self.section.eval_samples)
         parts = self.parts(loop, examples, everyone, episodes, [everyone])
         rollout, score = self.read(loop, episodes, [everyone]), self.score(parts, episodes)
-        found = score_figures(parts, score, episodes)
+        self.known(loop, score)
+        found = self.figures(parts, score, episodes)
         found |= figures(rollout, kl_coef, found["score"]) | _interval(score, episodes, everyone)
         self.watch.evaluated(loop, episodes, score, found)
         by_source = {
@@ -97,19 +116,22 @@ class Experience:
 
 
 def _interval(score: Tensor, episodes: Episodes, chosen: np.ndarray) -> dict[str, float]:
-    """That of the mean score (E,) over prompts, (k,) int64, which are independent; nothing for one prompt."""
-    if len(chosen) < 2:
+    """That of the mean score (E,) over prompts, (k,) int64, which are independent; nothing for fewer than
+    two with a score."""
+    of_prompts = score[episodes.numbers(chosen)].view(len(chosen), -1).nanmean(1)  # nan where no response has a score
+    known = of_prompts[~of_prompts.isnan()]
+    if len(known) < 2:
         return {}
-    low, high = mean_interval(score[episodes.numbers(chosen)].view(len(chosen), -1).mean(1))
+    low, high = mean_interval(known)
     return {"score_low": low, "score_high": high}
 
 
-def _of_source(rollout: Rollout, score: Tensor, episodes: Episodes, chosen: np.ndarray) -> dict[str, float]:
-    """Means over the responses to some prompts, (k,) int64."""
+def _of_source(rollout: Rollout, score: Tensor, episodes: Episodes, chosen: np.ndarray) -> dict[str, float | None]:
+    """Means over the responses to some prompts, (k,) int64; None where none of them has a score."""
     numbers = episodes.numbers(chosen)
-    kl = (rollout.logprobs - rollout.ref_logprobs)[numbers].sum(1)
+    kl, known = (rollout.logprobs - rollout.ref_logprobs)[numbers].sum(1), ~score[numbers].isnan()
     return {
-        "score": float(score[numbers].mean()),
+        "score": float(score[numbers][known].mean()) if known.any() else None,
         **_interval(score, episodes, chosen),
         "kl": float(kl.mean()),
         "response_tokens": float(episodes.said[numbers].double().mean()),

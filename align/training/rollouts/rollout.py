@@ -10,6 +10,7 @@ k + 1 steps: before each token, and after the last. n labels, P paths and S = n 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -63,13 +64,14 @@ class Episodes:
     """Prompts with their responses, as examples of which rows are made: one tree a prompt."""
 
     def __init__(self, prompts: Sequence[np.ndarray], responses: Sequence[Sequence[Response]]) -> None:
-        """Prompts (l,) int32; of each as many responses, which are numbered prompt by prompt."""
+        """Prompts (l,) int32; of each one response or more, which are numbered prompt by prompt."""
         self.prompts, self.responses = prompts, responses
-        self.samples = len(responses[0])
+        self.samples = len(responses[0])  # to each prompt, where none is left out
         said = [[len(response.tokens) for response in own] for own in responses]
         self.lengths = np.array([len(p) + sum(k) for p, k in zip(prompts, said, strict=True)], np.int64)
         self.longest = np.array([len(p) + max(k) for p, k in zip(prompts, said, strict=True)], np.int64)
-        self.paths = np.full(len(prompts), self.samples, np.int64)
+        self.paths = np.array([len(own) for own in responses], np.int64)
+        self.firsts = np.cumsum(self.paths) - self.paths  # the number of each prompt's first response
         self.room = self.lengths + self.paths - 1
         self.flat = [response for own in responses for response in own]  # by number
         self.said = torch.tensor([len(response.tokens) for response in self.flat])  # (E,) int64
@@ -79,12 +81,14 @@ class Episodes:
         return len(self.prompts)
 
     def numbers(self, group: np.ndarray) -> np.ndarray:
-        """The episodes of a group of prompts, (k,) -> (k * samples,) int64."""
-        return (group[:, None] * self.samples + np.arange(self.samples)).ravel()
+        """The episodes of a group of prompts, (k,) -> (e,) int64."""
+        return np.concatenate([self.firsts[i] + np.arange(self.paths[i]) for i in group])
 
-    def part(self, group: np.ndarray) -> Episodes:
-        """Those of some prompts, (k,) int64, one or more."""
-        return Episodes([self.prompts[i] for i in group], [self.responses[i] for i in group])
+    def kept(self, chosen: Tensor) -> Episodes:
+        """Some of the episodes, (E,) bool, and their prompts."""
+        flags = np.split(chosen.numpy(), self.firsts[1:])
+        left = [list(compress(own, flag)) for own, flag in zip(self.responses, flags, strict=True)]
+        return Episodes([*compress(self.prompts, left)], [*filter(None, left)])
 
     def replaced(self, group: np.ndarray, anew: Episodes) -> Episodes:
         """With other responses to some prompts, (k,) int64."""
@@ -97,7 +101,7 @@ class Episodes:
         """Prompt `i` with its responses as branches, all of their tokens labels; targets are episodes' numbers."""
         stem, branches = self.prompts[i], [response.tokens for response in self.responses[i]]
         marks = (np.zeros(len(stem), bool), *(np.ones(len(branch), bool) for branch in branches))
-        return Tree((stem, *branches), marks, tuple(float(i * self.samples + s) for s in range(self.samples)))
+        return Tree((stem, *branches), marks, tuple(float(number) for number in self.numbers(np.array([i]))))
 
 
 class Rollout(NamedTuple):
@@ -237,11 +241,16 @@ def minibatches(prompts: int, count: int, key: Sequence[int]) -> list[np.ndarray
     return np.array_split(np.random.default_rng(list(key)).permutation(prompts), min(count, prompts))
 
 
-def score_figures(parts: dict[str, Tensor], score: Tensor, episodes: Episodes) -> dict[str, float]:
-    """Means over episodes; `parts` and `score` (E,) each."""
+def score_figures(parts: dict[str, Tensor], score: Tensor, episodes: Episodes) -> dict[str, float | None]:
+    """Means over episodes, of scores over those that are known; `parts` and `score` (E,) each."""
+
+    def mean(of: Tensor) -> float | None:
+        known = of[~of.isnan()]
+        return float(known.mean()) if len(known) else None
+
     return {
-        "score": float(score.mean()),
-        **{f"score/{name}": float(part.mean()) for name, part in parts.items()},
+        "score": mean(score),
+        **{f"score/{name}": mean(part) for name, part in parts.items()},
         "response_tokens": float(episodes.said.sum()) / len(score),
         "ended": float(episodes.ended.float().mean()),
     }

@@ -11,8 +11,8 @@ from align.models.roles import Entropy
 from align.recipe.schema import BaseRecipe, PositiveInt, Section
 from align.recipe.train import Best
 from align.training.answers.section import AnsweringTrain
+from align.training.rollouts.parts import RewardPart
 from align.training.rollouts.pretraining import Ptx
-from align.training.rollouts.rewards import RewardPart
 from align.training.rollouts.rollout import Generation
 
 
