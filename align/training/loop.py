@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -200,16 +200,20 @@ class Loop:
         """Stop before the optimizer step if anything is not finite, with the last good state on disk."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        self.learner.forget()
-        self.save_state()
-        telling.close(self)
         what = "gradient" if math.isfinite(loss) else "loss"
         where = ", ".join(self.data.train.where(int(i)) for i in chosen[:8])
-        raise UserError(
+        self.give_up(
             f"step {self.step + 1}: the {what} is not finite (loss {loss}, gradient norm {norm}); the state after step "
             f"{self.step} is saved in {self.run.checkpoints}. Look at the step's examples "
             f"({where}{', …' if len(chosen) > 8 else ''}), or {MILDER}"
         )
+
+    def give_up(self, *problems: str) -> NoReturn:
+        """End a run that cannot go on with the state after the last step on the disk; every process must call it."""
+        self.learner.forget()
+        self.save_state()
+        telling.close(self)
+        raise UserError(*problems)
 
     def _evaluate(self) -> None:
         if not len(self.data.eval):
@@ -220,12 +224,10 @@ class Loop:
         self.learner.model.train()
         let_go(self.trunk)
         if not math.isfinite(record.get("loss", 0.0)):
+            told = f"the eval rows' loss is not finite ({record['loss']}); check model.base, or {MILDER}"
             if self.step:
-                self.save_state()
-                telling.close(self)
-            raise UserError(
-                f"step {self.step}: the eval rows' loss is not finite ({record['loss']}); check model.base, or {MILDER}"
-            )
+                self.give_up(f"step {self.step}: {told}")
+            raise UserError(f"step 0: {told}")
         record["eval_seconds"] = self.eval_seconds = time.perf_counter() - started
         telling.log(self, record)
 
@@ -275,9 +277,11 @@ class Loop:
         self.session.say(f"done: {self.run.final}; report: {self.run.folder / 'report.html'}")
 
     def publish(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write the result as it is now; with shards, every process must call it."""
-        result = self.learner.result()
-        if self.session.first:
-            told = {"stage": self.recipe.stage, "step": self.step, **about}
+        """Write the result as it is now; every process must call it."""
+        result, told = self.learner.result(), {"stage": self.recipe.stage, "step": self.step, **about}
+
+        def write() -> None:
             with published(folder, sum(tensor.nbytes for tensor in result.values())) as beside:
                 self.learner.module.save(beside, result, told)
+
+        self.session.decided(write)

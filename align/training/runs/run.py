@@ -15,6 +15,7 @@ from accelerate.utils import LoggerType
 
 from align.data.examples import Examples
 from align.data.mixture import Prepared
+from align.recipe.engine import PLACES
 from align.recipe.errors import UserError
 from align.recipe.load import load_recipe
 from align.recipe.records import parsed, read_lines, to_json
@@ -27,7 +28,8 @@ from align.training.runs.removal import finish_removal, forget_removal, is_free,
 from align.training.runs.state import state_of
 
 # What may change between one start and the next: none of it touches the numbers.
-FREE = {"run": ..., "log": ..., "train": {"save_every", "keep", "shard"}}
+FREE: dict[str, Any] = {"run": ..., "log": ..., "train": {"save_every", "keep", "shard"}}
+FREE |= dict.fromkeys(("ppo", "grpo", "distill"), {"generation": {"engine": PLACES}})
 LENGTH = ("train.epochs", "train.steps")  # what --extend may change
 LINES = {"metrics.jsonl": {"step": int, "split": str}}  # what every line of a file has to have
 
