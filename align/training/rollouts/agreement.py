@@ -42,31 +42,16 @@ class Agreement:
         self.prompts, self.key = prompts, key
         self.comparable = True  # whether both engines' log-probabilities of a draw mean the same
 
-    def check_base(self, base: str) -> None:
-        """Raises UserError where the server's base says something else than the trunk without adapters."""
-        apart = self._apart(base, Sampling(NEW), None)
-        if not apart <= self.server.tolerance:
-            links = [link.name for link in self.trunk.links]
-            merged = f" with {', '.join(links[1:])} merged in, which align.merge writes" if links[1:] else ""
-            raise UserError(
-                f"{self.remote.told} has another trunk: the log-probabilities of its model {base} are {apart:.2g} nats "
-                f"a token away from those of {links[0]}, and {self.key}.tolerance allows {self.server.tolerance:g}; "
-                f"serve {links[0]}{merged}"
-            )
-
-    def check_actor(self) -> None:
-        """Raises UserError where the server's adapter says something else than the own actor, or where its figures
-        cannot weigh what the recipe draws."""
+    def check(self, base: str) -> None:
+        """Raises UserError where the server's adapter says something else than the own actor, and tells whether its
+        `base` is why; or where its figures cannot weigh what the recipe draws."""
         told, name, allowed = self.remote.told, self.remote.name, self.server.tolerance
         apart = self._apart(name, Sampling(NEW), "default")
         if not apart <= allowed:
-            raise UserError(
-                f"{told} computes the adapter otherwise: its log-probabilities are {apart:.2g} nats a token away from "
-                f"the own actor's, and {self.key}.tolerance allows {allowed:g}, though its base agrees; look at what "
-                "its log says of loading the adapter"
-            )
+            raise UserError(f"{told} {self._why(base, apart)}; {self.key}.tolerance allows {allowed:g}")
         drawn = self.how._replace(max_new=min(NEW, self.how.max_new), min_new=0, stop=())
-        self.comparable = drawn == Sampling(drawn.max_new) or self._apart(name, drawn, "default") <= allowed
+        rounding = min(allowed, 3 * apart + 0.01)  # else a temperature near 1 would pass for it
+        self.comparable = drawn == Sampling(drawn.max_new) or self._apart(name, drawn, "default") <= rounding
         if self.comparable:
             return
         what = "its log-probabilities are not those of the whole distribution at the recipe's temperature"
@@ -77,6 +62,21 @@ class Agreement:
         raise UserError(
             f"{told}: {what}, so they cannot weigh what it draws; start vLLM with --logprobs-mode {mode} (none of its "
             f"modes suits a temperature and filters together), or set {self.key}.importance_cap=null"
+        )
+
+    def _why(self, base: str, apart: float) -> str:
+        """What differs: what lies beneath the adapter, or the adapter."""
+        beneath = self._apart(base, Sampling(NEW), None)
+        if beneath <= self.server.tolerance:
+            return (
+                f"computes the adapter otherwise: its log-probabilities are {apart:.2g} nats a token away from the own "
+                "actor's, though its base agrees; look at what its log says of loading the adapter"
+            )
+        first, *merged = [link.name for link in self.trunk.links]
+        wanted = f"{first} with {', '.join(merged)} merged in, which align.merge writes" if merged else first
+        return (
+            f"has another trunk: the log-probabilities of its model {base} are {beneath:.2g} nats a token away from "
+            f"those of the run's; serve {wanted}"
         )
 
     def _apart(self, model: str, how: Sampling, role: str | None) -> float:

@@ -60,7 +60,7 @@ def asked_for(
     body = {
         "model": model, "prompt": [int(token) for token in prompt], "max_tokens": how.max_new, "n": 1, "stream": False,
         "temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k or -1, "min_p": how.min_p,
-        "repetition_penalty": how.repetition_penalty, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+        "repetition_penalty": how.repetition_penalty, "presence_penalty": 0, "frequency_penalty": 0,
         "min_tokens": how.min_new, "stop_token_ids": sorted(ends.tokens), "skip_special_tokens": False,
         "logprobs": 1, "return_token_ids": True,
     }  # fmt: skip

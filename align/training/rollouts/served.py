@@ -8,6 +8,8 @@ the policy loss (`objectives/importance.py`).
 
 from __future__ import annotations
 
+import os
+import re
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -42,11 +44,12 @@ class Served:
     """A server that has the run's trunk."""
 
     def __init__(self, session: Session, trunk: Trunk, data: Prepared, server: Server, how: Sampling, key: str) -> None:
-        """Raises UserError for a server that is not there, has another trunk, or takes too few tokens."""
+        """Raises UserError for a server that is not there or takes too few tokens."""
         self.session, self.server, self.how = session, server, how
         place = session.recipe.folder
         self.folder = Path(server.adapters or place / "engine")
-        self.name = f"{place.name}-{sha256(str(place.resolve()).encode()).hexdigest()[:8]}"
+        plain = re.sub(r"[^A-Za-z0-9]+", "-", place.name).strip("-")[:50] or "run"
+        self.name = f"{plain}-{sha256(os.fsencode(place.resolve())).hexdigest()[:8]}"
         client = Client(server, key, session.say)
         self.remote = Remote(client, self.name, Ends.of(trunk, how), session.signals.heed)
         self.adapter: Adapter | None = None  # that the server has
@@ -59,7 +62,6 @@ class Served:
                 f"{client.told} takes {most:,} tokens, but a prompt has {longest:,} and a response up to "
                 f"{how.max_new:,}; raise vLLM's --max-model-len, or lower data.max_length or generation.max_new"
             )
-        self.agreement.check_base(self.base)
         session.say(
             f"{client.told} draws the responses, from its model {self.base}. A run that is resumed has the weights and "
             "prompts of its checkpoint; its responses are drawn again, and may be others"
@@ -84,11 +86,10 @@ class Served:
             first = self.adapter is None
             self._load(loop)
             if first:
-                self.agreement.check_actor()
+                self.agreement.check(self.base)
             parts = gathered(own)
             if any(anew for _, anew in parts):  # the server was started again, perhaps with something else
-                self.agreement.check_base(self.base)
-                self.agreement.check_actor()
+                self.agreement.check(self.base)
         except UserError as error:
             loop.give_up(*error.problems)
         found = {place: response for part, _ in parts for place, response in part.items()}
