@@ -19,7 +19,9 @@ T = TypeVar("T")
 LOOK = 0.2  # seconds after which signals are heeded
 ANEW = 3  # times that one response may find its adapter gone
 LEAVING = 5.0  # seconds for the server to take an adapter out
-SWITCH = "--enable-lora, and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
+SWITCH = (
+    "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, align.serve with --adapters"
+)
 
 
 class Adapter(NamedTuple):
@@ -83,8 +85,8 @@ class Remote:
         def read(answer: Answer) -> None:
             if answer.status == 200:
                 return
-            if answer.status in (404, 405) and "error" not in answer.json:
-                raise UserError(f"{self.told} cannot load adapters while it runs; for vLLM, start it with {SWITCH}")
+            if answer.status == 405 or (answer.status == 404 and answer.message == "Not Found"):
+                raise UserError(f"{self.told} cannot load adapters while it runs; {SWITCH}")
             raise UserError(
                 f"{self.told} does not load the adapter {adapter.path} (status {answer.status}: {answer.message}); it "
                 "has to see this folder (`adapters`, `adapters_there`), and to take adapters of the recipe's `lora` "
