@@ -20,7 +20,8 @@ LOOK = 0.2  # seconds after which signals are heeded
 ANEW = 3  # times that one response may find its adapter gone
 LEAVING = 5.0  # seconds for the server to take an adapter out
 SWITCH = (
-    "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, align.serve with --adapters"
+    "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, align.serve with "
+    "--adapters"
 )
 
 
