@@ -4,12 +4,16 @@ the server is killed, started again, has another model, or refuses."""
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 
 import pytest
 from ppo_start import MOST, UNEVALUATED, make_start
 from samplers import make_teacher, recipe_of
 from served import Ours
 from test_processes import free_port
+from test_resume import records
 from world import Child, align, flat, lines, metrics, tree
 
 from align import distill, grpo, ppo
@@ -62,11 +66,11 @@ def test_the_engines_agree_and_nothing_of_the_server_stays(finished, server):
     """In float32 both give the same log-probabilities; the adapter is gone from the server and from the disk."""
     run, _, told = finished
     assert f"{server.url} draws the responses, from its model base" in told.out
-    records = metrics(run)
-    assert all(set(record) >= FIGURES for record in records)
-    assert max(record["mismatch_kl"] for record in records) < 1e-6
-    assert all(record["importance"] == pytest.approx(1, abs=1e-3) for record in records)
-    assert {record["importance_capped"] for record in records} == {0}
+    told_of = metrics(run)
+    assert all(set(record) >= FIGURES for record in told_of)
+    assert max(record["mismatch_kl"] for record in told_of) < 1e-6
+    assert all(record["importance"] == pytest.approx(1, abs=1e-3) for record in told_of)
+    assert {record["importance_capped"] for record in told_of} == {0}
     assert [record["kl"] > 0 for record in metrics(run, "eval")] == [False, True, True]
     assert server.models() == ["base"]
     assert not any(name.startswith("engine") for name in tree(run))
@@ -155,9 +159,32 @@ def test_the_other_stages_sample_by_it_too(world, start, server, cache, here, st
     recipe = written(world, start, here / "run.yaml", {"url": server.url}, own, stage, train=train)
     told = align(recipe, stage=stage)
     assert (told.status, told.err) == (0, ""), told.err
-    records = metrics(here / "run")
-    assert all((set(record) >= FIGURES) == (stage is ppo) for record in records)
+    found = metrics(here / "run")
+    assert all((set(record) >= FIGURES) == (stage is ppo) for record in found)
     assert json.loads((here / "run" / "final" / "align.json").read_text())["step"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", ["signal", "patience"])
+def test_a_server_that_hangs_holds_up_neither_a_signal_nor_the_end(world, start, server, here, asked):
+    """It takes requests and answers none."""
+    engine = {"url": server.url, "timeout": 600.0 if asked == "signal" else 0.5, "patience": 1.0}
+    train = {"steps": 50, "eval_every": None, "save_every": None}
+    recipe = written(world, start, here / "run.yaml", engine, data=UNEVALUATED, train=train)
+    child = Child(here, recipe, stage=grpo)
+    assert child.send_when(0, lambda: records(here / "run") >= 2)
+    os.kill(server.child.process.pid, signal.SIGSTOP)
+    try:
+        if asked == "signal":
+            time.sleep(1.0)
+            os.kill(child.process.pid, signal.SIGTERM)
+        told = child.wait()
+    finally:
+        os.kill(server.child.process.pid, signal.SIGCONT)
+    assert told.status == (0 if asked == "signal" else 2), told.err
+    assert ("stopped by a signal after step" in told.out) == (asked == "signal")
+    assert ("gives no answer within 0.5 seconds" in told.err) == (asked == "patience")
+    assert list((here / "run" / "checkpoints").iterdir())
 
 
 @pytest.mark.slow
