@@ -70,6 +70,7 @@ def build_app(
         server.route("/v1/chat/completions", partial(server.answer, ChatAsking), methods=["POST"]),
         server.route("/v1/completions", partial(server.answer, TextAsking), methods=["POST"]),
         server.route("/score", server.score, "POST"),
+        server.route("/v1/score", server.score, "POST"),
         server.route("/health", server.health),
         server.route("/metrics", server.metrics),
         server.route("/", server.page),

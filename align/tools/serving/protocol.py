@@ -21,7 +21,15 @@ MOST_TOP = 20
 MOST_STOPS, LONGEST_STOP = 16, 256
 WITHOUT_EFFECT = {
     *("user", "store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"),
-    *("request_id", "priority", "prompt_cache_retention", "verbosity", "skip_special_tokens", "cache_salt"),
+    *(
+        "request_id",
+        "priority",
+        "lora_int_id",
+        "prompt_cache_retention",
+        "verbosity",
+        "skip_special_tokens",
+        "cache_salt",
+    ),
 }
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # settings that are not there, by the values that ask for nothing
     "frequency_penalty": (None, 0),
