@@ -4,7 +4,7 @@
     python benchmarks/serve.py --peer http://127.0.0.1:8001 --peer-model NAME      (vLLM, say, on the same base)
     python benchmarks/serve.py --steps
 
-It starts `python -m align.serve` on the base and three adapters with random updates, sends prompts of token ids, greedy,
+It starts `python -m align.serve` on the base and three adapters with random updates, sends token ids, greedy,
 to answers of one length (`ignore_eos`), and stops it again. The peer is asked the same, after ours has ended; it should
 be idle until then. `--steps` measures a step of the batch without a server: all adapters in one pass, and a pass each.
 """
