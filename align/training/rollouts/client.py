@@ -81,7 +81,7 @@ class Client:
         try:
             import httpx
         except ImportError:
-            raise UserError(f"{key}: httpx is not installed; run: pip install 'align[server]'") from None
+            raise UserError(f"{key}: httpx is not installed; run: pip install 'align[rollouts]'") from None
         self.httpx, self.server, self.told, self.say = httpx, server, f"{key}: {server.url}", say
         self.patience = Patience(server.patience)
         self.headers: dict[str, str] = {}

@@ -65,7 +65,7 @@ def asked_for(
         "logprobs": 1, "return_token_ids": True,
     }  # fmt: skip
     if ends.texts:
-        body |= {"stop": list(ends.texts), "include_stop_str_in_output": True}
+        body["stop"] = list(ends.texts)
     if seed is not None:
         body["seed"] = seed
     if salt is not None:

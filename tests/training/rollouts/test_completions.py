@@ -94,7 +94,6 @@ def test_a_request_says_all_that_a_server_may_have_a_default_for():
     assert not {"seed", "stop", "cache_salt"} & set(body)
     body = asked_for("actor", PROMPT, HOW._replace(top_k=3, min_new=2), ends("."), 7, "salt")
     assert (body["top_k"], body["min_tokens"], body["stop"], body["seed"]) == (3, 2, ["."], 7)
-    assert body["include_stop_str_in_output"]
     assert body["cache_salt"] == "salt"
 
 
