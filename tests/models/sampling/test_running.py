@@ -66,7 +66,8 @@ def test_greedy_answers_are_those_of_generate(family, tmp_path):
     for request, said in zip(requests, found, strict=True):
         model = plain if request.voice.adapter == BARE else adapted
         assert said == generated(model, request.prompt, 20)
-    assert found[0] != found[len(PROMPTS)], "the adapter changes something"
+    swapped = zip(found, found[len(PROMPTS) :], strict=False)
+    assert any(a != b for a, b in swapped), "the adapter changes something"
 
 
 @pytest.fixture(scope="module")
