@@ -45,7 +45,6 @@ from align.training.rollouts.pretraining import Pretraining
 from align.training.rollouts.rewards import Rewards, stands_on
 from align.training.rollouts.rollout import Episodes, check_samples, figures, minibatches
 from align.training.rollouts.sections import Rewarded, RewardedTrain, check_rewarded
-from align.training.rollouts.watch import Watch
 from align.training.session import Session
 from align.training.shards import load_trunk
 
@@ -150,8 +149,9 @@ def loss(
     roles: nn.Module, batch: Forest, grpo: Grpo, targets: Targets, share: Share, said: Said | None = None
 ) -> tuple[Tensor, Metrics]:
     """Loss of a batch, its share of the minibatch's mean; `said`: what the actor says of it."""
-    old_logprobs, *reference = targets.of(batch)
+    old_logprobs, importance, *reference = targets.of(batch)
     advantages, weights = (each[batch.targets.long()][batch.path] for each in share)
+    advantages = advantages * importance  # 1 where the own engine drew the token
     logprobs, _, entropy = said or roles(batch, valued=False, entropy=grpo.entropy)
     log_ratio = moved = logprobs - old_logprobs
     if grpo.ratio in ("sequence", "product"):
@@ -195,9 +195,8 @@ def token_weights(grpo: Grpo, lengths: Tensor, learnt: Tensor, minibatch: Tensor
 class Algorithm(FromRewards):
     """GRPO's step and evaluation."""
 
-    def __init__(self, recipe: Recipe, roles: Roles, rewards: Rewards, watch: Watch, ptx: Pretraining | None) -> None:
-        self.recipe, self.grpo, self.watch, self.ptx = recipe, recipe.grpo, watch, ptx
-        self.experience = Experience(roles, rewards, watch, recipe.grpo)
+    def __init__(self, recipe: Recipe, experience: Experience, ptx: Pretraining | None) -> None:
+        self.recipe, self.grpo, self.experience, self.ptx = recipe, recipe.grpo, experience, ptx
         self.kl_coef = 0.0 if recipe.grpo.kl == "none" else recipe.grpo.kl_coef
 
     def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
@@ -238,7 +237,7 @@ class Algorithm(FromRewards):
 
         # 5. Epochs of minibatches.
         reference = (rollout.ref_logprobs,) if grpo.kl == "loss" else ()
-        targets = Targets(rollout, loop.trunk.device, (rollout.logprobs, *reference))
+        targets = Targets(rollout, loop.trunk.device, (rollout.logprobs, rollout.importance, *reference))
 
         def loss_of(numbers: np.ndarray, said: Said | None) -> Loss:
             weights = token_weights(grpo, rollout.lengths, learnt, torch.from_numpy(numbers))
@@ -251,7 +250,7 @@ class Algorithm(FromRewards):
 
         passes = in_epochs(loop, chosen, rate, rollout, episodes, epochs, loss_of, beside, grpo.stop_kl)
         metrics |= {**passes.metrics, **spent(started, sampled_at, scored_at, drawn)}
-        self.watch.learnt(loop, step, metrics)
+        self.experience.watch.learnt(loop, step, metrics)
         return Learnt(metrics, passes.distinct, int(episodes.lengths.sum()))
 
     def _sampled(
@@ -283,7 +282,8 @@ def train(session: Session) -> None:
     temperature = grpo.generation.temperature
     roles = Roles(trunk, recipe.lora, rewards.scorers, None, temperature, recipe.seed, critic=False)
     ptx = Pretraining(grpo.ptx, more["ptx"], recipe.seed) if grpo.ptx else None
-    Loop(session, run, trunk, data, Algorithm(recipe, roles, rewards, Watch(rewards, trunk), ptx), roles).run_all()
+    experience = Experience(session, data, roles, rewards, grpo, "grpo")
+    Loop(session, run, trunk, data, Algorithm(recipe, experience, ptx), roles).run_all()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

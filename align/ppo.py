@@ -45,7 +45,6 @@ from align.training.rollouts.pretraining import Pretraining
 from align.training.rollouts.rewards import Rewards, stands_on
 from align.training.rollouts.rollout import check_samples, explained, figures, minibatches
 from align.training.rollouts.sections import Rewarded, RewardedTrain, check_rewarded
-from align.training.rollouts.watch import Watch
 from align.training.session import Session
 from align.training.shards import load_trunk
 
@@ -139,9 +138,8 @@ def loss(
 class Algorithm(FromRewards):
     """PPO's step and evaluation."""
 
-    def __init__(self, recipe: Recipe, roles: Roles, rewards: Rewards, watch: Watch, ptx: Pretraining | None) -> None:
-        self.recipe, self.ppo, self.watch, self.ptx = recipe, recipe.ppo, watch, ptx
-        self.experience = Experience(roles, rewards, watch, recipe.ppo)
+    def __init__(self, recipe: Recipe, experience: Experience, ptx: Pretraining | None) -> None:
+        self.recipe, self.ppo, self.experience, self.ptx = recipe, recipe.ppo, experience, ptx
 
     def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
         """One step of PPO."""
@@ -173,6 +171,7 @@ class Algorithm(FromRewards):
         if ppo.whiten:
             moments = adv.mean_variance(adv.moments(of_tokens, rollout.tokens))
             of_tokens = adv.whiten(of_tokens, rollout.tokens, *moments)
+        of_tokens = of_tokens * rollout.importance  # 1 where the own engine drew them
         scored_at = time.perf_counter()
 
         # 5. Epochs of minibatches.
@@ -202,7 +201,7 @@ class Algorithm(FromRewards):
             f"learning_rate/{CRITIC}": rate * ppo.critic_rate(self.recipe.optim),
             **spent(started, sampled_at, scored_at, drawn),
         }
-        self.watch.learnt(loop, step, metrics)
+        self.experience.watch.learnt(loop, step, metrics)
         return Learnt(metrics, passes.distinct, int(episodes.lengths.sum()))
 
     def evaluate(self, loop: Loop) -> dict[str, Any]:
@@ -228,7 +227,8 @@ def train(session: Session) -> None:
     rewards, temperature = Rewards(recipe.ppo.rewards, trunk, "ppo.rewards"), recipe.ppo.generation.temperature
     roles = Roles(trunk, recipe.lora, rewards.scorers, rewards.leading, temperature, recipe.seed)
     ptx = Pretraining(recipe.ppo.ptx, more["ptx"], recipe.seed) if recipe.ppo.ptx else None
-    algorithm = Algorithm(recipe, roles, rewards, Watch(rewards, trunk), ptx)
+    experience = Experience(session, data, roles, rewards, recipe.ppo, "ppo")
+    algorithm = Algorithm(recipe, experience, ptx)
     Loop(session, run, trunk, data, algorithm, roles, {CRITIC: recipe.ppo.critic_rate(recipe.optim)}).run_all()
 
 

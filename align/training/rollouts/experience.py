@@ -12,13 +12,16 @@ import numpy as np
 from torch import Tensor
 
 from align.data.examples import Examples
+from align.data.mixture import Prepared
 from align.models.roles import Entropy, Roles
 from align.training.loop import Loop
 from align.training.meters import mean_interval
+from align.training.rollouts.engine import engine_of
 from align.training.rollouts.rewards import Rewards
-from align.training.rollouts.rollout import Episodes, Rollout, figures, read, sampled, score_figures, scored
+from align.training.rollouts.rollout import Episodes, Rollout, figures, read, score_figures, scored
 from align.training.rollouts.sections import Rewarded
 from align.training.rollouts.watch import Watch
+from align.training.session import Session
 from align.training.sources import titled, with_sources
 
 
@@ -40,8 +43,13 @@ class FromRewards:
 class Experience:
     """Sampled by the actor, judged by the rewards, read by the roles."""
 
-    def __init__(self, roles: Roles, rewards: Rewards, watch: Watch, section: Rewarded) -> None:
-        self.roles, self.rewards, self.watch, self.section = roles, rewards, watch, section
+    def __init__(
+        self, session: Session, data: Prepared, roles: Roles, rewards: Rewards, section: Rewarded, name: str
+    ) -> None:
+        """`name`: the stage's `section`. Raises UserError where its engine cannot be had."""
+        self.roles, self.rewards, self.section = roles, rewards, section
+        self.watch = Watch(rewards, roles.trunk)
+        self.engine = engine_of(session, roles.trunk, data, section.generation, f"{name}.generation.engine")
 
     def sampled(
         self, loop: Loop, examples: Examples, chosen: np.ndarray, key: tuple[int, ...], samples: int
@@ -50,8 +58,7 @@ class Experience:
         loop.screen.phase("sampling")
         stems = [examples.tree(int(i)).segments[0] for i in chosen]
         keys = [(*key, place) for place in range(len(chosen))]
-        how, heed = self.section.generation.sampling, loop.session.signals.heed
-        return sampled(loop.trunk, loop.batches, stems, keys, how, samples, heed)
+        return self.engine.sampled(loop, stems, keys, samples)
 
     def parts(
         self, loop: Loop, examples: Examples, chosen: np.ndarray, episodes: Episodes, groups: Sequence[np.ndarray]
@@ -97,7 +104,7 @@ class Experience:
         loop.screen.phase("scoring")
         found = read(self.roles, loop.batches, episodes, groups, loop.screen, to_learn, reference)
         loop.screen.phase("learning")
-        return found
+        return self.engine.weighed(loop, found)
 
     def evaluated(self, loop: Loop, key: tuple[int, ...], kl_coef: float) -> dict[str, Any]:
         """Scores of responses to the held-out prompts, and how far the actor has gone."""

@@ -9,8 +9,9 @@ k + 1 steps: before each token, and after the last. n labels, P paths and S = n 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
+from types import MappingProxyType
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -80,6 +81,14 @@ class Episodes:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def engine_logprobs(self) -> Tensor | None:
+        """(E, T) float32, 0 behind each end; None where the own engine drew them."""
+        told = [response.logprobs for response in self.flat]
+        if any(logprobs is None for logprobs in told):
+            return None
+        return pad_sequence([torch.from_numpy(logprobs) for logprobs in told], batch_first=True)
+
     def numbers(self, group: np.ndarray) -> np.ndarray:
         """The episodes of a group of prompts, (k,) -> (e,) int64."""
         return np.concatenate([self.firsts[i] + np.arange(self.paths[i]) for i in group])
@@ -115,6 +124,9 @@ class Rollout(NamedTuple):
     steps: Tensor  # (E, T + 1) bool, the values' mask: one longer
     lengths: Tensor  # (E,) int64, tokens of each
     said: Said | None = None  # of the only row there is, with its graph: nothing has to be said again to learn from it
+    engine_logprobs: Tensor | None = None  # (E, T) of the engine that drew the tokens, where it is not this one
+    importance: Tensor | None = None  # (E, T) what the policy loss of each token is multiplied by: 1 of the own engine
+    mismatch: Mapping[str, float] = MappingProxyType({})  # figures of both engines, beside each other
 
 
 def check_samples(trunk: Trunk) -> None:
@@ -211,10 +223,11 @@ def read(
     columns = _by_episode(batches, episodes, groups, screen, numbers)
     logprobs, entropies, values, *bare = (pad_sequence(column, batch_first=True) for column in columns)
     steps = torch.arange(logprobs.shape[1] + 1) <= episodes.said[:, None]
-    ref_logprobs = bare[0] if bare else None
+    tokens, ref_logprobs = steps[:, 1:], bare[0] if bare else None
     return Rollout(
-        logprobs, ref_logprobs, entropies, values, steps[:, 1:], steps, episodes.said, kept[0] if kept else None
-    )
+        logprobs, ref_logprobs, entropies, values, tokens, steps, episodes.said, kept[0] if kept else None,
+        episodes.engine_logprobs, tokens.float(),
+    )  # fmt: skip
 
 
 def _by_episode(
@@ -265,7 +278,7 @@ def figures(rollout: Rollout, kl_coef: float, score: float) -> dict[str, float]:
         kl = float((rollout.logprobs - rollout.ref_logprobs).sum())
         found |= {"kl": kl / count, "kl_per_token": kl / tokens, "kl_coef": kl_coef}
         found["reward"] = score - kl_coef * kl / count
-    return found
+    return found | rollout.mismatch
 
 
 def explained(rollout: Rollout, returns: Tensor) -> dict[str, float | None]:
