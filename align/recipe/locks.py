@@ -57,6 +57,18 @@ def alone(file: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextmanager
+def locked(handle: int) -> Iterator[None]:
+    """Wait for the lock of an open file, then keep all others out."""
+    with _where_there_are_locks():
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        with _where_there_are_locks():
+            fcntl.flock(handle, fcntl.LOCK_UN)
+
+
 def _locked(path: Path, flags: int, how: int) -> int | None:
     """A handle that holds the lock on what stands at `path`; None where that has gone meanwhile."""
     try:

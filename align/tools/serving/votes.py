@@ -1,0 +1,128 @@
+"""Votes on two answers to one prompt: rows of a file that align.reward and align.dpo read.
+
+`--votes votes.jsonl`: a vote for one side is appended to that file as a preference pair,
+
+    {"prompt": [messages], "chosen": text, "rejected": text, "vote": "left", "models": …, "sampling": …, "time": …}
+
+A tie prefers nothing, so it is no row to train on. It goes to `votes.ties.jsonl` beside it, with its two `answers`.
+A line is on the disk when the page is told that the vote was kept; a vote that does not fit there leaves no part of it.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from align.data.formats.answers import COMPARED
+from align.data.formats.formats import convert
+from align.data.formats.rows import Fault
+from align.recipe.append import append, begin
+from align.recipe.errors import UserError
+from align.recipe.records import Record, read_lines
+
+PAIR = {"prompt": list, "chosen": str, "rejected": str}  # what every line of the file has
+TIE = {"prompt": list, "answers": list}
+
+
+class Shown(BaseModel):
+    """An answer on the page."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    model: str
+    content: str
+
+
+class Vote(BaseModel):
+    """What the page sends."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    messages: list[dict[str, Any]]  # the conversation up to the answers
+    answers: Annotated[list[Shown], Field(min_length=2, max_length=2)]  # left, right
+    vote: Literal["left", "right", "tie"]
+    sampling: dict[str, int | float | list[str]] = {}  # how both were drawn
+
+
+class Votes:
+    """The two files, and how many lines each has."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError for a file that cannot be written, or that holds something else."""
+        if path.suffix != ".jsonl":
+            raise UserError(f"--votes: {path}: the file's name is to end in .jsonl")
+        self.path, self.ties = path, path.with_suffix(".ties.jsonl")
+        self.counts = {}
+        for name, file, shape in (("pairs", self.path, PAIR), ("ties", self.ties, TIE)):
+            begin(file, "--votes")
+            self.counts[name] = len(read_lines(file, shape, say=_torn))
+
+    def add(self, vote: Vote) -> None:
+        """Raises UserError where the vote is no row that a stage reads, or where there is no room for it."""
+        texts = [answer.content for answer in vote.answers]
+        if vote.vote == "tie":
+            row: Record = {"prompt": vote.messages, "answers": texts}
+        else:
+            chosen, rejected = texts if vote.vote == "left" else reversed(texts)
+            row = {"prompt": vote.messages, "chosen": chosen, "rejected": rejected}
+            made = convert(row, "pairs", "the vote", 1, COMPARED)
+            if isinstance(made, Fault):
+                raise UserError(f"this vote is no preference pair: {made.reason}")
+        row |= {
+            "vote": vote.vote,
+            "models": {"left": vote.answers[0].model, "right": vote.answers[1].model},
+            "sampling": vote.sampling,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        append(self.ties if vote.vote == "tie" else self.path, [row])
+        self.counts["ties" if vote.vote == "tie" else "pairs"] += 1
+
+
+def routes(votes: Votes | None) -> list[Route]:
+    """GET and POST /votes; none where the server takes no votes."""
+    if votes is None:
+        return []
+
+    async def handle(request: Request) -> JSONResponse:
+        if request.method == "POST":
+            if refusal := _refusal(request):
+                return _error(*refusal)
+            try:
+                vote = Vote.model_validate_json(await request.body())
+            except ValidationError as error:
+                first = error.errors(include_url=False, include_input=False)[0]
+                return _error(400, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}")
+            try:
+                await run_in_threadpool(votes.add, vote)
+            except UserError as error:
+                full = isinstance(error.__cause__, OSError)
+                return _error(507 if full else 400, error.problems[0])
+        return JSONResponse({"file": votes.path.name, **votes.counts})
+
+    return [Route("/votes", handle, methods=["GET", "POST"])]
+
+
+def _refusal(request: Request) -> tuple[int, str] | None:
+    """A page of another site can make a browser send requests here, but not of this type, and not with this origin."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        return 415, "a vote is sent as application/json"
+    origin, host = request.headers.get("origin"), request.headers.get("host")
+    foreign = origin is not None and urlsplit(origin).netloc != host
+    if foreign or request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
+        return 403, f"votes are taken from this server's own page; this one comes from {origin}, not from {host}"
+    return None
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": status}}, status)
+
+
+def _torn(line: str) -> None:
+    raise UserError(f"--votes: {line.rpartition(';')[0]}; remove it")
