@@ -59,8 +59,8 @@ class Votes:
             raise UserError(f"--votes: {path}: the file's name is to end in .jsonl")
         self.path, self.ties = path, path.with_suffix(".ties.jsonl")
         self.counts = {}
+        begin(self.path, "--votes")
         for name, file, shape in (("pairs", self.path, PAIR), ("ties", self.ties, TIE)):
-            begin(file, "--votes")
             self.counts[name] = len(read_lines(file, shape, say=_torn))
 
     def add(self, vote: Vote) -> None:
