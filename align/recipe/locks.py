@@ -58,10 +58,10 @@ def alone(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(handle: int) -> Iterator[None]:
-    """Wait for the lock of an open file, then keep all others out."""
+def locked(handle: int, wait: bool = True) -> Iterator[None]:
+    """Keep all others out of an open file. Where one holds it, wait; without `wait`, raise BlockingIOError."""
     with _where_there_are_locks():
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     try:
         yield
     finally:

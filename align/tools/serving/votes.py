@@ -10,6 +10,7 @@ A line is on the disk when the page is told that the vote was kept; a vote that 
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +25,7 @@ from starlette.routing import Route
 from align.data.formats.answers import COMPARED
 from align.data.formats.formats import convert
 from align.data.formats.rows import Fault
-from align.recipe.append import append, begin
+from align.recipe.append import append, opened
 from align.recipe.errors import UserError
 from align.recipe.records import Record, read_lines
 
@@ -59,7 +60,7 @@ class Votes:
             raise UserError(f"--votes: {path}: the file's name is to end in .jsonl")
         self.path, self.ties = path, path.with_suffix(".ties.jsonl")
         self.counts = {}
-        begin(self.path, "--votes")
+        os.close(opened(self.path, "--votes"))
         for name, file, shape in (("pairs", self.path, PAIR), ("ties", self.ties, TIE)):
             self.counts[name] = len(read_lines(file, shape, say=_torn))
 
@@ -80,7 +81,7 @@ class Votes:
             "sampling": vote.sampling,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        append(self.ties if vote.vote == "tie" else self.path, [row])
+        append(self.ties if vote.vote == "tie" else self.path, [row], "--votes")
         self.counts["ties" if vote.vote == "tie" else "pairs"] += 1
 
 
