@@ -68,15 +68,17 @@ class Answers:
         sync(self.path.parent)
 
     def _check(self, depends: dict[str, Any]) -> None:
-        before = parsed(self.about.read_bytes()) if self.about.is_file() else None
-        if before is None and self.partial.stat().st_size:
-            raise UserError(f"--output: {self.partial} is there without {self.about.name}; move it away")
+        now = to_json(depends, indent=1)
+        if not self.partial.stat().st_size:
+            write_atomic(self.about, now)
+            return
+        before, now = parsed(self.about.read_bytes()) if self.about.is_file() else None, parsed(now)
         if before is None:
-            write_atomic(self.about, to_json(depends, indent=1))
-        elif changed := [key for key in {**before, **depends} if before.get(key) != parsed(to_json(depends)).get(key)]:
+            raise UserError(f"--output: {self.partial} is there without a whole {self.about.name}; move it away")
+        if changed := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
             raise UserError(
                 f"--output: {self.partial} holds answers that differ in {', '.join(changed)}; name another file, or "
-                f"remove it and {self.about.name}"
+                "remove it"
             )
 
     def _whole(self) -> int:
