@@ -12,14 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from align.data.formats.formats import Found, find
-from align.data.formats.prompts import PROMPTING
 from align.recipe.append import extend, opened
 from align.recipe.errors import UserError
 from align.recipe.locks import locked
 from align.recipe.paths import expanded
 from align.recipe.records import parsed, to_json
-from align.recipe.schema import Source
 from align.training.runs.checkpoint import sync, write_atomic
 
 
@@ -90,9 +87,3 @@ class Answers:
                     lines, size = lines + 1, size + len(line)
         os.ftruncate(self.handle, size)
         return lines
-
-
-def prompts_of(name: str) -> tuple[Source, list[Found]]:
-    """The rows that a path stands for. Raises UserError for what holds no prompts."""
-    source = Source(path=expanded(name))
-    return source, find(source, PROMPTING)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from align.recipe.errors import UserError, printable
 from align.recipe.paths import expanded
 from align.recipe.records import to_json
 from align.tools.chat.side import Columns
-from align.tools.chat.talk import Answer, Talk
+from align.tools.chat.talk import Answer, Coming, Talk, hear
 from align.tools.chat.typed import reader, typed
 from align.training.borders.stops import signals
 
@@ -26,7 +27,7 @@ Ctrl-C stops an answer, Ctrl-D leaves.'''
 def talk_on_terminal(talks: Sequence[Talk]) -> None:
     """Until Ctrl-D."""
     read = reader()
-    print(f"{printable(', '.join(talk.name for talk in talks))}. /help lists the commands, Ctrl-D leaves.")
+    print(f"{printable(', '.join(talk.speaker.name for talk in talks))}. /help lists the commands, Ctrl-D leaves.")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     while True:
@@ -56,13 +57,15 @@ def tell(talks: Sequence[Talk], text: str) -> list[int]:
             answer = talks[0].ask(text, lambda piece: print(shown(piece), end="", flush=True), lambda: came)
             print(f"\n{_note(talks[0], answer)}".rstrip())
             return came
-        with Columns([talk.name for talk in talks]) as columns:
+        with Columns([talk.speaker.name for talk in talks]) as columns:
+            coming: dict[int, Coming] = {}
             for number, talk in enumerate(talks):
                 try:
-                    answer = talk.ask(text, lambda piece, number=number: columns.say(number, piece), lambda: came)
-                    columns.notes[number] = _note(talk, answer)
+                    coming[number] = talk.begin(text, partial(columns.say, number))
                 except UserError as error:
                     columns.notes[number] = f"({error.problems[0]})"
+            for number, answer in zip(coming, hear(list(coming.values()), lambda: came), strict=True):
+                columns.notes[number] = _note(talks[number], answer)
     return came
 
 
@@ -73,13 +76,14 @@ def shown(text: str) -> str:
 
 def _note(talk: Talk, answer: Answer) -> str:
     """Why the answer is not whole, where it is not."""
+    room = talk.speaker.room
     match answer.end:
         case "stopped":
             return "(stopped)"
         case "max_new":
             return f"(cut off after {talk.sampling.max_new} tokens: --max-new)"
         case "context":
-            return f"(cut off: the model's {talk.room:,} positions are full; /save keeps the talk, /reset begins anew)"
+            return f"(cut off: the model's {room:,} positions are full; /save keeps the talk, /reset begins anew)"
     return "" if answer.text else "(no answer)"
 
 
@@ -134,5 +138,5 @@ def talk_in_lines(talks: Sequence[Talk]) -> None:
         if len(talks) == 1:
             print(shown(answers[0]), flush=True)
         else:
-            told = [{"model": talk.name, "content": text} for talk, text in zip(talks, answers, strict=True)]
+            told = [{"model": talk.speaker.name, "content": text} for talk, text in zip(talks, answers, strict=True)]
             print(shown(to_json({"prompt": line, "answers": told})), flush=True)
