@@ -128,7 +128,7 @@ def make_parrot(folder: Path, text: str, positions: int = 512) -> Path:
     tokenizer = tiny_tokenizer()  # one token a byte
     said = tokenizer(text)["input_ids"]
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=positions, n_embd=positions, n_layer=1, n_head=1, n_inner=8,
+        vocab_size=len(tokenizer), n_positions=positions, n_embd=len(said), n_layer=1, n_head=1, n_inner=8,
         tie_word_embeddings=False, bos_token_id=0, eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
@@ -136,9 +136,10 @@ def make_parrot(folder: Path, text: str, positions: int = 512) -> Path:
         for p in model.parameters():
             p.zero_()
         model.transformer.ln_f.weight.fill_(1)
-        model.transformer.wpe.weight.copy_(torch.eye(positions))
         for place in range(positions):
-            model.lm_head.weight[said[place % len(said)], place] = 1
+            model.transformer.wpe.weight[place, place % len(said)] = 1
+        for place, token in enumerate(said):
+            model.lm_head.weight[token, place] = 20
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -327,7 +327,7 @@ def test_a_model_that_writes_markup(folder, window):
 
 
 def test_stop_and_a_server_that_goes(folder, window):
-    """A stopped answer keeps what was said; a server that is killed is told of, and the page goes on when it is back."""
+    """A stopped answer keeps what was said; a server that is killed is told of."""
     parrot = make_parrot(folder / "endless", "abc ", 4096)
     with served(folder, f"endless={parrot}") as here:
         window.size(1280, 800)
