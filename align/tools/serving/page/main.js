@@ -83,9 +83,12 @@ async function fill(turn, side, settings) {
     due = true;
   });
   if (answer.locked) unlock();
-  if (turn.done) turn.kept = Math.max(0, turn.answers.findIndex((each) => each.text.trim()));
+  if (turn.done && !turn.answers[turn.kept].text.trim()) {
+    turn.kept = Math.max(0, turn.answers.findIndex((each) => each.text.trim()));
+  }
   views.get(turn)?.refresh();
   busy();
+  if (!conversation.busy) $("told").textContent = `Answered: turn ${conversation.turns.length}`;
 }
 
 function busy() {
