@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from accelerate import Accelerator
 from transformers.utils import logging
 
 from align.models.sampling.choice import Sampling
@@ -24,9 +23,8 @@ from align.recipe.errors import UserError, printable
 from align.recipe.paths import location
 from align.tools.chat.answers import Answers
 from align.tools.chat.batch import Task, answer_file, depends, find_prompts
-from align.tools.chat.speaker import Speaker
+from align.tools.chat.speaker import Speaker, load_speaker, load_speakers
 from align.tools.chat.talk import Talk
-from align.tools.chat.talker import load_talker
 from align.tools.chat.terminal import talk_in_lines, talk_on_terminal
 from align.training.borders.border import Parser, border
 
@@ -103,10 +101,11 @@ def parse(argv: Sequence[str]) -> Command:
 
 def speakers(command: Command) -> list[Speaker]:
     """The models that answer. Raises UserError for what is not there, or does not answer."""
-    accelerator = Accelerator(mixed_precision="no")
-    named = [(command.model, command.adapters), *((name, []) for name in command.others)]
     draws = command.sampling.beams == 1
-    return [Speaker(name, load_talker(name, own, accelerator, command.trust), draws) for name, own in named]
+    if command.others and draws and not command.adapters:
+        return load_speakers([command.model, *command.others], command.trust)
+    named = [(command.model, command.adapters), *((name, []) for name in command.others)]
+    return [load_speaker(name, own, command.trust, draws) for name, own in named]
 
 
 def answer_prompts(command: Command) -> None:

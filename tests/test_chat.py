@@ -21,7 +21,7 @@ from world import Told, align, tree, write_rows
 from align import chat
 from align.models.sampling.choice import Sampling
 from align.models.sampling.decode import sample
-from align.tools.chat.speaker import Speaker
+from align.tools.chat.speaker import load_speaker
 from align.tools.chat.talk import Answer, Stream, Talk
 from align.tools.chat.talker import load_talker
 from align.tools.chat.terminal import HELP
@@ -134,7 +134,7 @@ def test_on_a_terminal_answers_stream_and_the_talk_is_kept(tuned, talk, here, mo
 
 def test_earlier_turns_are_not_computed_again(tuned):
     """A turn computes its own tokens and those that the template writes differently; its words are as before."""
-    speaker = Speaker("tuned", load_talker(str(tuned), [], Accelerator()), draws=True)
+    speaker = load_speaker(str(tuned), [], trust=False)
     talk, computed = Talk(speaker, Sampling(12, temperature=1.5, top_p=0.9), 5), []
     speaker.trunk.decoder.register_forward_pre_hook(
         lambda _module, _args, given: computed.append(given["input_ids"].numel()), with_kwargs=True
@@ -234,7 +234,7 @@ def test_a_result_brings_its_trunk(world, tuned, here, cache, talk):
 
 
 def test_the_end_of_the_context(tuned, talk):
-    speaker = Speaker("tuned", load_talker(str(tuned), [], Accelerator()), draws=True)
+    speaker = load_speaker(str(tuned), [], trust=False)
     before = len(Talk(speaker, Sampling(1), 0).prompt("b")) - 1
     nearly, wholly = "b" * (508 - before), "b" * (512 - before)  # a token each
     told = talk(tuned, [nearly, "Hello", "/help"], *WARM, terminal=Terminal)

@@ -25,9 +25,9 @@ from align.data.formats.formats import Found, find, read_records
 from align.data.formats.prompts import PROMPTING, prompts
 from align.data.formats.rows import Fault, Row
 from align.models.checkpoints.adapters import token_without_row
-from align.models.sampling import running
 from align.models.sampling.choice import Sampling
 from align.models.sampling.decode import sample
+from align.models.sampling.requests import Request
 from align.recipe.errors import printable
 from align.recipe.schema import Source
 from align.tools.chat.answers import Answers
@@ -62,12 +62,12 @@ class Asked:
         if self.fault:
             line |= {"error": self.fault}
         elif self.row.messages is not None:
-            answer = speaker.trunk.said(self.prompt, self.tokens).strip()
+            answer = speaker.said(self.prompt, self.tokens).strip()
             line |= {"messages": [*self.row.messages, {"role": "assistant", "content": answer}]}
             line |= {"tools": self.row.tools} if self.row.tools else {}
             line |= {"response": answer, "tokens": len(self.tokens), "end": self.end}
         else:
-            answer = speaker.trunk.said(self.prompt, self.tokens)
+            answer = speaker.said(self.prompt, self.tokens)
             line |= {"text": self.row.text + answer, "response": answer, "tokens": len(self.tokens), "end": self.end}
         return line | ({"row": self.others} if self.others else {})
 
@@ -159,7 +159,7 @@ def _end(task: Task, how: Sampling, ended: bool) -> str:
 
 def _drawn(speaker: Speaker, task: Task, chunks: Iterator[Sequence[Asked]]) -> Iterator[Asked]:
     """Rows in their order, each when those before it have come too."""
-    batch, under_way, rows = speaker.running, deque[Asked](), dict[running.Row, Asked]()
+    batch, under_way, rows = speaker.running, deque[Asked](), dict[Request, Asked]()
     more = True
     while more or under_way:
         while more and len(under_way) < AHEAD:
@@ -168,9 +168,7 @@ def _drawn(speaker: Speaker, task: Task, chunks: Iterator[Sequence[Asked]]) -> I
             for each in chunk or ():
                 under_way.append(each)
                 if not each.fault:
-                    row = running.Row(
-                        speaker.voice, each.prompt, _how(speaker, task, each), (task.seed, each.number, 0)
-                    )
+                    row = Request(speaker.voice, each.prompt, _how(speaker, task, each), (task.seed, each.number, 0))
                     rows[row] = each
                     batch.join(row)
         while under_way and under_way[0].done:

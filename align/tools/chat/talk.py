@@ -12,12 +12,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from align.data.formats import rows
 from align.data.formats.prompts import prompts
+from align.data.formats.rows import Fault, Row
 from align.models.checkpoints.adapters import token_without_row
 from align.models.sampling.choice import Sampling
 from align.models.sampling.decode import sample
-from align.models.sampling.running import Row, Said
+from align.models.sampling.requests import Request, Said
 from align.recipe.errors import UserError
 from align.tools.chat.speaker import Speaker
 
@@ -47,9 +47,9 @@ class Talk:
 
     def prompt(self, text: str) -> np.ndarray:
         """The conversation with one more user turn, up to where the answer begins, (l,) int32."""
-        row = rows.Row("", 0, [*self.messages, {"role": "user", "content": text}], None, None)
+        row = Row("", 0, [*self.messages, {"role": "user", "content": text}], None, None)
         (tree,) = prompts().render([row], self.speaker.tokenizer)
-        if isinstance(tree, rows.Fault):
+        if isinstance(tree, Fault):
             raise UserError(tree.reason)
         if fault := token_without_row(self.speaker.tokenizer, tree.segments[0], self.speaker.trunk.rows):
             raise UserError(f"the turn {fault}")
@@ -88,11 +88,11 @@ class Coming:
         self.key = (talk.seed, len(talk.turns) // 2)
         self.tokens: list[int] = []
         self.end: Ended = "stopped"  # until it is known better
-        self.stream = Stream(lambda tokens: self.speaker.trunk.said(prompt[-NEAR:], tokens), say)
+        self.stream = Stream(lambda tokens: self.speaker.said(prompt[-NEAR:], tokens), say)
 
-    def join(self) -> Row:
+    def join(self) -> Request:
         """Its row of the running batch."""
-        row = Row(self.speaker.voice, self.prompt, self.how, (*self.key, 0))
+        row = Request(self.speaker.voice, self.prompt, self.how, (*self.key, 0))
         self.speaker.running.join(row)
         return row
 

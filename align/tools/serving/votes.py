@@ -14,12 +14,11 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from align.data.formats.answers import COMPARED
@@ -28,7 +27,9 @@ from align.data.formats.rows import Fault
 from align.recipe.append import append, opened
 from align.recipe.errors import UserError
 from align.recipe.records import Record, read_lines
+from align.tools.serving.limits import Limits, Refusal, body_of
 
+INVALID = "invalid_request_error"
 PAIR = {"prompt": list, "chosen": str, "rejected": str}  # what every line of the file has
 TIE = {"prompt": list, "answers": list}
 
@@ -85,44 +86,32 @@ class Votes:
         self.counts["ties" if vote.vote == "tie" else "pairs"] += 1
 
 
-def routes(votes: Votes | None) -> list[Route]:
-    """GET and POST /votes; none where the server takes no votes."""
-    if votes is None:
-        return []
+def routes(votes: Votes, limits: Limits) -> list[Route]:
+    """GET and POST /votes, for behind the server's door, which looks at key and origin."""
 
-    async def handle(request: Request) -> JSONResponse:
-        if request.method == "POST":
-            if refusal := _refusal(request):
-                return _error(*refusal)
-            try:
-                vote = Vote.model_validate_json(await request.body())
-            except ValidationError as error:
-                first = error.errors(include_url=False, include_input=False)[0]
-                return _error(400, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}")
-            try:
-                await run_in_threadpool(votes.add, vote)
-            except UserError as error:
-                full = isinstance(error.__cause__, OSError)
-                return _error(507 if full else 400, error.problems[0])
+    async def handle(request: Request) -> Response:
+        try:
+            if request.method == "POST":
+                await run_in_threadpool(votes.add, _read(request, await body_of(request, limits)))
+        except Refusal as refusal:
+            return refusal.reply()
+        except UserError as error:
+            full = isinstance(error.__cause__, OSError)
+            return Refusal(507 if full else 400, error.problems[0], "server_error" if full else INVALID).reply()
         return JSONResponse({"file": votes.path.name, **votes.counts})
 
     return [Route("/votes", handle, methods=["GET", "POST"])]
 
 
-def _refusal(request: Request) -> tuple[int, str] | None:
-    """A page of another site can make a browser send requests here, but not of this type, and not with this origin."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        return 415, "a vote is sent as application/json"
-    origin, host = request.headers.get("origin"), request.headers.get("host")
-    foreign = origin is not None and urlsplit(origin).netloc != host
-    if foreign or request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
-        return 403, f"votes are taken from this server's own page; this one comes from {origin}, not from {host}"
-    return None
-
-
-def _error(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": status}}, status)
+def _read(request: Request, body: bytes) -> Vote:
+    """Raises Refusal. A form of another site cannot send this type, and a script of another site has to ask first."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refusal(415, "a vote is sent as application/json")
+    try:
+        return Vote.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise Refusal(400, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}") from None
 
 
 def _torn(line: str) -> None:

@@ -14,6 +14,7 @@ from world import align, lines, write_rows
 
 from align import dpo, reward
 from align.recipe.errors import UserError
+from align.tools.serving.limits import Door, Limits
 from align.tools.serving.votes import Votes, routes
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好?\u2028"}]
@@ -32,7 +33,11 @@ def file(tmp_path) -> Path:
 
 @pytest.fixture
 def client(file) -> TestClient:
-    return TestClient(Starlette(routes=routes(Votes(file))), HOST)
+    return behind_the_door(Votes(file))
+
+
+def behind_the_door(votes: Votes) -> TestClient:
+    return TestClient(Door(Starlette(routes=routes(votes, Limits(body=100_000))), None, local=True), HOST)
 
 
 def test_a_vote_is_a_pair_and_a_tie_is_none(client, file):
@@ -47,9 +52,8 @@ def test_a_vote_is_a_pair_and_a_tie_is_none(client, file):
     (tie,) = lines(file.with_name("votes.ties.jsonl"))
     assert tie["answers"] == ["Yes.", "No"]
     assert "chosen" not in tie
-    again = TestClient(Starlette(routes=routes(Votes(file))), HOST)
+    again = behind_the_door(Votes(file))
     assert again.get("/votes").json() == told.json(), "counted from the files"
-    assert TestClient(Starlette(routes=routes(None))).get("/votes").status_code == 404
 
 
 @pytest.mark.parametrize("stage", [reward, dpo])
@@ -84,8 +88,8 @@ def test_votes_at_once_stay_whole(client, file):
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "http://127.0.0.1:8001"}, 403),
         ({"Origin": "null"}, 403),
-        ({"Sec-Fetch-Site": "cross-site"}, 403),
-        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
     ],
 )
 def test_votes_come_from_the_own_page(client, file, headers, status):
@@ -124,6 +128,11 @@ def test_what_is_no_vote_leaves_no_trace(client, file, body, said):
     assert file.read_bytes() == b""
 
 
+def test_a_vote_has_a_largest_size(client, file):
+    assert client.post("/votes", json=ballot("left", "a" * 100_000, "b")).status_code == 413
+    assert file.read_bytes() == b""
+
+
 def test_a_full_disk_is_told_and_nothing_is_torn(client, file):
     assert client.post("/votes", json=ballot()).status_code == 200
     before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -141,7 +150,7 @@ def test_a_full_disk_is_told_and_nothing_is_torn(client, file):
 def test_a_file_that_a_person_has_edited(file):
     write_rows(file, [{"prompt": ASKED, "chosen": "a", "rejected": "b"}])
     file.write_bytes(file.read_bytes().rstrip())
-    client = TestClient(Starlette(routes=routes(Votes(file))), HOST)
+    client = behind_the_door(Votes(file))
     assert client.post("/votes", json=ballot()).json()["pairs"] == 2
     assert [row["chosen"] for row in lines(file)] == ["a", "Yes."]
 
