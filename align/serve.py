@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             from align.tools.serving.app import build_app
             from align.tools.serving.limits import Limits
-            from align.tools.serving.listening import bound, listen
+            from align.tools.serving.listening import bound, listening
             from align.tools.serving.votes import Votes, routes
         except ModuleNotFoundError as error:
             raise UserError(f"{KEY} needs {error.name}: pip install 'align[serve]'") from None
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(printable(f"serving {', '.join(engine.models)} at http://{shown}:{port}"), flush=True)
         try:
             engine.start()
-            listen(app, listener, given.grace)
+            listening(app, given.grace).run(sockets=[listener])
         finally:
             engine.stop()
 

@@ -87,7 +87,7 @@ class Pools:
     def __init__(self, budget: int, longest: int) -> None:
         """`budget`: tokens that there is memory for; `longest`: that a row can have."""
         self.budget, self.longest = budget, min(longest, budget)
-        sizes = [SMALLEST]
+        sizes = [min(SMALLEST, self.longest)]
         while sizes[-1] < self.longest:
             sizes.append(min(2 * sizes[-1], self.longest))
         self.pools = [Pool(size) for size in sizes]

@@ -125,7 +125,7 @@ def _prompts(served: Served, asked: Asking) -> list[np.ndarray]:
     tokenizer = served.voice.tokenizer
     try:
         if isinstance(asked, ChatAsking):
-            return [conversation(tokenizer, asked.messages, asked.tools)]
+            return [conversation(tokenizer, asked.messages, asked.told_tools)]
         assert isinstance(asked, TextAsking)
         prompts = [
             text(tokenizer, each) if isinstance(each, str) else np.array(each, np.int32) for each in asked.prompts

@@ -67,9 +67,10 @@ def build_app(
     server = Server(engine, limits or Limits(), adapters)
     own = [
         server.route("/v1/models", server.models),
-        server.route("/v1/chat/completions", partial(server.answer, ChatAsking), methods=["POST"]),
-        server.route("/v1/completions", partial(server.answer, TextAsking), methods=["POST"]),
+        server.route("/v1/chat/completions", partial(server.answer, ChatAsking), "POST"),
+        server.route("/v1/completions", partial(server.answer, TextAsking), "POST"),
         server.route("/score", server.score, "POST"),
+        server.route("/v1/score", server.score, "POST"),
         server.route("/health", server.health),
         server.route("/metrics", server.metrics),
         server.route("/", server.page),

@@ -19,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from align.recipe.errors import UserError
 
 SILENT = 30.0  # seconds after which a connection without a request is closed
+BACKLOG = 2048  # connections that wait to be accepted
 FILES = 65536  # connections and files that the process may have open, where the system lets it
 
 
@@ -89,20 +90,17 @@ def bound(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except (OSError, UnicodeError) as error:
         raise UserError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
-    listener.listen(2048)
+    listener.listen(BACKLOG)
     return listener
 
 
-def listen(app: ASGIApp, listener: socket.socket, grace: float) -> None:
-    """Until a signal asks it to stop."""
+def listening(app: ASGIApp, grace: float) -> Listening:
+    """A server; its `run(sockets=[…])` ends when a signal asks, or `should_exit` is set."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would have a line for each malformed request
     settings: dict[str, Any] = {"http": Protocol, "ws": "none", "lifespan": "off", "access_log": False}
-    config = Config(
-        app, **settings, log_config=None, timeout_graceful_shutdown=max(1, round(grace)), server_header=False,
-        backlog=2048,
-    )  # fmt: skip
-    Listening(config).run(sockets=[listener])
+    settings |= {"log_config": None, "server_header": False, "backlog": BACKLOG}
+    return Listening(Config(app, timeout_graceful_shutdown=max(1, round(grace)), **settings))

@@ -18,10 +18,19 @@ from align.recipe.errors import UserError, brief
 MOST_CHOICES = 128
 MOST_AT_ONCE = 1024  # answers of one request, to all its prompts
 MOST_TOP = 20
+COLDEST = 1e-5  # below it the likeliest token is taken, as by vLLM: logits divided by less are no numbers
 MOST_STOPS, LONGEST_STOP = 16, 256
 WITHOUT_EFFECT = {
     *("user", "store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"),
-    *("request_id", "priority", "prompt_cache_retention", "verbosity", "skip_special_tokens", "cache_salt"),
+    *(
+        "request_id",
+        "priority",
+        "lora_int_id",
+        "prompt_cache_retention",
+        "verbosity",
+        "skip_special_tokens",
+        "cache_salt",
+    ),
 }
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # settings that are not there, by the values that ask for nothing
     "frequency_penalty": (None, 0),
@@ -112,7 +121,7 @@ class Asking(BaseModel):
         return Sampling(
             most,
             min_new=min(self.min_tokens or 0, most),
-            temperature=1.0 if self.temperature is None else self.temperature,
+            temperature=1.0 if self.temperature is None else self.temperature * (self.temperature >= COLDEST),
             top_k=max(0, self.top_k or 0),
             top_p=1.0 if self.top_p is None else self.top_p,
             min_p=self.min_p or 0.0,
@@ -129,6 +138,11 @@ class ChatAsking(Asking):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
+
+    @property
+    def told_tools(self) -> list[Any] | None:
+        """The tools that the template writes."""
+        return None if (self.model_extra or {}).get("tool_choice") == "none" else self.tools
 
     @property
     def asked_tokens(self) -> int | None:
