@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import NamedTuple
-from urllib.error import URLError
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import pytest
 from browser import Browser, browser, make_parrot, needs_browser
 from policies import make_policy
+from serving import Service, serving
 from world import align, lines
 
 from align import reward, sft
@@ -29,51 +23,22 @@ pytestmark = [pytest.mark.slow, needs_browser, pytest.mark.timeout(300)]
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>\x1b[2J&lt; "
 
 
-class Served(NamedTuple):
-    url: str
-    votes: Path
-    process: subprocess.Popen
-
-
-@contextmanager
-def served(folder: Path, *argv: object, **environment: str) -> Iterator[Served]:
-    """The real command, on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    votes, log = folder / f"votes{port}.jsonl", (folder / f"serve{port}.log").open("w")
-    words = [sys.executable, "-m", "align.serve", *argv, "--port", port, "--votes", votes]
-    process = subprocess.Popen([str(word) for word in words], stdout=log, stderr=log, env=os.environ | environment)
-    url, deadline = f"http://127.0.0.1:{port}/", time.monotonic() + 120
-    try:
-        while True:
-            assert process.poll() is None, Path(log.name).read_text()
-            assert time.monotonic() < deadline, Path(log.name).read_text()
-            try:
-                urlopen(f"{url}health", timeout=5).close()
-                break
-            except (URLError, OSError):
-                time.sleep(0.1)
-        yield Served(url, votes, process)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("page")
 
 
 @pytest.fixture(scope="module")
-def server(world, folder) -> Iterator[Served]:
-    """A base and two results on it."""
+def server(world, folder) -> Iterator[Service]:
+    """A base and two results on it; votes go to votes.jsonl."""
     results = [f"{name}={make_policy(world.base, folder / name, seed=i)}" for i, name in enumerate(("one", "two"))]
-    with served(folder, f"base={world.base}", *results) as here:
+    with serving([f"base={world.base}", *results], votes=folder / "votes.jsonl") as here:
         yield here
+
+
+@pytest.fixture
+def votes(folder) -> Path:
+    return folder / "votes.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +51,7 @@ def window(tmp_path_factory) -> Iterator[Browser]:
 def page(server, window) -> Browser:
     """It, just opened on a large screen."""
     window.size(1280, 800)
-    window.open(server.url)
+    window.open(f"{server.url}/")
     window.until(lambda: window.all("#left option"), "the list of models")
     window.one("#options").click()
     window.fill("#max_tokens", "12")
@@ -107,15 +72,12 @@ def done(page: Browser, answers: int = 1) -> list[str]:
     return page.texts(".turn:last-child .said")[-answers:]
 
 
-def post(server: Served, path: str, body: dict) -> dict:
-    request = Request(server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    return json.load(urlopen(request))
-
-
-def answer_of(server: Served, model: str, messages: list, **more) -> str:
+def answer_of(server: Service, model: str, messages: list, **more) -> str:
     """What the API says, greedily."""
     body = {"model": model, "messages": messages, "max_tokens": 12, "temperature": 0} | more
-    return post(server, "v1/chat/completions", body)["choices"][0]["message"]["content"]
+    status, told = server.post("/v1/chat/completions", body)
+    assert status == 200, told
+    return told["choices"][0]["message"]["content"]
 
 
 def user(text: str) -> dict:
@@ -162,7 +124,7 @@ def test_tokens_and_their_probabilities(page, server):
     ask(page, "Hi")
     body = {"model": page.one("#left").get_property("value"), "messages": [user("Hi")], "max_tokens": 12}
     body |= {"temperature": 0, "logprobs": True, "top_logprobs": 5}
-    told = post(server, "v1/chat/completions", body)["choices"][0]["logprobs"]["content"]
+    told = server.post("/v1/chat/completions", body)[1]["choices"][0]["logprobs"]["content"]
     tokens = page.all(".token")
     assert "".join(page.texts(".token")) == page.texts(".said")[0]
     page.hover(tokens[0])
@@ -180,7 +142,7 @@ def test_tokens_and_their_probabilities(page, server):
     assert page.run("return getComputedStyle(document.querySelector('.token')).backgroundColor") != "rgba(0, 0, 0, 0)"
 
 
-def test_side_by_side_and_a_vote(page, server, world, tmp_path):
+def test_side_by_side_and_a_vote(page, server, votes, world, tmp_path):
     """Two models on one prompt; the vote is a pair that align.reward reads, and the talk goes on from the winner."""
     page.choose("#left", "one")
     page.choose("#right", "two")
@@ -189,10 +151,10 @@ def test_side_by_side_and_a_vote(page, server, world, tmp_path):
     assert page.texts(".answer h2") == ["one", "two"]
     first, second = page.all(".answer")
     assert first.location["y"] == second.location["y"]
-    before = len(lines(server.votes))
+    before = len(lines(votes))
     page.all(".vote button")[1].click()
     page.until(lambda: "Kept:" in page.texts(".vote .soft")[0], "the vote")
-    row = lines(server.votes)[before]
+    row = lines(votes)[before]
     assert (row["prompt"], row["chosen"], row["rejected"]) == ([user("Hi")], right, left)
     assert (row["models"], row["vote"]) == ({"left": "one", "right": "two"}, "right")
     assert "kept" in page.all(".answer")[1].get_attribute("class")
@@ -204,8 +166,8 @@ def test_side_by_side_and_a_vote(page, server, world, tmp_path):
     page.run("document.activeElement.blur()")
     page.keys("0")
     page.until(lambda: "1 tie" in page.texts(".vote .soft")[1], "the tie")
-    assert len(lines(server.votes)) == before + 1
-    recipe = world.preferences(tmp_path / "r.yaml", reward, data={"train": [{"path": str(server.votes)}]})
+    assert len(lines(votes)) == before + 1
+    recipe = world.preferences(tmp_path / "r.yaml", reward, data={"train": [{"path": str(votes)}]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
         told = align(recipe, "--show", stage=reward)
@@ -290,12 +252,12 @@ def test_keys_alone(page):
 
 def test_it_asks_nobody_else_and_its_policy_is_strict(page, server):
     page.requested()
-    page.open(server.url)
+    page.open(f"{server.url}/")
     page.until(lambda: page.all("#left option"), "the list of models")
     ask(page, "Hi")
     asked = page.requested()
-    assert {f"{server.url}page/main.js", f"{server.url}v1/models", f"{server.url}v1/chat/completions"} <= {*asked}
-    assert [url for url in asked if not url.startswith(server.url)] == []
+    assert {f"{server.url}/{name}" for name in ("page/main.js", "v1/models", "v1/chat/completions")} <= {*asked}
+    assert [url for url in asked if not url.startswith(f"{server.url}/")] == []
     headers = urlopen(server.url).headers
     policy = headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
@@ -308,9 +270,9 @@ def test_it_asks_nobody_else_and_its_policy_is_strict(page, server):
 def test_a_model_that_writes_markup(folder, window):
     """Its words are text, whatever they are; so are a user's, and a model's name."""
     parrot = make_parrot(folder / "parrot", EVIL)
-    with served(folder, f"a-b.c={parrot}") as here:
+    with serving([f"a-b.c={parrot}"]) as here:
         window.size(1280, 800)
-        window.open(here.url)
+        window.open(f"{here.url}/")
         window.until(lambda: window.all("#left option"), "the list of models")
         window.one("#options").click()
         window.fill("#max_tokens", "200")
@@ -327,24 +289,28 @@ def test_a_model_that_writes_markup(folder, window):
 
 
 def test_stop_and_a_server_that_goes(folder, window):
-    """A stopped answer keeps what was said; a server that is killed is told of."""
-    parrot = make_parrot(folder / "endless", "abc ", 4096)
-    with served(folder, f"endless={parrot}") as here:
+    """A stopped answer keeps what was said, and leaves the batch; a server that is killed is told of."""
+    words = [make_parrot(folder / "endless", "abc ", 4096), "--port", 0]
+    command = [sys.executable, "-m", "align.serve", *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        url = process.stdout.readline().split()[-1]
+        assert url.startswith("http://127.0.0.1:")
+        here = Service(url, None)
         window.size(1280, 800)
-        window.open(here.url)
+        window.open(f"{here.url}/")
         window.until(lambda: window.all("#left option"), "the list of models")
         window.one("#options").click()
         window.fill("#max_tokens", "4000")
         window.one("#words").send_keys("Go\n")
-        window.until(lambda: len(window.texts(".said")[0]) > 8, "the first words")
-        window.keys("\ue00c")
+        window.until(lambda: window.texts(".said") and len(window.texts(".said")[0]) > 8, "the first words")
+        window.keys("\ue00c")  # Escape
         (said,) = done(window)
         assert 8 < len(said) < 4000
         assert "stopped" in window.texts(".figures")[0]
-        window.until(lambda: "align_requests_running 0" in _metrics(here) or "running" not in _metrics(here), "its end")
+        window.until(lambda: "align_requests_running 0" in here.get("/metrics"), "its end")
         window.one("#words").send_keys("Again\n")
         window.until(lambda: len(window.texts(".said")) == 2 and window.texts(".said")[1], "the first words")
-        here.process.kill()
+        process.kill()
         done(window)
         assert "connection broke" in window.texts(".fault")[1]
         assert window.texts(".said")[1], "what came before stays"
@@ -353,15 +319,11 @@ def test_stop_and_a_server_that_goes(folder, window):
         assert window.texts(".fault")[2] == "The server cannot be reached."
 
 
-def _metrics(here: Served) -> str:
-    return urlopen(f"{here.url}metrics").read().decode()
-
-
 def test_a_key(folder, world, window):
     """The page asks for the key where the server has one, and votes need it too."""
-    with served(folder, f"base={world.base}", ALIGN_API_KEY="s3cret") as here:
+    with serving([world.base], key="s3cret", votes=folder / "keyed.jsonl") as here:
         window.size(1280, 800)
-        window.open(here.url)
+        window.open(f"{here.url}/")
         window.until(lambda: window.one("#key").is_displayed(), "the field for the key")
         assert not window.all("#left option")
         window.one("#key").send_keys("s3cret\t")
@@ -369,8 +331,7 @@ def test_a_key(folder, world, window):
         window.fill("#max_tokens", "3")
         ask(window, "Hi")
         assert window.texts(".fault") == [""]
-        with pytest.raises(URLError, match="401"):
-            post(here, "votes", {})
+        assert here.post("/votes", {})[0] == 401
 
 
 class Stranger(BaseHTTPRequestHandler):
@@ -385,9 +346,9 @@ class Stranger(BaseHTTPRequestHandler):
         row = json.dumps({"messages": [user("Hi")], "vote": "left", "answers": [
             {"model": "a", "content": "evil"}, {"model": "b", "content": "good"}]})  # fmt: skip
         self.wfile.write(
-            f"""<form method=post enctype=text/plain action="{self.target}votes"><input name='{row[:-1]}, "x": "'
+            f"""<form method=post enctype=text/plain action="{self.target}/votes"><input name='{row[:-1]}, "x": "'
             value='"}}'></form><script>
-            const send = (mode, type) => fetch("{self.target}votes", {{method: "POST", mode, body: {json.dumps(row)},
+            const send = (mode, type) => fetch("{self.target}/votes", {{method: "POST", mode, body: {json.dumps(row)},
               headers: {{"Content-Type": type}}}}).then(r => r.type + r.status, e => e.name);
             Promise.all([send("cors", "application/json"), send("no-cors", "text/plain"), send("cors", "text/plain")])
               .then(told => {{ document.title = told.join(); document.forms[0].submit(); }});
@@ -398,15 +359,15 @@ class Stranger(BaseHTTPRequestHandler):
         """Silent."""
 
 
-def test_no_other_site_votes(server, window):
+def test_no_other_site_votes(server, votes, window):
     Stranger.target = server.url
     site = HTTPServer(("127.0.0.1", 0), Stranger)
     threading.Thread(target=site.serve_forever, daemon=True).start()
     try:
-        before = server.votes.read_bytes()
+        before = votes.read_bytes()
         window.open(f"http://localhost:{site.server_port}/")
-        window.until(lambda: window.driver.current_url == f"{server.url}votes", "the form's own way")
-        assert server.votes.read_bytes() == before
+        window.until(lambda: window.driver.current_url == f"{server.url}/votes", "the form's own way")
+        assert votes.read_bytes() == before
         assert "error" in window.one("body").text
     finally:
         site.shutdown()
