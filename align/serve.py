@@ -1,6 +1,7 @@
 """Serve results over HTTP, as OpenAI's API: the base and any number of adapters on it, in one running batch.
 
     python -m align.serve MODEL… [--base BASE] [--host HOST] [--port PORT] [--adapters FOLDER] [--api-key-file FILE]
+                                  [--votes FILE]
 
 Each MODEL is `final/` of a run (or the run), or a base: a checkpoint folder, a hub id, demo/smollm2-135m. NAME=MODEL
 gives it another name. Needs `pip install 'align[serve]'`.
@@ -36,6 +37,7 @@ HELP = {
     "dtype": "what the trunk computes in: auto, float32 or bfloat16 (default: %(default)s)",
     "adapters": "results below this folder may be loaded and unloaded by requests (/v1/load_lora_adapter)",
     "api_key_file": f"a file with the key that requests must bring; or the environment variable {KEY_NAME}",
+    "votes": "append votes on two answers to this JSONL file, as pairs that align.reward and align.dpo read",
     "max_tokens": "most tokens of an answer (default: %(default)s)",
     "max_body": "most bytes of a request (default: %(default)s)",
     "max_waiting": "requests that may wait; more are refused with status 429 (default: %(default)s)",
@@ -56,6 +58,7 @@ def parser() -> Parser:
     made.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=HELP["dtype"])
     made.add_argument("--adapters", metavar="FOLDER", help=HELP["adapters"])
     made.add_argument("--api-key-file", metavar="FILE", help=HELP["api_key_file"])
+    made.add_argument("--votes", metavar="FILE", help=HELP["votes"])
     made.add_argument("--max-tokens", type=int, default=4096, help=HELP["max_tokens"])
     made.add_argument("--max-body", type=int, default=2**20, help=HELP["max_body"])
     made.add_argument("--max-waiting", type=int, default=1024, help=HELP["max_waiting"])
@@ -126,19 +129,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             from align.tools.serving.app import build_app
             from align.tools.serving.limits import Limits
             from align.tools.serving.listening import bound, listening
+            from align.tools.serving.votes import Votes, routes
         except ModuleNotFoundError as error:
             raise UserError(f"{KEY} needs {error.name}: pip install 'align[serve]'") from None
         key, local = api_key(given.api_key_file), is_local(given.host)
         adapters = None if given.adapters is None else Path(expanded(given.adapters))
         if adapters is not None and not adapters.is_dir():
             raise UserError(f"--adapters: {given.adapters} is no folder")
+        votes = None if given.votes is None else Votes(Path(expanded(given.votes)))
         listener = bound(given.host, given.port)
         engine = make_engine(
             given.models, given.base, given.dtype, given.max_rows, given.cache_tokens, given.max_waiting,
             given.trust_remote_code,
         )  # fmt: skip
         limits = Limits(given.max_body, given.max_tokens, given.timeout, waiting=given.max_waiting)
-        app = build_app(engine, limits, key, local, adapters)
+        more = [] if votes is None else routes(votes, limits)
+        app = build_app(engine, limits, key, local, adapters, more)
         for remark in engine.shelf.trunk.remarks:
             print(printable(remark), file=sys.stderr)
         if not local:

@@ -24,6 +24,7 @@ from align.tools.serving.app import build_app
 from align.tools.serving.engine import Engine
 from align.tools.serving.limits import Limits
 from align.tools.serving.listening import bound, listening
+from align.tools.serving.votes import Votes, routes
 
 ADAPTERS = ("red", "green", "blue")
 
@@ -77,18 +78,20 @@ class Service(NamedTuple):
 
 @contextmanager
 def serving(
-    models: Sequence[Path],
+    models: Sequence[Path | str],
     limits: Limits | None = None,
     key: str | None = None,
     adapters: Path | None = None,
     rows: int | None = None,
     tokens: int | None = None,
+    votes: Path | None = None,
 ) -> Iterator[Service]:
     """In a thread of this process."""
     limits = limits or Limits()
     engine = make_engine([str(path) for path in models], None, "float32", rows, tokens, limits.waiting, False)
     listener = bound("127.0.0.1", 0)
-    server = listening(build_app(engine, limits, key, True, adapters), 2)
+    more = [] if votes is None else routes(Votes(votes), limits)
+    server = listening(build_app(engine, limits, key, True, adapters, more), 2)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     engine.start()
     thread.start()

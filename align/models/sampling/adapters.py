@@ -122,6 +122,7 @@ class Adapters:
 
     def add(self, chain: Chain) -> int:
         """Its number, from now on."""
+        assert self.trunk.acts_as is None, "the trunk's own adapter is off"
         number, self._next = self._next, self._next + 1
         self.known.add(number)
         for name, update in chain.items():

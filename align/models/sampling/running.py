@@ -38,14 +38,17 @@ Event = tuple[Request, Said]
 class Running:
     """All rows on one trunk. Everything here is called from one thread."""
 
-    def __init__(self, trunk: Trunk, most_rows: int | None = None, budget: int | None = None) -> None:
-        """`budget`: tokens whose keys and values are kept; default: the trunk's own."""
+    def __init__(
+        self, trunk: Trunk, most_rows: int | None = None, budget: int | None = None, acts: str | None = None
+    ) -> None:
+        """`budget`: tokens whose keys and values are kept; default: the trunk's own. `acts`: the trunk's own adapter
+        that every row is under; None: none is."""
         assert trunk.packed, "rows of layers that keep another state cannot be packed"
         self.trunk, device = trunk, trunk.device
         trunk.eval().requires_grad_(False).attend(NAME)
         self.settled = ExitStack()  # for good
         if trunk.adapted:
-            self.settled.enter_context(trunk.acting(None))
+            self.settled.enter_context(trunk.acting(acts))
         self.settled.enter_context(acceleration.for_sampling(trunk, FEW_ROWS))
         self.project, self.adapters = projection(trunk), Adapters(trunk)
         budget = trunk.budgets.cache_tokens if budget is None else budget
