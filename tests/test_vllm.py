@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from world import Child, align, lines, metrics
 
 from align import grpo, ppo
-from align.training.meters import mean_interval
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not (VLLM / "made").exists(), reason=f"no vLLM in {VLLM}: benchmarks/vllm_cpu.sh makes it"),
 ]
 SAMPLES, PROMPTS, NEW, STEPS, SEEDS = 4, 7, 8, 12, (0, 1, 2)
+T_OF_4 = 8.610  # Student's t with 2 x (3 - 1) degrees of freedom, 99.9 %: draws are new each time
 watching = []  # called at each scoring
 
 
@@ -60,7 +60,7 @@ def written(world, base, path, stage, engine, **train):
     """A recipe that rewards vowels."""
     name = stage.__name__.removeprefix("align.")
     own = {
-        "rewards": [{"function": "test_vllm:vowels"}], "samples": SAMPLES, "eval_samples": 8, "kl_coef": 0.0,
+        "rewards": [{"function": "test_vllm:vowels"}], "samples": SAMPLES, "eval_samples": 4, "kl_coef": 0.0,
         "generation": {"max_new": NEW, "engine": engine},
     }  # fmt: skip
     if stage is grpo:
@@ -69,17 +69,19 @@ def written(world, base, path, stage, engine, **train):
     train = {"steps": STEPS, "eval_every": STEPS // 2, "save_every": 1} | train
     sections = {"data": data, "batch": {"examples": PROMPTS}, "model": {"base": str(base)}, "train": train}
     return world.recipe(
-        path, stage=name, run=str(path.with_suffix("")), optim={"learning_rate": 0.02}, **{name: own}, **sections
+        path, stage=name, run=str(path.with_suffix("")), optim={"learning_rate": 0.012}, **{name: own}, **sections
     )
 
 
 def engine_of(server, **more):
-    return {"url": server.url, **more}
+    """Without seeds: a prompt that its CPU build computes in parts ends it where it has one."""
+    return {"url": server.url, "seeds": False, **more}
 
 
 @pytest.mark.parametrize("stage", [grpo, ppo], ids=lambda stage: stage.__name__)
 def test_it_learns_as_with_the_own_engine(world, base, server, here, stage):
-    """The held-out scores at the start, half way and at the end: their intervals over the seeds meet."""
+    """The held-out scores at the start, half way and at the end, over the seeds: their difference is within its 99.9 %
+    interval around 0."""
     found = {}
     for name, engine in (("own", "own"), ("vllm", engine_of(server))):
         for seed in SEEDS:
@@ -87,12 +89,12 @@ def test_it_learns_as_with_the_own_engine(world, base, server, here, stage):
             told = align(recipe, f"seed={seed}", stage=stage)
             assert (told.status, told.err) == (0, ""), told.err
         scores = [[r["score"] for r in metrics(here / f"{name}-{seed}", "eval")] for seed in SEEDS]
-        found[name] = [mean_interval(torch.tensor(column)) for column in zip(*scores, strict=True)]
-    for (low, high), (other_low, other_high) in zip(*found.values(), strict=True):
-        assert low <= other_high, found
-        assert other_low <= high, found
-    for (_, before), _, (after, _) in found.values():
-        assert after > before, "it learns"
+        found[name] = torch.tensor(scores)
+    own, other = found.values()  # (seeds, evaluations)
+    apart = (own.mean(0) - other.mean(0)).abs()
+    error = ((own.var(0) + other.var(0)) / len(SEEDS)).sqrt()
+    assert (apart <= T_OF_4 * error).all(), found
+    assert all((scores[:, -1] > scores[:, 0] + 0.02).all() for scores in found.values()), "it learns"
     records = [record for seed in SEEDS for record in metrics(here / f"vllm-{seed}")]
     assert max(record["mismatch_kl"] for record in records) < 1e-3
     assert all(record["importance"] == pytest.approx(1, abs=0.02) for record in records)
