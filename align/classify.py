@@ -36,6 +36,7 @@ from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.records import to_json
 from align.recipe.schema import BaseRecipe, Eval, Fraction, PositiveInt, Section
+from align.training.borders.foreign import foreign
 from align.training.borders.processes import first_then_others
 from align.training.labelling.measures import (
     at_threshold,
@@ -255,7 +256,7 @@ def train(session: Session) -> None:
     def read() -> Sides:
         with counting(session.console) as progress:
             return prepare_classes(
-                recipe.data, section.test, undersample, labels, tokenizer, recipe.seed, cache, progress
+                recipe.data, section.test, undersample, labels, tokenizer, recipe.seed, cache, progress, foreign
             )
 
     data, test = first_then_others(session.accelerator, read)

@@ -40,8 +40,9 @@ from align.training.launch import run_stage
 from align.training.learner import Metrics
 from align.training.loop import Learnt, Loop
 from align.training.meters import Sums
+from align.training.rollouts.engine import Drawing, Engine, engine_of
 from align.training.rollouts.epochs import spent
-from align.training.rollouts.rollout import Episodes, Generation, check_samples, sampled
+from align.training.rollouts.rollout import Episodes, check_samples
 from align.training.session import Session
 from align.training.shards import load_trunk
 from align.training.sources import titled, with_sources
@@ -86,7 +87,7 @@ class Distill(Section):
     """Share of the prompts that the student answers itself; the others keep the data's own answers."""
     samples: PositiveInt = 1
     """Responses of the student to each of its prompts; the prompt is computed once."""
-    generation: Generation = Field(default_factory=Generation)
+    generation: Drawing = Field(default_factory=Drawing)
     """How they are drawn; the temperature divides the teacher's logits too."""
 
 
@@ -122,8 +123,9 @@ class Algorithm:
 
     labels = None
 
-    def __init__(self, recipe: Recipe, student: Student) -> None:
-        self.recipe, self.distill, self.student = recipe, recipe.distill, student
+    def __init__(self, recipe: Recipe, student: Student, engine: Engine | None) -> None:
+        """`engine`: what the student samples by, where it does."""
+        self.recipe, self.distill, self.student, self.engine = recipe, recipe.distill, student, engine
 
     def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
         """One step of distillation."""
@@ -176,8 +178,7 @@ class Algorithm:
         loop.screen.phase("sampling")
         stems = [asked_of(examples, int(i)) for i in chosen]
         keys = [(*key, place) for place in range(len(chosen))]
-        how, heed = self.distill.generation.sampling, loop.session.signals.heed
-        return sampled(loop.trunk, loop.batches, stems, keys, how, self.distill.samples, heed)
+        return self.engine.sampled(loop, stems, keys, self.distill.samples)
 
     def _compared(self, loop: Loop, examples: Examples | Episodes, chosen: np.ndarray) -> Sums:
         """Sums over all tokens of examples, (k,) int64, whatever the batches."""
@@ -232,7 +233,10 @@ def train(session: Session) -> None:
         key = "distill.teacher.adapter"
         teacher = Teacher.beside(trunk, read_teacher(distill.teacher.adapter, key, trunk), key, recipe.seed)
     student = Student(trunk, teacher, distill.divergence, distill.beta, distill.generation.temperature)
-    Loop(session, run, trunk, data, Algorithm(recipe, student), student).run_all()
+    engine = None
+    if distill.on_policy:
+        engine = engine_of(session, trunk, data, distill.generation, "distill.generation.engine")
+    Loop(session, run, trunk, data, Algorithm(recipe, student, engine), student).run_all()
 
 
 def _of_its_own(session: Session, trunk: Trunk, wanted: list[Wanted]) -> Teacher:

@@ -50,7 +50,8 @@ from align.training.bootstrap import Draws
 from align.training.borders.foreign import foreign
 from align.training.launch import run_stage
 from align.training.meters import environment
-from align.training.rollouts.rewards import RewardPart, Rewards
+from align.training.rollouts.parts import RewardPart
+from align.training.rollouts.rewards import Rewards
 from align.training.runs.checkpoint import write_atomic
 from align.training.screen import Screen
 from align.training.session import Session
@@ -227,6 +228,8 @@ def evaluate(session: Session) -> None:
         write_atomic(folder / RESULT, to_json(about, indent=1))
         for line in in_words(metrics, responses, counts, pairs):
             session.say(line)
+        for title, why in rewards.failed.items():
+            session.say(f"score {title}: the function {why}")
         session.say(f"done: {folder / RESULT}")
     session.accelerator.wait_for_everyone()
 

@@ -43,9 +43,8 @@ from align.training.rollouts.epochs import Targets, in_epochs, spent
 from align.training.rollouts.experience import Experience, FromRewards
 from align.training.rollouts.pretraining import Pretraining
 from align.training.rollouts.rewards import Rewards, stands_on
-from align.training.rollouts.rollout import check_samples, explained, figures, minibatches, score_figures
+from align.training.rollouts.rollout import check_samples, explained, figures, minibatches
 from align.training.rollouts.sections import Rewarded, RewardedTrain, check_rewarded
-from align.training.rollouts.watch import Watch
 from align.training.session import Session
 from align.training.shards import load_trunk
 
@@ -139,9 +138,8 @@ def loss(
 class Algorithm(FromRewards):
     """PPO's step and evaluation."""
 
-    def __init__(self, recipe: Recipe, roles: Roles, rewards: Rewards, watch: Watch, ptx: Pretraining | None) -> None:
-        self.recipe, self.ppo, self.watch, self.ptx = recipe, recipe.ppo, watch, ptx
-        self.experience = Experience(roles, rewards, watch, recipe.ppo)
+    def __init__(self, recipe: Recipe, experience: Experience, ptx: Pretraining | None) -> None:
+        self.recipe, self.ppo, self.experience, self.ptx = recipe, recipe.ppo, experience, ptx
 
     def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
         """One step of PPO."""
@@ -151,11 +149,14 @@ class Algorithm(FromRewards):
         # 1. Sample responses to the step's prompts.
         episodes = self.experience.sampled(loop, prompts, chosen, (seed, SAMPLING, step), ppo.samples)
         sampled_at = time.perf_counter()
-        # 2. Score them, and have every role read them, in the rows of the first epoch.
+        # 2. Score them; those that have a score are read by every role, in the rows of the first epoch.
+        parts = self.experience.parts(loop, prompts, chosen, episodes, [np.arange(len(chosen))])
+        score = self.experience.score(parts, episodes)
+        means, drawn = self.experience.figures(parts, score, episodes), int(episodes.said.sum())
+        known = self.experience.known(loop, score)
+        episodes, score = episodes.kept(known), score[known]  # (E,)
         orders = [(seed, ORDER, step, epoch) for epoch in range(ppo.epochs)]
-        epochs = [minibatches(len(chosen), ppo.minibatches, order) for order in orders]
-        parts = self.experience.parts(loop, prompts, chosen, episodes, epochs[0])
-        score = self.experience.score(parts, episodes)  # (E,)
+        epochs = [minibatches(len(episodes), ppo.minibatches, order) for order in orders]
         rollout = self.experience.read(loop, episodes, epochs[0], ppo.entropy or "known")
 
         # 3. Rewards: the KL penalty at every token, the score at the end.
@@ -170,6 +171,7 @@ class Algorithm(FromRewards):
         if ppo.whiten:
             moments = adv.mean_variance(adv.moments(of_tokens, rollout.tokens))
             of_tokens = adv.whiten(of_tokens, rollout.tokens, *moments)
+        of_tokens = of_tokens * rollout.importance  # 1 where the own engine drew them
         scored_at = time.perf_counter()
 
         # 5. Epochs of minibatches.
@@ -190,7 +192,6 @@ class Algorithm(FromRewards):
         kl = float((rollout.logprobs - rollout.ref_logprobs).sum() / len(score))
         if ppo.kl_target:
             loop.memory["kl_coef"] = adv.adapted(kl_coef, kl, ppo.kl_target, ppo.kl_horizon, len(score))
-        means = score_figures(parts, score, episodes)
         metrics = {
             **means,
             **figures(rollout, kl_coef, means["score"]),
@@ -198,9 +199,9 @@ class Algorithm(FromRewards):
             **explained(rollout, returns),
             "learning_rate": rate,
             f"learning_rate/{CRITIC}": rate * ppo.critic_rate(self.recipe.optim),
-            **spent(started, sampled_at, scored_at, int(episodes.said.sum())),
+            **spent(started, sampled_at, scored_at, drawn),
         }
-        self.watch.learnt(loop, step, metrics)
+        self.experience.watch.learnt(loop, step, metrics)
         return Learnt(metrics, passes.distinct, int(episodes.lengths.sum()))
 
     def evaluate(self, loop: Loop) -> dict[str, Any]:
@@ -226,7 +227,8 @@ def train(session: Session) -> None:
     rewards, temperature = Rewards(recipe.ppo.rewards, trunk, "ppo.rewards"), recipe.ppo.generation.temperature
     roles = Roles(trunk, recipe.lora, rewards.scorers, rewards.leading, temperature, recipe.seed)
     ptx = Pretraining(recipe.ppo.ptx, more["ptx"], recipe.seed) if recipe.ppo.ptx else None
-    algorithm = Algorithm(recipe, roles, rewards, Watch(rewards, trunk), ptx)
+    experience = Experience(session, data, roles, rewards, recipe.ppo, "ppo")
+    algorithm = Algorithm(recipe, experience, ptx)
     Loop(session, run, trunk, data, algorithm, roles, {CRITIC: recipe.ppo.critic_rate(recipe.optim)}).run_all()
 
 

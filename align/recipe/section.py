@@ -1,4 +1,4 @@
-"""What all sections of a recipe are made of."""
+"""The base of all sections of recipes, and the types of numbers that they share."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from align.recipe.errors import UserError
-from align.recipe.schema import FIGURES
+from align.recipe.source import FIGURES
 
 if TYPE_CHECKING:
     from align.training.loop import Loop

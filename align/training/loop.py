@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -93,8 +94,6 @@ class Loop:
         self.trackers: list[GeneralTracker] = []
         self.page = telling.Page()
 
-    # -- the run -----------------------------------------------------------------------------------------------
-
     def run_all(self) -> None:
         """Train to the end of the plan, or to a signal; leave `final/` and `report.html`."""
         self._begin()
@@ -150,12 +149,26 @@ class Loop:
         every = self.recipe.train.eval_every
         return self.step in (0, self.plan.steps) or bool(every and self.step % every == 0)
 
-    def _stop(self) -> None:
-        """Leave what is needed to go on: the state after the last step."""
+    @contextmanager
+    def leaving_off(self) -> Iterator[None]:
+        """Around what a step needs from elsewhere. Where that raises UserError, in all processes, the state before the
+        step is saved first."""
+        try:
+            yield
+        except UserError as error:
+            self._leave_off(f"ended with an error {telling.place(self)}")
+            saved = f"; the state after step {self.step} is saved: run the same command again to resume"
+            raise UserError(*error.problems[:-1], error.problems[-1] + saved * bool(self.step)) from error
+
+    def _leave_off(self, how: str) -> None:
+        """Leave what is needed to go on: the state after the last step; `how` the run ended, for its page."""
         if self.step:
             self.save_state()
+        telling.close(self, f"The run {how}.")
+
+    def _stop(self) -> None:
         stopped = f"stopped by a signal {telling.place(self)}; run the same command again to go on from there"
-        telling.close(self, f"The run was {stopped}.")
+        self._leave_off(f"was {stopped}")
         self.session.say(stopped)
 
     def _train_step(self) -> None:
@@ -192,16 +205,20 @@ class Loop:
         """Stop before the optimizer step if anything is not finite, with the last good state on disk."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        self.learner.forget()
-        self.save_state()
-        telling.close(self, f"The run ended with an error {telling.place(self)}.")
         what = "gradient" if math.isfinite(loss) else "loss"
         where = ", ".join(self.data.train.where(int(i)) for i in chosen[:8])
-        raise UserError(
+        self.give_up(
             f"step {self.step + 1}: the {what} is not finite (loss {loss}, gradient norm {norm}); the state after step "
             f"{self.step} is saved in {self.run.checkpoints}. Look at the step's examples "
             f"({where}{', …' if len(chosen) > 8 else ''}), or {MILDER}"
         )
+
+    def give_up(self, *problems: str) -> NoReturn:
+        """End a run that cannot go on with the state after the last step on the disk; every process must call it."""
+        self.learner.forget()
+        self.save_state()
+        self._leave_off(f"ended with an error {telling.place(self)}")
+        raise UserError(*problems)
 
     def _evaluate(self) -> None:
         answering = self.answers is not None and self.answers.due(self)
@@ -216,12 +233,10 @@ class Loop:
         self.learner.model.train()
         let_go(self.trunk)
         if not math.isfinite(record.get("loss", 0.0)):
+            why = f"the eval rows' loss is not finite ({record['loss']}); check model.base, or {MILDER}"
             if self.step:
-                self.save_state()
-                telling.close(self, f"The run ended with an error {telling.place(self)}.")
-            raise UserError(
-                f"step {self.step}: the eval rows' loss is not finite ({record['loss']}); check model.base, or {MILDER}"
-            )
+                self.give_up(f"step {self.step}: {why}")
+            raise UserError(f"step 0: {why}")
         best.judged(self, record, answering)
         record["eval_seconds"] = self.eval_seconds = time.perf_counter() - started
         telling.log(self, record)
@@ -232,8 +247,6 @@ class Loop:
     ) -> list[Tensor]:
         """`Batches.each`, shown on this run's screen."""
         return self.batches.each(examples, chosen, function, self.screen, what)
-
-    # -- state -------------------------------------------------------------------------------------------------
 
     def save_state(self) -> None:
         """A checkpoint of now, unless there is one; with shards, every process must call it."""
@@ -275,9 +288,11 @@ class Loop:
         self.session.say(f"done: {self.run.final}; report: {self.run.folder / 'report.html'}")
 
     def publish(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write the result as it is now; with shards, every process must call it."""
-        result = self.learner.result()
-        if self.session.first:
-            told = {"stage": self.recipe.stage, "step": self.step, **about}
+        """Write the result as it is now; every process must call it."""
+        result, told = self.learner.result(), {"stage": self.recipe.stage, "step": self.step, **about}
+
+        def write() -> None:
             with published(folder, sum(tensor.nbytes for tensor in result.values())) as beside:
                 self.learner.module.save(beside, result, told)
+
+        self.session.decided(write)

@@ -27,6 +27,7 @@ from align.recipe.locks import claimed
 from align.recipe.schema import BaseRecipe, Data
 from align.training.answers.answers import KEY
 from align.training.answers.reading import with_prompts
+from align.training.borders.foreign import foreign as foreign_code
 from align.training.borders.processes import any_asked, decided, first_then_others
 from align.training.borders.stops import Signals, Stopped
 from align.training.planning.usage import Usage
@@ -167,7 +168,8 @@ class Session:
 
         def read() -> Prepared:
             with counting(self.console) as progress:
-                return prepare(section or recipe.data, tokenizer, reading, recipe.seed, cache_folder(), progress)
+                data, seed = section or recipe.data, recipe.seed
+                return prepare(data, tokenizer, reading, seed, cache_folder(), progress, border=foreign_code)
 
         data = first_then_others(self.accelerator, read)
         for line in data.named(name) if name else data.summary:

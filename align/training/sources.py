@@ -9,7 +9,7 @@ import numpy as np
 
 from align.data.examples import Examples
 from align.recipe.errors import UserError
-from align.recipe.schema import FIGURES
+from align.recipe.source import FIGURES
 
 
 def titled(examples: Examples) -> dict[str, np.ndarray]:

@@ -247,6 +247,10 @@ def _bare(turns: Talk) -> list[dict[str, Any]]:
     return [{key: v.strip() if isinstance(v, str) else v for key, v in message.items()} for message in said]
 
 
+def _has_a_list(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("output"), list) or bool(row.keys() & {"answers", *_LISTS})
+
+
 _CONTEXT = ("system", "tools", "prompt", "conversations", "messages", "instruction", "input", "history")
 _NAMES = {"question": "prompt", "chosen_messages": "chosen", "rejected_messages": "rejected"}
 _LISTS = ("responses", "completions")
@@ -261,7 +265,7 @@ COMPARED: Formats = {  # answers side by side
         _ranked,
         either=PROMPTS,
         also={"question": "prompt", "output": "answers"} | dict.fromkeys(_LISTS, "answers"),
-        when=lambda row: isinstance(row.get("output"), list) or bool(row.keys() & {"answers", *_LISTS}),
+        when=_has_a_list,
     ),
 }
 JUDGED: Formats = {  # one answer with a label

@@ -49,7 +49,7 @@ def asked(examples: Examples) -> list[Asked]:
     for part in examples.parts:
         places = {part.store.place(row): i for i, row in enumerate(part.rows, len(rows))}
         rows += [None] * len(places)
-        for record, row in read_records(part.source, PROMPTING):
+        for record, row in part.left.records() if part.left else read_records(part.source, PROMPTING):
             i = places.get((row.file, row.line))
             if i is not None and isinstance(row, Row):
                 rows[i] = Asked(record, row.messages, row.text)

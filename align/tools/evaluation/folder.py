@@ -24,7 +24,7 @@ from align.tools.evaluation.drawn_pairs import DrawnPairs
 from align.tools.evaluation.generation import SUMS, Prompts, Responses
 from align.tools.pipeline.inputs import digest
 from align.training.bootstrap import Estimate
-from align.training.rollouts.rewards import RewardPart
+from align.training.rollouts.parts import RewardPart
 from align.training.runs.checkpoint import write_atomic
 from align.training.runs.removal import is_written, run_recipe
 from align.training.runs.run import differences

@@ -19,7 +19,8 @@ from align.training.answers.measures import measured
 from align.training.answers.section import PREFIX, Generate
 from align.training.bootstrap import Draws, Estimate, mean, per_prompt
 from align.training.meters import interval
-from align.training.rollouts.rewards import Answered, Rewards
+from align.training.rollouts.parts import Answered
+from align.training.rollouts.rewards import Rewards
 from align.training.rollouts.rollout import Episodes, check_samples, sampled, scored, texts
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from align.recipe.schema import Source
 from align.recipe.section import PositiveInt, Section
 from align.recipe.train import Best, Train
 from align.training.answers.measures import Measure
-from align.training.rollouts.rewards import RewardPart
+from align.training.rollouts.parts import RewardPart
 from align.training.rollouts.rollout import Generation
 
 PREFIX = "generate/"  # of the figures' names

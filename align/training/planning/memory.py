@@ -68,7 +68,7 @@ def memory(at: Setting, length: int | None = None, load: Load | None = None) -> 
     moments = [_loading(at), Moment("update", (*always, *moments_of_adam(at), gradients(at)))]
     moments += _learning(at, always, load, one, limits)
     if at.device.type == "cpu":  # elsewhere the copy lies in the host's memory
-        copy = Part("the checkpoint's copy", 12 * trained(at) // (1 if at.adapted else at.shards))
+        copy = Part("the checkpoint's copy", 12 * trained(at))  # whole in the first process
         moments.append(Moment("saving", (*always, *moments_of_adam(at), copy)))
     if load.episodes:
         drawn = Drawn(load.prompt, load.answer, load.episodes, sampling_of(at.recipe).samples)

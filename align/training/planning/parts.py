@@ -118,8 +118,6 @@ def held(at: Setting) -> list[Part]:
     parts = [Part("trunk", trunk_bytes(at) // at.shards)]
     if at.shards > 1:
         parts.append(Part("layers that are gathered", _gathered(at)))
-        if at.device.type == "cpu":  # the C library keeps what the whole weights took, in pieces too small for a row
-            parts.append(Part("where the whole weights lay", trunk_bytes(at)))
     if at.adapted:
         roles = policies(at) + sum(part.adapter is not None for part in rewards_of(recipe))
         if recipe.stage == "distill":

@@ -30,6 +30,7 @@ TITLES = {  # in the order of the page
     "generate": "Answers",
     "margin": "Margin",
     "score": "Scores",
+    "failures": "Responses without a score",
     "rewards": "Rewards",
     "nll_per_token": "Negative log-likelihood per token",
     "reward": "Score less the KL penalty",

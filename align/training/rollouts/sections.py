@@ -11,9 +11,9 @@ from align.models.roles import Entropy
 from align.recipe.schema import BaseRecipe, PositiveInt, Section
 from align.recipe.train import Best
 from align.training.answers.section import AnsweringTrain
+from align.training.rollouts.engine import Drawing
+from align.training.rollouts.parts import RewardPart
 from align.training.rollouts.pretraining import Ptx
-from align.training.rollouts.rewards import RewardPart
-from align.training.rollouts.rollout import Generation
 
 
 class RewardedTrain(AnsweringTrain):
@@ -29,7 +29,7 @@ class Rewarded(Section):
 
     rewards: list[RewardPart] = Field(min_length=1)
     """The parts of the reward: their weighted sum is the score."""
-    generation: Generation = Field(default_factory=Generation)
+    generation: Drawing = Field(default_factory=Drawing)
     """How responses are drawn."""
     minibatches: PositiveInt = 1
     """Optimizer steps in one pass over a step's responses."""

@@ -21,7 +21,7 @@ RECIPE, ASIDE = "recipe.yaml", ".old-run"
 HEADER = "# The resolved recipe of a run of align. This folder is the run's own: --fresh deletes what it wrote here.\n"
 OWN = (
     "environment.json", "metrics.jsonl", "ledger.jsonl", "data.json", "samples.jsonl", "episodes.jsonl", "answers.jsonl",
-    "summary.json", "report.html", "classification.json", "tensorboard", "checkpoints", "best", "final",
+    "summary.json", "report.html", "classification.json", "tensorboard", "checkpoints", "best", "final", "engine",
 )  # fmt: skip
 CHECKPOINT = re.compile(r"(\.old-|\.writing-)?step-[0-9]{6,}")
 

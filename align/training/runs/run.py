@@ -15,10 +15,12 @@ from accelerate.utils import LoggerType
 
 from align.data.examples import Examples
 from align.data.mixture import Prepared
+from align.recipe.engine import PLACES
 from align.recipe.errors import UserError
 from align.recipe.load import load_recipe
 from align.recipe.records import parsed, read_lines, to_json
 from align.recipe.schema import BaseRecipe
+from align.training.rollouts.parts import CALLING
 from align.training.runs.checkpoint import load_state, newest_checkpoint, speaking, tidy_checkpoints, write_atomic
 from align.training.runs.identity import Identity, changes
 from align.training.best import patience_end
@@ -28,7 +30,10 @@ from align.training.runs.removal import finish_removal, forget_removal, is_free,
 from align.training.runs.state import state_of
 
 # What may change between one start and the next: none of it touches the numbers.
-FREE = {"run": ..., "log": ..., "train": {"save_every", "keep", "shard"}}
+FREE: dict[str, Any] = {"run": ..., "log": ..., "train": {"save_every", "keep", "shard"}}
+FREE |= {stage: {"generation": {"engine": PLACES}} for stage in ("ppo", "grpo", "distill")}
+for stage in ("ppo", "grpo"):
+    FREE[stage]["rewards"] = {"__all__": {*CALLING}}
 LENGTH = ("train.epochs", "train.steps", "train.patience")  # what --extend may change
 OF_EVALUATIONS = ("episodes.jsonl", "answers.jsonl")  # a line for each response, where a run has them
 LINES = {"metrics.jsonl": {"step": int, "split": str}}  # what every line of a file has to have
