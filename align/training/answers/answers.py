@@ -77,6 +77,9 @@ class Answers:
             figures[PREFIX + name] = found.value
             if np.isfinite(found.low):
                 figures |= {f"{PREFIX}{name}_low": found.low, f"{PREFIX}{name}_high": found.high}
+        for part in self.section.scores:
+            if part.on_failure == "leave_out":
+                figures[f"{PREFIX}failures/{part.title}"] = float(np.isnan(columns[part.title]).sum())
         return figures
 
     def _columns(self, loop: Loop, episodes: Episodes, answered: list[Answered]) -> dict[str, np.ndarray]:
@@ -95,7 +98,8 @@ class Answers:
         every = [np.arange(len(episodes))]
         scores = scored(self.scorers, loop.batches, episodes, every, [*self.rewards.scorers], loop.screen)
         read = answered if self.rewards.read_texts else []
-        scores |= self.rewards.of_texts(read, loop.batches.rank, loop.batches.world, loop.session.signals)
+        with loop.leaving_off():
+            scores |= self.rewards.of_texts(read, loop.batches.rank, loop.batches.world, loop.session.signals)
         found |= {name: scores[name].tolist() for name in self.rewards.parts}
         return {name: np.array(column, np.float64).reshape(shape) for name, column in found.items()}
 
