@@ -90,8 +90,8 @@ def test_a_library_that_is_missing_is_one_message(monkeypatch):
     with pytest.raises(UserError) as caught:
         check_measures(["rouge_l", "math", "contains"], prompts("a"))
     assert caught.value.problems == (
-        "train.generate.measures: rouge_l needs rouge-score: pip install rouge-score",
-        "train.generate.measures: math needs math-verify: pip install math-verify",
+        "train.generate.measures: rouge_l needs rouge-score; run: pip install 'align[rouge]'",
+        "train.generate.measures: math needs math-verify; run: pip install 'align[math]'",
     )
 
 
