@@ -114,7 +114,7 @@ def test_the_whole_labelled_file_goes_through(here):
 
 
 def test_a_set_without_the_items_of_a_test_set_in_the_proportions_that_are_wanted(here, world):
-    asked = [f"{said(i, 30)}?" for i in range(20)]
+    asked = [" ".join(f"asked{(i * 31 + k * k) % 997}" for k in range(30)) for i in range(20)]
     write_rows(here / "test.jsonl", [{"question": text, "answer": "1"} for text in asked])
     long = [{"text": said(100 + i, 40)} for i in range(40)] + [{"text": f"it says: {text} indeed"} for text in asked]
     short = [{"text": said(200 + i, 10)} for i in range(300)]

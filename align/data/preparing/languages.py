@@ -51,8 +51,7 @@ def languages(text: str) -> dict[str, float]:
     """The share of the letters of `text` in each language, line by line, the largest first; {} without letters."""
     letters: Counter[str] = Counter()
     for line in text[:LOOKED_AT].splitlines():
-        count = sum(map(str.isalpha, line))
-        if count:
+        if count := sum(map(str.isalpha, _words(line))):
             letters[language(line).code] += count
     total = letters.total()
     return {code: count / total for code, count in letters.most_common()}

@@ -71,10 +71,16 @@ class Privacy:
         masked = _mapped(value, lambda key, text: written.get((key, text), text))
         return Masked(masked, Counter(each.kind for place in _texts(value) for each in by_place[place]))
 
-    def hide(self, text: str) -> str:
+    def hide(self, text: str, item: Item | None = None) -> str:
         """What a report may say of a text: without private values, and without words that an ellipsis cuts off, which
-        may be parts of one."""
-        return _CUT.sub("…", self.mask(text).value)
+        may be parts of one. What the `item` that it comes from tells of a value counts too."""
+        if not text:
+            return text
+        return _CUT.sub("…", self.mask([text, *(_document(item) if item else ())]).value[0])
+
+    def masked(self, item: Item) -> Item:
+        """The item with placeholders."""
+        return self._verdict(item).item
 
     def find(self, texts: Sequence[tuple[str, str]]) -> list[list[Found]]:
         """The private values in each text, in their order and apart from each other.
@@ -107,13 +113,17 @@ class Privacy:
 
     def _verdict(self, item: Item) -> Verdict:
         row = item.row
-        document = [row.messages, row.text, row.tools, list(row.answers), item.record]
-        (messages, text, tools, answers, record), counts = self.mask(document)
+        (messages, text, tools, answers, record), counts = self.mask(_document(item))
         if not counts:
             return keep(item)
         changed = row._replace(messages=messages, text=text, tools=tools, answers=tuple(answers))
         excerpts = (_excerpt(text) for _, text in _texts([messages, text, tools, answers, record]))
         return change(item._replace(row=changed, record=record), counts, next(filter(None, excerpts), ""))
+
+
+def _document(item: Item) -> list[Any]:
+    row = item.row
+    return [row.messages, row.text, row.tools, list(row.answers), item.record]
 
 
 class _Placeholders:

@@ -67,20 +67,19 @@ class Steps(NamedTuple):
     rows: list[RowStep]
     sets: list[SetStep]
     observers: list[Observer]
-    hide: Callable[[str], str]  # what a report may say of a text
+    hide: Callable[[str, Item | None], str]  # what a report may say of a text that comes from an item
 
 
 def steps_of(plan: Plan) -> Steps:
     """Make every step. Raises UserError with what is missing."""
     preparation, tools = plan.preparation, plan.tools
-    rows, sets, hide = filters(preparation.filter, tools.border), list[SetStep](), str
+    rows, sets, private = filters(preparation.filter, tools.border), list[SetStep](), None
     if section := preparation.decontaminate:
         index = Index(items_of(section.against), section.ngram)
         rows.append(Decontaminate(index, section.threshold))
     if section := preparation.privacy:
         private = privacy(section, tools)
         rows.append(private)
-        hide = private.hide
     if preparation.deduplicate:
         sets += duplicates(preparation.deduplicate, plan.seed)
     if plan.shares:
@@ -90,7 +89,8 @@ def steps_of(plan: Plan) -> Steps:
         if plan.mix.by == "tokens" and tokens is None:
             raise UserError("mix.by: tokens are counted by a tokenizer: name one with `tokenizer`, or mix by rows")
         sets.append(Mixing(plan.mix, sources, tokens or words_in, plan.seed))
-    return Steps(rows, sets, [Card(sources, tokens, hide)] if plan.card else [], hide)
+    hide = private.hide if private else _as_it_is
+    return Steps(rows, sets, [Card(sources, tokens, private)] if plan.card else [], hide)
 
 
 def privacy(section: PrivacySection, tools: Tools) -> Privacy:
@@ -159,3 +159,7 @@ def duplicates(section: Deduplicate, seed: int) -> list[SetStep]:
 
 def _of_row(key: Callable, item: Item) -> str:
     return key(item.row)
+
+
+def _as_it_is(text: str, item: Item | None) -> str:
+    return text

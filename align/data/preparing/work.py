@@ -42,7 +42,9 @@ class Worker:
         plan, steps = self.plan, self.steps
         items, faults = items_of(batch, plan.sources, plan.formats, plan.columns)
         if plan.preparation.privacy:  # a value that is shown cut off may be private, and not be found any more
-            faults = [fault._replace(reason=FOUND.sub(r"found a \1", steps.hide(fault.reason))) for fault in faults]
+            faults = [
+                fault._replace(reason=FOUND.sub(r"found a \1", steps.hide(fault.reason, None))) for fault in faults
+            ]
         records = {item.number: item.record for item in items}
         tally = Tally(len(batch), steps)
         tally.ledger += [entry(*fault[:2], "dropped", f"invalid: {fault.reason}") for fault in faults]
@@ -88,7 +90,7 @@ class Tally:
         for item, verdict in zip(items, verdicts, strict=True):
             place = item.row.file, item.row.line
             if verdict.item is None:
-                reason, example = self.steps.hide(verdict.reason), self.steps.hide(verdict.example)
+                reason, example = self.steps.hide(verdict.reason, None), self.steps.hide(verdict.example, item)
                 self.ledger.append(entry(*place, "dropped", f"{name}: {reason}", example))
                 dropped[reason if len(dropped) < MOST_REASONS or reason in dropped else "other reasons"] += 1
                 if dropped[reason] <= EXAMPLES:

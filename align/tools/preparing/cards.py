@@ -22,7 +22,7 @@ def write_cards(
     folder: Path, plan: Plan, outcome: Outcome, report: Sequence[dict[str, Any]], files: Files, recipe: Section
 ) -> None:
     """Both files into `folder`; `report` is what each step did."""
-    card = Card([source.path for source in plan.sources], plan.tools.tokens and plan.tools.tokens(), str)
+    card = Card([source.path for source in plan.sources], plan.tools.tokens and plan.tools.tokens())
     batches = [about["observed"][f"{card.name}/read"] for about in outcome.spool.batches if "observed" in about]
     cards = {"read": card.merge(batches), "written": card.merge([part[card.name] for part in files.observed])}
     (folder / CARD).write_text(to_json(cards, indent=1) + "\n", "utf-8")

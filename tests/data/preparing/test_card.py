@@ -42,8 +42,8 @@ def items() -> list[Item]:
     return [text(i, " ".join(rng.permutation(WORDS)), i % 2, label=("ham", "spam")[i % 4 == 0]) for i in range(40)]
 
 
-def card(rows: list[Item], faults: list[Fault] = (), size: int = 7, hide=str) -> dict:
-    counter = Card(["a", "b"], None, hide)
+def card(rows: list[Item], faults: list[Fault] = (), size: int = 7, private=None) -> dict:
+    counter = Card(["a", "b"], None, private)
     parts = [counter.observe(rows[i : i + size], faults if i == 0 else []) for i in range(0, len(rows), size)]
     return counter.merge(json.loads(json.dumps(parts)))
 
@@ -138,7 +138,7 @@ def test_what_is_shown_is_masked_and_printable():
     made = card(
         [text(0, "mail ann@example.org \x1b[31m now " + "word " * 200)],
         [Fault("f", 3, "found 'bo@example.org'")],
-        hide=Privacy().hide,
+        private=Privacy(),
     )
     shown = json.dumps(made)
     assert "ann@" not in shown

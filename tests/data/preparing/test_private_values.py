@@ -3,7 +3,7 @@ import time
 import phonenumbers
 import pytest
 from data.preparing.private_values import labelled, score
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.data.formats.rows import Row
@@ -39,7 +39,7 @@ def test_the_labelled_file():
     texts = labelled()
     found = [Privacy().find([("", each.text)])[0] for each in texts]
     scores = score(texts, found)
-    assert scores["all"].marked > 230
+    assert scores["all"].marked >= 350
     assert {kind for kind in scores if kind != "all"} == set(KINDS)
     for kind, each in scores.items():
         assert each.recall >= 0.98, (kind, each.missed)
@@ -80,6 +80,7 @@ def test_every_countrys_example_number_is_found_and_means_the_same_in_both_forms
         assert [f.value for f in phones(f"Phone: {home}", [country])] == [e164], (country, home)
 
 
+@settings(max_examples=25)
 @given(st.text("0123456789", min_size=1, max_size=30))
 def test_luhn_takes_exactly_one_last_digit_and_sees_every_changed_digit(digits):
     (check,) = [d for d in "0123456789" if luhn(digits + d)]
@@ -202,14 +203,13 @@ def test_what_a_report_may_say():
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["a" * 200_000, "1" * 200_000, "1-" * 100_000, "a@" * 50_000, "a.b@c." * 30_000, "12:" * 60_000, "+1 (2" * 40_000,
-     "eyJ" * 60_000, "password=" * 20_000, "A1 " * 60_000, "-----BEGIN PRIVATE KEY-----\n" * 2_000, "DE89 " * 40_000,
-     "://" * 60_000, "tel " * 50_000, " at dot" * 20_000],
-    ids=lambda text: repr(text[:8]),
+    "part",
+    ["a", "1", "1-", "a@", "a.b@c.", "12:", "+1 (2", "eyJ", "password=", "password a ", "A1 ", "DE89 ", "://", "tel ",
+     " at dot", "-----BEGIN PRIVATE KEY-----\n", "4111 ", "春", "0 "],
 )  # fmt: skip
-def test_no_text_takes_long(text):
+def test_no_text_takes_long(part):
+    """What takes quadratic time takes minutes here."""
     begun = time.process_time()
     for finder in (emails, addresses, cards, ibans, identities, phones, secrets):
-        list(finder(text))
-    assert time.process_time() - begun < 5
+        list(finder(part * (60_000 // len(part))))
+    assert time.process_time() - begun < 3

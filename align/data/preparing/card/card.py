@@ -17,13 +17,13 @@ from align.data.formats.shown import shown
 from align.data.preparing.card.oddities import CANDIDATES, MEASURES, histogram, measures, oddest
 from align.data.preparing.duplicates.same import everything, normalised
 from align.data.preparing.languages import available, language
+from align.data.preparing.privacy import Privacy
 from align.data.preparing.step import Item
 from align.data.preparing.texts import whole
 from align.data.preparing.tokens import words_in
 
 LISTED = 10  # rows of a list
 EXCERPT = 160  # characters of a row that is shown
-MASKED = 4000  # characters of it that are looked at for private values
 MOST_NAMES = 200  # of labels, languages, kinds of faults; the rest is counted together
 OTHERS = "others"
 BINS = 40  # of the histogram of lengths
@@ -32,7 +32,7 @@ BINS = 40  # of the histogram of lengths
 class Card:
     """Counts what is there. The same rows give the same card, however they are cut into batches.
 
-    Lengths are `tokens` where there is a tokenizer, else words. `hide` takes private values out of what is shown.
+    Lengths are `tokens` where there is a tokenizer, else words. `private` masks what is shown, where it is given.
     Languages are counted where the libraries that tell them are installed.
     """
 
@@ -42,10 +42,11 @@ class Card:
         self,
         sources: Sequence[str],
         tokens: Callable[[Row], int] | None,
-        hide: Callable[[str], str],
+        private: Privacy | None = None,
     ) -> None:
         self.sources, self.tokens, self.languages = list(sources), tokens, available()
-        self.hide = lru_cache(maxsize=4096)(hide)
+        self.masked = private.masked if private else _as_it_is
+        self.hide = lru_cache(maxsize=4096)(private.hide if private else str)
 
     def observe(self, items: Sequence[Item], faults: Sequence[Fault]) -> dict[str, Any]:
         """Of one batch."""
@@ -82,8 +83,8 @@ class Card:
             "same": _coded([everything(item.row) for item in items]),
             "alike": _coded([normalised(item.row) for item in items]),
             "measures": {name: histogram([each[name] for each in measured]) for name in MEASURES} if items else {},
-            "longest": [self._row(items[i], texts[i]) | {"length": lengths[i]} for i in longest],
-            "odd": [self._row(items[i], texts[i]) | {"measure": m, "value": round(v, 4)} for m, v, i in odd],
+            "longest": [self._row(items[i]) | {"length": lengths[i]} for i in longest],
+            "odd": [self._row(items[i]) | {"measure": m, "value": round(v, 4)} for m, v, i in odd],
             "first_faults": [[fault.file, fault.line, self.hide(fault.reason)] for fault in faults[:LISTED]],
         }
 
@@ -120,10 +121,10 @@ class Card:
             "first_faults": [fault for part in parts for fault in part["first_faults"]][:LISTED],
         }
 
-    def _row(self, item: Item, text: str) -> dict[str, Any]:
-        excerpt = self.hide(text[:MASKED])[:EXCERPT]
+    def _row(self, item: Item) -> dict[str, Any]:
+        text = whole(self.masked(item).row)
         more = "…" if len(text) > EXCERPT else ""
-        return {"file": item.row.file, "line": item.row.line, "text": shown(excerpt) + more}
+        return {"file": item.row.file, "line": item.row.line, "text": shown(text[:EXCERPT]) + more}
 
 
 def turns_of(row: Row) -> int:
@@ -196,3 +197,7 @@ def _repeated(parts: Sequence[str]) -> dict[str, int]:
     hashes = np.frombuffer(b"".join(map(base64.b64decode, parts)), np.uint64)
     _, counts = np.unique(hashes, return_counts=True)
     return {"rows": int(len(hashes) - len(counts)), "most": int(counts.max(initial=0))}
+
+
+def _as_it_is(item: Item) -> Item:
+    return item

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from align.data.preparing.private.found import WORD, Found, digits
-from align.data.preparing.private.hints import hint
+from align.data.preparing.private.hints import told, told_after
 
 # Countries whose national way of writing numbers is tried, those first whose numbers are most often met.
 COUNTRIES = (
@@ -18,7 +18,7 @@ COUNTRIES = (
 )  # fmt: skip
 MOST_GROUPS = 7  # of digits in one number
 _NUMBER = re.compile(
-    rf"(?<![{WORD}.,/#$€£¥-])"
+    rf"(?<![{WORD}/#$€£¥])(?<!\d[.,])(?<!-(?=[\d(]))"
     r"(?:\+|00)?(?:\d{1,3}[ .-]?)?(?:\(\d{1,5}\)[ .\-/]{0,2}|\d{2,5} ?[-/] ?)?\d(?:[ .\-/]?\d){3,14}"
     r"(?:,?\s?(?:ext|extension|x|durchwahl|#)\.?\s?\d{1,6})?"
     rf"(?![{WORD}]|[.,:-]\d|\s?[%€$£¥])",
@@ -30,8 +30,13 @@ _AREA_IN_BRACKETS = re.compile(r"(?:\d[ -]?)?\(0?\d{1,5}\)[ -]?\d[\d -]+\d")
 _TRUNK_PREFIX = re.compile(r"0[1-9]\d{0,4}[ /-]\d[\d /-]+\d|0[1-9](?:\.\d\d){4}")
 _CHINESE_MOBILE = re.compile(r"1[3-9]\d{9}|1[3-9]\d[ -]\d{4}[ -]\d{4}")
 _SHORT = re.compile(r"\d{3}[ .-]\d{4}")
-_DATE = re.compile(r"(?:\d{4}([-./])\d\d?\1\d\d?|\d\d?([-./])\d\d?\2\d{4})(?:$|[ T]\d|[ ]?-)")
+_OTHER = re.compile(  # dates, years from and to, IP addresses, fractions
+    r"(?:\d{4}([-./])\d\d?\1\d\d?|\d\d?([-./])\d\d?\2\d{4})(?:$|[ T]\d| ?-)"
+    r"|(?:(?:1[5-9]|20)\d\d ?- ?(?:1[5-9]|20)\d\d|\d{1,3}(?:\.\d{1,3}){3}|\d{1,4}/\d{1,4})$"
+)
 _ISBN = re.compile(r"\d{1,5}([ -])\d+\1\d+\1\d")
+_ANY_NUMBER = re.compile(r"\d{7,8}")  # it takes a word right before it
+_BESIDE = re.compile(r"(?:\s(?:me|us|him|her|at|on|no|nr|number|nummer|is|now))*[^\w]{0,4}", re.IGNORECASE)
 _HAN = re.compile("[\u4e00-\u9fff]")
 
 
@@ -47,9 +52,14 @@ def phones(text: str, countries: Sequence[str] = COUNTRIES) -> Iterator[Found]:
         written = match[0]
         number = _AFTER_NUMBER.sub("", written)
         groups = re.findall(r"\d+", number)
-        if not 7 <= len(digits(number)) <= 17 or len(groups) > MOST_GROUPS or _DATE.match(number):
+        if not 7 <= len(digits(number)) <= 17 or len(groups) > MOST_GROUPS or _OTHER.match(number):
             continue
-        value = _value(number, hint(text, match.start()), bool(_HAN.search(text)), tuple(countries))
+        word = told(text, match.start())
+        bare = word and word.hint == "phone" and _ANY_NUMBER.fullmatch(number)
+        if bare and not _BESIDE.fullmatch(text, word.end, match.start()):
+            continue
+        said = word.hint if word else told_after(text, match.end())
+        value = _value(number, said, bool(_HAN.search(text)), tuple(countries))
         if value:
             yield Found(match.start(), match.end(), "PHONE", value)
 

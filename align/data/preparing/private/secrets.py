@@ -41,12 +41,13 @@ _NAMED = re.compile(  # api_key = "…", "clientSecret": "…", PASSWORD=…, le
     r"(?P<name>pass(?:word|wd|phrase|code)|pwd|passwort|kennwort|contraseña|mot de passe|senha|wachtwoord|пароль|"
     r"密码|密碼|パスワード|비밀번호|(?:secret|api|access|auth|private|account|client)[_ -]?key|secret|token|credential)"
     r"(?:[_-]\w{1,20}|s|Key|Value)?"
-    r"(?:[\"'`]?\s{0,2}(?:[:=]>?|:=|：|=>)\s{0,2}[\"'`]?|\s(?:is|was|ist|est|es|é|è|är)\s[\"'`]?|[是为は]\s?)"
-    r"(?P<key>[^\s\"'`,;<>(){}\[\]，。；、]{6,512})",
+    r"(?:\s[^\W\d_]{1,12}){0,3}?(?:[\"'`]?\s{0,2}(?:[:=]>?|:=|：|=>)\s{0,2}[\"'`]?|"
+    r"\s(?:is|was|ist|est|es|é|è|är)\s[\"'`]?|[是为は]\s?|(?P<bare>\s))"
+    r"(?P<key>(?=[^\s\"'`,;<>(){}\[\]\\，。；、]{0,512}\d)[^\s\"'`,;<>(){}\[\]\\，。；、]{6,512})",
     re.IGNORECASE,
 )
 _NO_SECRET = re.compile(  # what stands where a secret will be, and code that gets one from elsewhere
-    r"your|my[_-]|example|placeholder|changeme|dummy|xxx|\*\*|\.\.|…|[$%]|environ|https?:|input|"
+    r"^/|n?varchar|your|my[_-]|example|placeholder|changeme|dummy|xxx|\*\*|\.\.|…|[$%]|environ|https?:|input|"
     r"(?:[a-z_]\w*\.)+[a-z_]\w*$|(?:user|pass|password|passwd|pwd|pw|secret|guest|root)$",
     re.IGNORECASE,
 )
@@ -60,11 +61,11 @@ def secrets(text: str) -> Iterator[Found]:
             yield Found(match.start(), match.end(), "KEY", match[0])
     for pattern in (_IN_URL, _HEADER):
         for match in pattern.finditer(text):
-            if not _NO_SECRET.fullmatch(match["key"]):
+            if re.search(r"\w", match["key"]) and not _NO_SECRET.fullmatch(match["key"]):
                 yield Found(*match.span("key"), "KEY", match["key"])
     for match in _NAMED.finditer(text):
         key = match["key"].rstrip(".!?:")
-        if _is_secret(match["name"], key):
+        if _is_secret(match["name"], key) and not (match["bare"] and len(key) < 8):
             yield Found(match.start("key"), match.start("key") + len(key), "KEY", key)
 
 
