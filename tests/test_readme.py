@@ -17,7 +17,7 @@ from align.recipe.help import arms, is_section, sections
 from align.recipe.schema import BaseRecipe, Source
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README.zh.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def named(page: Path) -> str:
