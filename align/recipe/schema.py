@@ -36,7 +36,7 @@ class Model(Section):
     """`final/` folder of an earlier run: its LoRA is merged into the base, in float32, when the model is loaded, or
     kept beside a quantised one. A list is in the order of training: `[runs/sft/final, runs/dpo/final]`."""
     add_tokens: list[str] = Field(default_factory=list)
-    """Tokens whose embedding rows train beside the LoRA. Tokens that the tokenizer does not have are added to it; tokens
+    """Tokens whose embedding rows train beside the LoRA. Those that the tokenizer does not have are added to it; those
     without a row get one."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only the base's config and tokenizer and starts from new weights: training from scratch."""
