@@ -21,8 +21,10 @@ from world import Told, align, tree, write_rows
 from align import chat
 from align.models.sampling.choice import Sampling
 from align.models.sampling.decode import sample
+from align.tools.chat.speaker import load_speaker
 from align.tools.chat.talk import Answer, Stream, Talk
 from align.tools.chat.talker import load_talker
+from align.tools.chat.terminal import HELP
 
 ASKED = ["Name the capital of France", "And?", "你好"]
 WARM = ("--temperature", 1.5, "--top-p", 0.9, "--max-new", 12, "--seed", 5)
@@ -130,6 +132,34 @@ def test_on_a_terminal_answers_stream_and_the_talk_is_kept(tuned, talk, here, mo
     assert row == {"messages": [{"role": r, "content": c} for r, c in zip(roles, said, strict=True)]}
 
 
+def test_earlier_turns_are_not_computed_again(tuned):
+    """A turn computes its own tokens and those that the template writes differently; its words are as before."""
+    speaker = load_speaker(str(tuned), [], trust=False)
+    talk, computed = Talk(speaker, Sampling(12, temperature=1.5, top_p=0.9), 5), []
+    speaker.trunk.decoder.register_forward_pre_hook(
+        lambda _module, _args, given: computed.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    answers, lengths, news = [], [], []
+    for line in ASKED:
+        lengths.append(len(talk.prompt(line)))
+        computed.clear()
+        answers.append(talk.ask(line, lambda _piece: None).text)
+        news.append(sum(computed))
+    assert answers == by_hand(tuned, ASKED, Sampling(12, temperature=1.5, top_p=0.9), 5)
+    assert lengths[0] <= news[0] <= lengths[0] + 12
+    for before, now, new in zip(lengths, lengths[1:], news[1:], strict=False):
+        assert new <= now - before + 12, "the new turn, and the answer"
+
+
+def test_a_turn_of_several_lines(tuned, talk, here):
+    lines = ['"""Name', "  the capital", 'of France"""', '"""/help"""', "/save talk.jsonl"]
+    told = talk(tuned, lines, *WARM, terminal=Terminal)
+    assert (told.status, told.err) == (0, "")
+    (row,) = map(json.loads, (here / "talk.jsonl").read_text("utf-8").splitlines())
+    asked = [turn["content"] for turn in row["messages"] if turn["role"] == "user"]
+    assert asked == ["Name\n  the capital\nof France", "/help"]
+
+
 def test_what_was_saved_is_what_sft_reads(tuned, talk, here, world):
     assert talk(tuned, [*ASKED, "/save talk.jsonl"], *WARM, terminal=Terminal).status == 0
     told = align(world.recipe(here / "sft.yaml", data={"train": [{"path": "talk.jsonl"}]}), "--show")
@@ -159,7 +189,7 @@ def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(tuned, talk, monkeypatch, i
         monkeypatch.setattr(sys, "stdout", hasty)
         chat.main([str(word) for word in (tuned, *WARM, "--max-new", 30)])
         told = "".join(hasty.answer)
-        assert f"\n{note}> {chat.HELP}\n" in told
+        assert f"\n{note}> {HELP}\n" in told
         assert not told.startswith(whole)
         assert whole.startswith(told.split("\n")[0])
 
@@ -204,14 +234,14 @@ def test_a_result_brings_its_trunk(world, tuned, here, cache, talk):
 
 
 def test_the_end_of_the_context(tuned, talk):
-    trunk = load_talker(str(tuned), [], Accelerator())
-    before = len(Talk(trunk, Sampling(1), 0).prompt("b")) - 1
+    speaker = load_speaker(str(tuned), [], trust=False)
+    before = len(Talk(speaker, Sampling(1), 0).prompt("b")) - 1
     nearly, wholly = "b" * (508 - before), "b" * (512 - before)  # a token each
     told = talk(tuned, [nearly, "Hello", "/help"], *WARM, terminal=Terminal)
     assert told.status == 0
     assert "the model's 512 positions are full; /save keeps the talk, /reset begins anew" in told.out
     assert "fills the 512 positions of the model; begin anew (/reset)" in told.out
-    assert chat.HELP in told.out
+    assert HELP in told.out
     told = talk(tuned, ["Hello", wholly, "Hello"], *WARM)
     assert (told.status, told.out) == (2, talk(tuned, ["Hello"], *WARM).out)
     assert told.err.startswith("standard input:2: the conversation, ")

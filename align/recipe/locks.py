@@ -57,6 +57,18 @@ def alone(file: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextmanager
+def locked(handle: int, wait: bool = True) -> Iterator[None]:
+    """Keep all others out of an open file. Where one holds it, wait; without `wait`, raise BlockingIOError."""
+    with _where_there_are_locks():
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    try:
+        yield
+    finally:
+        with _where_there_are_locks():
+            fcntl.flock(handle, fcntl.LOCK_UN)
+
+
 def _locked(path: Path, flags: int, how: int) -> int | None:
     """A handle that holds the lock on what stands at `path`; None where that has gone meanwhile."""
     try:

@@ -111,7 +111,8 @@ class _RmsNorm(torch.autograd.Function):
 
 def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
     group = getattr(self.gate_proj, "group", None)
-    if group is None:
+    hooked = self.gate_proj._forward_hooks or self.up_proj._forward_hooks  # what they add is seen where they are called
+    if group is None or hooked:
         return type(self).forward(self, x)
     if not torch.is_grad_enabled() and (both := group.settled(x)) is not None:
         return self.down_proj(_gated(both.flatten(0, -2)).view(*x.shape[:-1], -1))

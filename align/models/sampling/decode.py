@@ -49,7 +49,7 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     responses: list[list[Response]] = [[] for _ in prompts]
     with torch.no_grad(), _evaluating(trunk), acceleration.for_sampling(trunk, FEW_ROWS):
-        project = _projection(trunk)
+        project = projection(trunk)
         room = trunk.budgets.cache_tokens
         for group in _groups(order, prompts, sampling.max_new, max(samples, sampling.beams), room):
             found = _together(
@@ -188,7 +188,7 @@ class _Draws:
                 self.heed(tokens.tolist())
 
 
-def _projection(trunk: Trunk) -> Linear:
+def projection(trunk: Trunk) -> Linear:
     """Final hidden states (B, d) -> logits (B, V) float32."""
     head = trunk.projection()
     product, scale, cap = acceleration.prepared(head["weight"], head["bias"], FEW_ROWS), head["scale"], head["softcap"]

@@ -28,7 +28,7 @@ def load_talker(name: str, adapters: Sequence[str], accelerator: Accelerator, tr
     code beside a base may run; no file of a result can ask for it. Raises UserError for what is not there, does not
     belong together, or only scores.
     """
-    result = _result(name)
+    result = result_folder(name)
     if is_file(result / CONFIG):
         if adapters:
             raise UserError(f"{name} is an adapter itself; {IN_ORDER}")
@@ -45,7 +45,7 @@ def load_talker(name: str, adapters: Sequence[str], accelerator: Accelerator, tr
     return trunk
 
 
-def _result(name: str) -> Path:
+def result_folder(name: str) -> Path:
     """The folder that is meant; of a run its `final/`."""
     folder = Path(name)
     if is_file(folder / "config.json") or not is_file(folder / "recipe.yaml"):

@@ -1,0 +1,180 @@
+"""Adapters of different rows in one forward pass: the trunk's own product for all rows, each adapter's for its rows.
+
+Rows of one adapter stand side by side. So an adapter is two small products on a part of a layer's input, and nothing is
+computed that no row needs (Chen et al. 2023, "Punica", arXiv 2310.18547, has one kernel for it).
+
+What acts is a chain: adapters in the order of training, each on the trunk with those before it. The update of a chain
+is their As stacked and their Bs side by side. DoRA scales what a layer computes, so it scales the Bs before it as well.
+
+Shapes: m tokens of a pass, i and o a layer's input and output size, r the sum of a chain's ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from align.models.checkpoints.results import Result
+from align.models.lora import ADAPTABLE, beneath
+from align.models.quantized import is_quantized
+from align.models.trunk import Trunk
+from align.recipe.errors import UserError
+
+PEFT = "base_model.model."  # what peft puts before the name of a layer
+BARE = 0  # the number of the trunk itself
+
+
+class Update(NamedTuple):
+    """What a chain changes in one layer: y becomes gain * (W x) + bias + B A x."""
+
+    a: Tensor  # (r, i)
+    b: Tensor  # (o, r), scaled
+    gain: Tensor | None = None  # (o,), of DoRA; None: 1
+
+    def then(self, a: Tensor, b: Tensor, gain: Tensor | None = None) -> Update:
+        """With one more adapter after it, whose `gain`, if it has one, scales all."""
+        if gain is None:
+            return Update(torch.cat([self.a, a]), torch.cat([self.b, b], 1), self.gain)
+        both = torch.cat([self.b, b], 1) * gain[:, None]
+        return Update(torch.cat([self.a, a]), both, gain if self.gain is None else gain * self.gain)
+
+
+Chain = dict[str, Update]  # by the layer's name
+
+
+def chain_of(trunk: Trunk, results: Sequence[Result], key: str) -> Chain:
+    """What adapters, in the order of training, change in the layers of a bare trunk; float32.
+
+    Raises UserError, which names the `key`, where one has weights that are not those of LoRA on the trunk's layers.
+    """
+    head = beneath(trunk.head)  # its product is not the layer's own
+    found = ((name, beneath(layer)) for name, layer in trunk.plain.named_modules())
+    layers = {name: layer for name, layer in found if isinstance(layer, ADAPTABLE) and layer is not head}
+    chain: Chain = {}
+    for result in results:
+        told, config = f"{key}: {result.folder}", result.config
+        if config.tokens:
+            raise UserError(f"{told} brings rows of added tokens; merge it with align.merge, and serve the result")
+        scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+        for name, parts in _parts(result, told).items():
+            layer = layers.get(name)
+            if layer is None or isinstance(layer, nn.Embedding):
+                raise UserError(f"{told} has an adapter on {name}, which cannot be served; merge it with align.merge")
+            chain[name] = _added(chain.get(name), layer, parts, scale, f"{told} does not fit this trunk: {name}")
+    return chain
+
+
+def _parts(result: Result, told: str) -> dict[str, dict[str, Tensor]]:
+    """The weights by layer and by what they are: lora_A, lora_B, and lora_magnitude_vector of DoRA."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for full, weight in result.weights.items():
+        name, _, kind = full.removeprefix(PEFT).removesuffix(".weight").rpartition(".")
+        if kind not in ("lora_A", "lora_B", "lora_magnitude_vector"):
+            raise UserError(f"{told} brings {full}, which is no LoRA; merge it with align.merge, and serve the result")
+        found.setdefault(name, {})[kind] = weight.float()
+    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if result.config.use_dora else set())
+    for name, parts in found.items():
+        if parts.keys() != wanted:
+            raise UserError(
+                f"{told} is damaged: {name} has {', '.join(sorted(parts))}, not {', '.join(sorted(wanted))}"
+            )
+    return found
+
+
+def _added(before: Update | None, layer: nn.Module, parts: dict[str, Tensor], scale: float, told: str) -> Update:
+    """What the layer's chain is with one more adapter on it."""
+    weight = layer.weight
+    a, b = parts["lora_A"].to(weight.device), parts["lora_B"].to(weight.device) * scale
+    if is_quantized(layer):
+        o, i = len(b), a.shape[1]  # its own shape is that of packed bytes
+    else:
+        o, i = reversed(weight.shape) if isinstance(layer, Conv1D) else weight.shape
+    if (a.shape[1], len(b)) != (i, o) or len(a) != b.shape[1]:
+        raise UserError(f"{told} has matrices {tuple(a.shape)} and {tuple(b.shape)}, and the layer is ({i}, {o})")
+    gain = None
+    if "lora_magnitude_vector" in parts:
+        if is_quantized(layer):
+            raise UserError(f"{told}: DoRA cannot be put beside quantised weights")
+        whole = (weight.T if isinstance(layer, Conv1D) else weight).float()
+        if before is not None:
+            whole = (whole if before.gain is None else before.gain[:, None] * whole) + before.b @ before.a
+        gain = parts["lora_magnitude_vector"].flatten().to(weight.device) / (whole + b @ a).norm(dim=1)
+    if before is None:
+        before = Update(a[:0], b[:, :0])
+    return before.then(a, b, gain)
+
+
+class Adapters:
+    """All chains that are served, beside the layers of a bare trunk."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        assert trunk.acts_as is None, "the trunk's own adapter is off"
+        self.trunk, self.segments = trunk, list[tuple[int, int, int]]()
+        self.known: set[int] = set()
+        self.updates: dict[str, dict[int, Update]] = {}  # by layer, then by number
+        self.hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self._next = BARE + 1
+
+    def add(self, chain: Chain) -> int:
+        """Its number, from now on."""
+        number, self._next = self._next, self._next + 1
+        self.known.add(number)
+        for name, update in chain.items():
+            if name not in self.updates:
+                self.updates[name] = {}
+                layer = self.trunk.plain.get_submodule(name)
+                self.hooks[name] = layer.register_forward_hook(_Beside(self, name, beneath(layer)))
+            parts = (None if part is None else part.to(self.trunk.device, self.trunk.dtype) for part in update)
+            self.updates[name][number] = Update(*parts)
+        return number
+
+    def remove(self, number: int) -> None:
+        """No row has it any more."""
+        self.known.discard(number)
+        for name in [name for name, updates in self.updates.items() if updates.pop(number, None) and not updates]:
+            del self.updates[name]
+            self.hooks.pop(name).remove()
+
+    @contextmanager
+    def acting(self, numbers: Sequence[int], counts: Sequence[int]) -> Iterator[None]:
+        """Within this, the tokens of a pass are so many of each of these, side by side. Once for each is fastest."""
+        self.segments, first = [], 0
+        for number, count in zip(numbers, counts, strict=True):
+            if number != BARE and self.segments and self.segments[-1][1:] == (first, number):
+                self.segments[-1] = (self.segments[-1][0], first + count, number)
+            elif number != BARE:
+                self.segments.append((first, first + count, number))
+            first += count
+        try:
+            yield
+        finally:
+            self.segments = []
+
+
+class _Beside:
+    """Adds to a layer's output what each adapter changes in its rows."""
+
+    def __init__(self, adapters: Adapters, name: str, layer: nn.Module) -> None:
+        self.adapters, self.name, self.layer = adapters, name, layer
+
+    @torch.no_grad()
+    def __call__(self, _layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """(…, i) and (…, o), m tokens in all."""
+        segments, updates = self.adapters.segments, self.adapters.updates[self.name]
+        if not segments:
+            return out
+        rows, whole = args[0].reshape(-1, args[0].shape[-1]), out.reshape(-1, out.shape[-1])
+        for first, last, number in segments:
+            if (update := updates.get(number)) is None:
+                continue
+            part = whole[first:last]
+            if update.gain is not None:
+                bias = self.layer.bias
+                part.mul_(update.gain) if bias is None else part.sub_(bias).mul_(update.gain).add_(bias)
+            part.addmm_(rows[first:last] @ update.a.T, update.b.T)
+        return whole.view(out.shape)

@@ -1,0 +1,54 @@
+"""Models that answer: each on its trunk, and the running batch that its answers grow in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from align.data.templates.ends import turn_ends
+from align.data.templates.texts import said
+from align.models.sampling.adapters import BARE
+from align.models.sampling.requests import Voice
+from align.models.sampling.running import Running
+from align.models.trunk import Trunk
+from align.recipe.errors import UserError
+from align.serve import make_engine
+from align.tools.chat.talker import load_talker
+
+
+class Speaker:
+    """A model by the name that the user gave it."""
+
+    def __init__(self, name: str, trunk: Trunk, running: Running | None, voice: Voice) -> None:
+        """Without `running`, answers are searched for, one by one."""
+        self.name, self.trunk, self.running, self.voice = name, trunk, running, voice
+        positions = getattr(trunk.plain.config.get_text_config(), "max_position_embeddings", None)
+        self.room: int | None = running.room if running else positions  # for prompt and answer together
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """With the template that it was trained with."""
+        return self.voice.tokenizer
+
+    def said(self, prompt: Sequence[int], answer: Sequence[int]) -> str:
+        """What an answer, token ids (k,), adds to the text of its prompt, (l,), without what ends its turn."""
+        return said(self.tokenizer, prompt, answer, self.voice.ends, self.voice.stops)
+
+
+def load_speaker(name: str, adapters: Sequence[str], trust: bool, draws: bool = True) -> Speaker:
+    """One model on a trunk of its own, `adapters` on it. Raises UserError for what is not there, or does not answer."""
+    trunk = load_talker(name, adapters, Accelerator(mixed_precision="no"), trust)
+    voice = Voice(BARE, trunk.tokenizer, frozenset(trunk.end_tokens), turn_ends(trunk.tokenizer).texts)
+    return Speaker(name, trunk, Running(trunk, acts="default") if draws else None, voice)
+
+
+def load_speakers(names: Sequence[str], trust: bool) -> list[Speaker]:
+    """Several models: on one trunk and in one batch, where all stand on the same base."""
+    try:
+        engine = make_engine([f"m{i}={name}" for i, name in enumerate(names)], None, "auto", None, None, 1, trust)
+    except UserError:  # several bases, or a result that needs a trunk of its own; or one that is not there, told next
+        return [load_speaker(name, [], trust) for name in names]
+    voices = [engine.models[f"m{i}"].voice for i in range(len(names))]
+    return [Speaker(name, engine.shelf.trunk, engine.running, voice) for name, voice in zip(names, voices, strict=True)]

@@ -1,0 +1,296 @@
+"""The server on a tiny trunk: adapters side by side, scores, what comes and goes, and what it counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from plain import Scorer
+from policies import make_policy
+from results import change
+from serving import ADAPTERS, generated, make_shop, plain_model, serving
+from world import Child, align
+
+from align import serve
+from align.tools.serving.limits import Limits
+
+ASKED = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return make_shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="module")
+def service(shop):
+    models = [shop[name] for name in (*ADAPTERS, "reward", "classify")]
+    with serving(models, adapters=shop["base"].parent, limits=Limits(tokens=200)) as service:
+        yield service
+
+
+def text(service, model: str, prompt, **options) -> list[int]:
+    body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 16, "return_token_ids": True} | options
+    status, reply = service.post("/v1/completions", body)
+    assert status == 200, reply
+    return reply["choices"][0]["token_ids"]
+
+
+def test_each_model_answers_as_transformers_do(service, shop):
+    """At once, by name, the base too; in float32."""
+    prompts = [np.random.default_rng(i).integers(3, 250, 5 + 3 * i).tolist() for i in range(8)]
+    models = [*ADAPTERS, "base"]
+    plain = {name: plain_model(shop["base"], shop.get(name) if name in ADAPTERS else None) for name in models}
+    asked = [(models[i % 4], prompt) for i, prompt in enumerate(prompts * 2)]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = [*pool.map(lambda pair: text(service, *pair), asked)]
+    for (name, prompt), said in zip(asked, found, strict=True):
+        assert said == generated(plain[name], prompt, 16), name
+    told = json.loads(service.get("/v1/models"))["data"]
+    kinds = {"base": "base", "reward": "reward", "classify": "classify"} | dict.fromkeys(ADAPTERS, "adapter")
+    assert {model["id"]: model["kind"] for model in told} == kinds
+
+
+def test_scores_are_those_of_transformers(service, shop):
+    scorer = Scorer.load(shop["reward"], shop["base"])
+    asked = {"model": "reward", "text_1": "Hello", "text_2": ["yes", "no, never"]}
+    status, reply = service.post("/score", asked)
+    assert status == 200, reply
+    scores = [each["score"] for each in reply["data"]]
+    scorer.tokenizer.chat_template = service.engine.models["reward"].voice.tokenizer.chat_template
+    expected = [scorer.score("Hello", answer) for answer in asked["text_2"]]
+    assert scores == pytest.approx(expected, abs=1e-4)
+    assert reply["data"][0]["normalized"] == pytest.approx((scores[0] - 0.5) / 2)
+    talks = [[*ASKED, {"role": "assistant", "content": answer}] for answer in asked["text_2"]]
+    _, again = service.post("/score", {"model": "reward", "messages": talks})
+    assert [each["score"] for each in again["data"]] == scores
+    _, one = service.post("/score", {"model": "classify", "input": "buy now"})
+    (told,) = one["data"]
+    assert set(told["probabilities"]) == {"ham", "spam"}
+    assert sum(told["probabilities"].values()) == pytest.approx(1)
+    assert told["score"] == max(told["probabilities"].values())
+    for wrong in ({"model": "red", "input": "a"}, {"model": "reward"}, {"model": "classify", "messages": talks}):
+        assert service.post("/score", wrong)[0] == 400
+    assert service.post("/v1/completions", {"model": "reward", "prompt": "a"})[0] == 400
+
+
+def test_adapters_come_and_go(service, shop):
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    before = {name: text(service, name, [5, 6, 7]) for name in ("red", "green")}
+    assert service.post(load, {"lora_name": "new", "lora_path": "red/final"})[0] == 200
+    assert text(service, "new", [5, 6, 7]) == before["red"]
+    status, told = service.post(load, {"lora_name": "new", "lora_path": "green/final"})
+    assert (status, "load_inplace" in told["error"]["message"]) == (400, True)
+    assert service.post(load, {"lora_name": "new", "lora_path": "green/final", "load_inplace": True})[0] == 200
+    assert text(service, "new", [5, 6, 7]) == before["green"], "nothing is left of the one before"
+    assert service.post(unload, {"lora_name": "new"})[0] == 200
+    assert service.post(unload, {"lora_name": "new"})[0] == 404
+    assert service.post(unload, {"lora_name": "base"})[0] == 400
+    assert service.post("/v1/completions", {"model": "new", "prompt": "a"})[0] == 404
+    assert len(service.engine.running.adapters.known) == 5
+
+
+def test_only_adapters_of_this_trunk_below_the_folder_are_loaded(service, shop, tmp_path):
+    folder = shop["base"].parent
+    other = make_policy(shop["base"], tmp_path / "outside")
+    (folder / "link").symlink_to(other)
+    damaged = shutil.copytree(shop["red"], folder / "damaged")
+    change(damaged / "align.json", fingerprint="0" * 16)
+    for path, told in (
+        (str(other), "no such folder"),
+        ("link", "no such folder"),
+        ("../" * 20 + "etc", "no such folder"),
+        ("/etc", "no such folder"),
+        ("red/final/../../../..", "no such folder"),
+        ("a\0b", "no such folder"),
+        ("nowhere", "no such folder"),
+        ("base", "has no align.json"),
+        ("damaged", "was trained on a trunk with fingerprint 0000"),
+    ):
+        status, reply = service.post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": path})
+        assert status in (400, 404)
+        assert told in reply["error"]["message"], reply
+        assert str(tmp_path / "outside") not in reply["error"]["message"] or path == str(other)
+    for name in ("../x", "", "a b", "a\n", "x" * 101):
+        assert service.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": "red/final"})[0] == 400
+    assert "x" not in service.engine.models
+
+
+def test_what_it_counts(service):
+    text(service, "red", [5, 6, 7], max_tokens=4, ignore_eos=True)
+    lines = service.get("/metrics").splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert int(values['align_generated_tokens_total{model="red"}']) >= 4
+    assert int(values['align_replies_total{path="/v1/completions",status="200"}']) >= 1
+    assert int(values["align_first_token_seconds_count"]) >= 1
+    assert values['align_first_token_seconds_bucket{le="+Inf"}'] == values["align_first_token_seconds_count"]
+    assert 0 <= int(values["align_kept_tokens"]) <= int(values["align_kept_tokens_limit"])
+    assert values["align_faults_total"] == "0"
+    kinds = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE")}
+    assert all(any(name.startswith(kind) for kind in kinds) for name in values)
+
+
+WRONG = {
+    "no JSON": (b"{", 400),
+    "no object": (b"[]", 400),
+    "NaN": (b'{"model": "red", "prompt": "a", "temperature": NaN}', 400),
+    "deep": (b'{"model": "red", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+    "huge number": (b'{"model": "red", "prompt": "a", "seed": 1' + b"0" * 5000 + b"}", 400),
+    "huge body": (b" " * (2**20 + 1), 413),
+    "half a character": (b'{"model": "red", "prompt": "\\ud800"}', 400),
+    "bytes": (b'{"model": "red", "prompt": "\xff"}', 400),
+    "unknown model": ({"model": "x" * 10_000, "prompt": "a"}, 404),
+    "no model": ({"prompt": "a"}, 400),
+    "no prompt": ({"model": "red"}, 400),
+    "empty prompt": ({"model": "red", "prompt": ""}, 400),
+    "no tokens": ({"model": "red", "prompt": []}, 400),
+    "negative token": ({"model": "red", "prompt": [-1]}, 400),
+    "token without row": ({"model": "red", "prompt": [10**6]}, 400),
+    "tokens and texts": ({"model": "red", "prompt": [1, "a"]}, 400),
+    "too many": ({"model": "red", "prompt": [[5]] * 1025, "max_tokens": 1}, 400),
+    "n": ({"model": "red", "prompt": "a", "n": 129}, 400),
+    "a bool": ({"model": "red", "prompt": "a", "max_tokens": True}, 400),
+    "too long": ({"model": "red", "prompt": "a", "max_tokens": 201}, 400),
+    "longer than the context": ({"model": "red", "prompt": [5] * 100, "max_tokens": 200}, 400),
+    "empty stop": ({"model": "red", "prompt": "a", "stop": ""}, 400),
+    "temperature": ({"model": "red", "prompt": "a", "temperature": 1e999}, 400),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_requests_get_the_right_status(service, what):
+    body, wanted = WRONG[what]
+    status, reply = service.post("/v1/completions", body)
+    assert (status, set(reply["error"])) == (wanted, {"message", "type", "param", "code"}), reply
+    assert len(reply["error"]["message"]) < 1000
+    assert text(service, "red", [5, 6, 7])
+
+
+def test_wrong_paths_methods_hosts_and_origins(service):
+    assert service.post("/v1/nothing", {})[0] == 404
+    assert service.post("/health", {})[0] == 405
+    for name in ("../app.py", "%2e%2e%2fapp.py", "..%2f..%2fserve.py", "nothing.js", "__init__.py"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            service.get(f"/page/{name}")
+    ask = {"model": "red", "prompt": "a", "max_tokens": 1}
+    assert service.post("/v1/completions", ask, Host="evil.example")[0] == 403, "a name bound anew to this address"
+    assert service.post("/v1/completions", ask, Origin="http://evil.example")[0] == 403, "a page from elsewhere"
+    assert service.post("/v1/completions", ask, Origin="null")[0] == 403
+    assert service.post("/v1/completions", ask, Origin=service.url)[0] == 200
+    assert service.post("/v1/completions", ask, Host=f"localhost:{service.port}")[0] == 200
+
+
+def asking(service, **options) -> socket.socket:
+    """A connection on which a request has been sent and nothing read."""
+    body = json.dumps({"model": "red", "prompt": [5, 6, 7], "ignore_eos": True} | options).encode()
+    line = socket.create_connection(("127.0.0.1", service.port))
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+    line.sendall(head.encode() + body)
+    return line
+
+
+def until(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come to be"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_whose_client_has_left_leaves_the_batch(shop, stream):
+    with serving([shop["red"]]) as service:
+        lines = [asking(service, max_tokens=240, n=2, stream=stream) for _ in range(4)]
+        until(lambda: service.engine.busy == 8)
+        for line in lines:
+            line.close()
+        began = service.engine.steps
+        until(lambda: service.engine.busy == service.engine.waiting == 0)
+        assert service.engine.steps - began < 200, "it went on to the end"
+        assert text(service, "red", [5, 6, 7])
+
+
+def test_more_requests_than_may_wait_are_refused(shop):
+    with serving([shop["red"]], limits=Limits(waiting=3), rows=1) as service:
+        lines = [asking(service, max_tokens=240) for _ in range(2)]
+        until(lambda: service.engine.busy == 1)
+        with ThreadPoolExecutor(8) as pool:
+            ask = {"model": "red", "prompt": "a", "max_tokens": 1}
+            replies = [*pool.map(lambda _: service.post("/v1/completions", ask), range(8))]
+        statuses = sorted(status for status, _ in replies)
+        assert set(statuses) == {200, 429}
+        assert next(reply for status, reply in replies if status == 429)["error"]["type"] == "rate_limit_error"
+        for line in lines:
+            line.close()
+        until(lambda: service.engine.busy == 0)
+        assert text(service, "red", [5, 6, 7])
+
+
+def test_a_request_that_takes_too_long_is_ended(shop):
+    with serving([shop["red"]], limits=Limits(seconds=0.05)) as service:
+        status, reply = service.post(
+            "/v1/completions", {"model": "red", "prompt": [5] * 10, "max_tokens": 240, "n": 32}
+        )
+        assert (status, reply["error"]["type"]) == (504, "timeout_error")
+        until(lambda: service.engine.busy == 0)
+
+
+def test_a_step_that_fails_ends_its_requests_and_no_others(service, monkeypatch, capsys):
+    running = service.engine.running
+
+    def fails(*_given):
+        monkeypatch.undo()
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(running, "_go_on", fails)
+    status, reply = service.post("/v1/completions", {"model": "red", "prompt": "a", "max_tokens": 5})
+    assert (status, reply["error"]["message"]) == (500, "internal error")
+    assert text(service, "red", [5, 6, 7])
+    assert json.loads(service.get("/health")) == {"status": "ok"}
+    service.engine.faults = 0
+
+
+def test_the_command_serves_and_ends_when_asked(shop, tmp_path):
+    """A process of its own; SIGTERM lets a running request end."""
+    child = Child(tmp_path, shop["red"], "--port", 0, "--dtype", "float32", stage=serve)
+    until(lambda: "serving" in child.log.read_text() or child.process.exitcode is not None, 100)
+    url = child.log.read_text().split(" at ")[-1].strip()
+    body = json.dumps({"model": "red", "prompt": [5, 6, 7], "max_tokens": 200, "ignore_eos": True, "stream": True})
+    request = urllib.request.Request(f"{url}/v1/completions", body.encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request) as reply:
+        reply.readline()
+        os.kill(child.process.pid, signal.SIGTERM)
+        assert reply.read().endswith(b"data: [DONE]\n\n")
+    told = child.wait()
+    assert (told.status, told.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ([], "name what is to be served"),
+        (["nowhere"], "there is no model"),
+        (["--base", "nowhere"], "there is no model"),
+        (["{red}", "{red}"], "two models are called 'red'"),
+        (["a b={red}"], "cannot be the name of a model"),
+        (["{base}", "x={base}"], "several bases"),
+        (["{red}", "--port", "99999"], "--port"),
+        (["{red}", "--max-tokens", "0"], "--max-tokens: 1 or more"),
+        (["{red}", "--adapters", "nowhere"], "no folder"),
+        (["{red}", "--api-key-file", "nowhere"], "--api-key-file"),
+        (["{red}", "--host", "256.0.0.1", "--port", "0"], "--host"),
+        (["{red}", "--colour", "red"], "--help tells more"),
+    ],
+)
+def test_wrong_command_lines_are_told(shop, argv, told):
+    result = align(*(word.format(**shop) for word in argv), stage=serve)
+    assert (result.status, result.out) == (2, "")
+    assert told in result.err
+    assert "Traceback" not in result.err
