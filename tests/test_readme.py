@@ -38,6 +38,8 @@ def test_recipes_that_are_named_exist():
     for page in PAGES:
         for stage, recipe in re.findall(r"align\.(\w+) (recipes/[\w./-]+\.yaml)", page.read_text("utf-8")):
             assert (ROOT / recipe).is_file(), f"{named(page)}: {recipe}"
+            if stage == "plan":  # it takes the recipe of any stage
+                continue
             assert f"stage: {stage}\n" in (ROOT / recipe).read_text("utf-8"), f"{named(page)}: {recipe}"
 
 
