@@ -1,7 +1,7 @@
 """Talk with a checkpoint, or with what a run left; or have a file of prompts answered.
 
     python -m align.chat MODEL [--adapter FOLDER]… [--compare MODEL]… [--system TEXT] [--temperature T] [--top-p P]
-                               [--max-new N] [--beams K] [--seed S] [--prompts FILE --output OUT.jsonl]
+                               [--max-new N] [--beams K] [--seed S] [--dtype D] [--prompts FILE --output OUT.jsonl]
 
 On a terminal, answers appear as they are sampled, those of several models side by side. Elsewhere each line of the
 standard input is a user turn, and the answers go to the standard output.
@@ -42,6 +42,7 @@ class Command(NamedTuple):
     seed: int
     prompts: str | None  # a file of them, answered in `output`
     output: str | None
+    dtype: str
     trust: bool  # code beside the base may run
 
 
@@ -72,6 +73,7 @@ def parse(argv: Sequence[str]) -> Command:
     parser.add_argument("--max-new", type=int, default=MAX_NEW, help="most tokens of an answer (default: %(default)s)")
     parser.add_argument("--beams", type=int, default=1, help="above 1: search the likeliest answer with so many")
     parser.add_argument("--seed", type=int, default=0, help="fixes the answers (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the computation")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that stands beside the base")
     given = parser.parse_args(argv)
     drawn = (given.temperature, given.top_p)
@@ -96,16 +98,16 @@ def parse(argv: Sequence[str]) -> Command:
         how = Sampling(given.max_new, temperature=0, beams=given.beams)
     model, adapters, others = location(given.model), [*map(location, given.adapter)], [*map(location, given.compare)]
     system, files = given.system.strip(), (given.prompts and location(given.prompts), given.output)
-    return Command(model, adapters, others, system, how, given.seed, *files, given.trust_remote_code)
+    return Command(model, adapters, others, system, how, given.seed, *files, given.dtype, given.trust_remote_code)
 
 
 def speakers(command: Command) -> list[Speaker]:
     """The models that answer. Raises UserError for what is not there, or does not answer."""
     draws = command.sampling.beams == 1
     if command.others and draws and not command.adapters:
-        return load_speakers([command.model, *command.others], command.trust)
+        return load_speakers([command.model, *command.others], command.dtype, command.trust)
     named = [(command.model, command.adapters), *((name, []) for name in command.others)]
-    return [load_speaker(name, own, command.trust, draws) for name, own in named]
+    return [load_speaker(name, own, command.dtype, command.trust, draws) for name, own in named]
 
 
 def answer_prompts(command: Command) -> None:

@@ -27,7 +27,7 @@ from align.tools.chat.talker import load_talker
 from align.tools.chat.terminal import HELP
 
 ASKED = ["Name the capital of France", "And?", "你好"]
-WARM = ("--temperature", 1.5, "--top-p", 0.9, "--max-new", 12, "--seed", 5)
+WARM = ("--temperature", 1.5, "--top-p", 0.9, "--max-new", 12, "--seed", 5, "--dtype", "float32")
 
 
 class Terminal(io.StringIO):
@@ -86,7 +86,10 @@ def tuned(world, cache, tmp_path_factory) -> Path:
 
 def by_hand(model: Path, lines: list[str], how: Sampling, seed: int, system: str = "") -> list[str]:
     """The answers, from prompts that the tokenizer itself writes."""
-    trunk, messages = load_talker(str(model), [], Accelerator()), [{"role": "system", "content": system}] * bool(system)
+    trunk, messages = (
+        load_talker(str(model), [], Accelerator(), dtype="float32"),
+        [{"role": "system", "content": system}] * bool(system),
+    )
     tokenizer, answers = trunk.tokenizer, []
     for number, line in enumerate(lines):
         messages.append({"role": "user", "content": line})
@@ -110,7 +113,7 @@ def test_lines_are_turns_and_their_answers_are_those_of_sample(tuned, talk):
 
 
 def test_beams_are_those_of_sample(tuned, talk):
-    told = talk(tuned, ASKED[:1], "--beams", 3, "--max-new", 6)
+    told = talk(tuned, ASKED[:1], "--beams", 3, "--max-new", 6, "--dtype", "float32")
     (answer,) = by_hand(tuned, ASKED[:1], Sampling(6, temperature=0, beams=3), 0)
     assert told.out == f"{answer}\n"
 
@@ -134,7 +137,7 @@ def test_on_a_terminal_answers_stream_and_the_talk_is_kept(tuned, talk, here, mo
 
 def test_earlier_turns_are_not_computed_again(tuned):
     """A turn computes its own tokens and those that the template writes differently; its words are as before."""
-    speaker = load_speaker(str(tuned), [], trust=False)
+    speaker = load_speaker(str(tuned), [], "float32", trust=False)
     talk, computed = Talk(speaker, Sampling(12, temperature=1.5, top_p=0.9), 5), []
     speaker.trunk.decoder.register_forward_pre_hook(
         lambda _module, _args, given: computed.append(given["input_ids"].numel()), with_kwargs=True
@@ -234,7 +237,7 @@ def test_a_result_brings_its_trunk(world, tuned, here, cache, talk):
 
 
 def test_the_end_of_the_context(tuned, talk):
-    speaker = load_speaker(str(tuned), [], trust=False)
+    speaker = load_speaker(str(tuned), [], "float32", trust=False)
     before = len(Talk(speaker, Sampling(1), 0).prompt("b")) - 1
     nearly, wholly = "b" * (508 - before), "b" * (512 - before)  # a token each
     told = talk(tuned, [nearly, "Hello", "/help"], *WARM, terminal=Terminal)

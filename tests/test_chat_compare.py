@@ -15,7 +15,7 @@ from align import chat
 from align.tools.chat.side import Columns
 from align.tools.chat.typed import Typed, reader, typed
 
-WARM = ("--temperature", 1.5, "--max-new", 8, "--seed", 5)
+WARM = ("--temperature", 1.5, "--max-new", 8, "--seed", 5, "--dtype", "float32")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import resource
 import signal
 
 import pytest
@@ -13,7 +13,7 @@ from world import Child, align, lines, talk, tree, write_rows
 from align import chat, sft
 from align.models.sampling.choice import Sampling
 
-WARM = ("--temperature", 1.5, "--top-p", 0.9, "--max-new", 12, "--seed", 5)
+WARM = ("--temperature", 1.5, "--top-p", 0.9, "--max-new", 12, "--seed", 5, "--dtype", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_each_answer_is_as_if_alone(model, here):
 
 def test_beams(model, here):
     write_rows(here / "rows.jsonl", [{"prompt": "Hi"}, {}, {"prompt": "And?"}])
-    argv = ("--beams", 2, "--max-new", 6)
+    argv = ("--beams", 2, "--max-new", 6, "--dtype", "float32")
     told = align(model, "--prompts", "rows.jsonl", "--output", "out.jsonl", *argv, stage=chat)
     assert told.status == 0, told.err
     first, error, last = lines(here / "out.jsonl")
@@ -94,28 +94,68 @@ def test_what_comes_out_is_what_sft_reads(model, here, world):
 
 
 def test_it_goes_on_where_it_was_ended(model, here):
+    """By a full disk, which leaves no part of a line; or by a kill, which may."""
     write_rows(here / "rows.jsonl", [{"prompt": f"Hi {n}"} for n in range(6)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
+    try:
+        told = answered(model, "rows.jsonl", status=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "out.jsonl.partial: File too large; nothing was added to it: make room there" in told
+    assert (here / "out.jsonl.partial").read_bytes() == b""
+    about = (here / "out.jsonl.partial.json").read_bytes()
     answered(model, "rows.jsonl")
     whole = (here / "out.jsonl").read_bytes()
+    assert [row["line"] for row in lines(here / "out.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert "out.jsonl is already there; name another" in answered(model, "rows.jsonl", status=2)
+    assert (here / "out.jsonl").read_bytes() == whole
+
     (here / "out.jsonl").unlink()
     cut = whole.splitlines(keepends=True)
-    (here / "out.jsonl.partial").write_bytes(b"".join(cut[:2]) + cut[2][:20])  # as a kill leaves it
-    assert "without a whole out.jsonl.partial.json" in answered(model, "rows.jsonl", status=2)
-
-    (here / "out.jsonl.partial").unlink()
-    child = Child(here, model, "--prompts", "rows.jsonl", "--output", "out.jsonl", *WARM, stage=chat)
-    assert child.send_when(signal.SIGKILL, (here / "out.jsonl.partial.json").is_file)
-    child.process.join()
-    assert not (here / "out.jsonl").exists()
     (here / "out.jsonl.partial").write_bytes(b"".join(cut[:2]) + cut[2][:20])
+    assert "without a whole out.jsonl.partial.json" in answered(model, "rows.jsonl", status=2)
+    (here / "out.jsonl.partial.json").write_bytes(about)
     before = tree(here)
-    for other, word in ((("--seed", 6), "--seed"), (("--max-new", 3), "--max-new"), (("--system", "x"), "--system")):
+    for other, word in ((("--seed", 6), "--seed"), (("--max-new", 3), "--max-new")):
         assert f"holds answers that differ in {word};" in answered(model, "rows.jsonl", *other, status=2)
         assert tree(here) == before
     assert "2 rows are answered already" in answered(model, "rows.jsonl")
     assert (here / "out.jsonl").read_bytes() == whole
-    assert "out.jsonl is already there; name another" in answered(model, "rows.jsonl", status=2)
-    assert (here / "out.jsonl").read_bytes() == whole
+    assert {path.name for path in here.iterdir()} == {"rows.jsonl", "out.jsonl"}
+
+
+@pytest.mark.slow
+def test_after_a_kill_nothing_is_missing_and_nothing_twice(model, here):
+    write_rows(here / "rows.jsonl", [{"prompt": f"Hi {n}"} for n in range(900)])
+    words = (model, "--prompts", "rows.jsonl", "--output", "out.jsonl", *WARM, "--temperature", 0)
+    for written in (0, 1):  # before the first rows are written, and after
+        child = Child(here, *words, stage=chat)
+        partial = here / "out.jsonl.partial"
+        began = here / "out.jsonl.partial.json"
+
+        def partial_grew(partial=partial) -> bool:
+            return partial.is_file() and partial.stat().st_size > 0
+
+        child.send_when(signal.SIGKILL, partial_grew if written else began.is_file)
+        child.process.join()
+    told = align(*words, stage=chat)
+    assert told.status == 0, told.err
+    assert [row["line"] for row in lines(here / "out.jsonl")] == [*range(1, 901)]
+    assert all(row["response"] is not None for row in lines(here / "out.jsonl"))
+
+
+@pytest.mark.slow
+def test_two_commands_do_not_write_one_file(model, here):
+    write_rows(here / "rows.jsonl", [{"prompt": f"Hi {n}"} for n in range(300)])
+    words = (model, "--prompts", "rows.jsonl", "--output", "out.jsonl", *WARM, "--max-new", 100)
+    child = Child(here, *words, stage=chat)
+    assert child.send_when(signal.SIGCONT, (here / "out.jsonl.partial.json").is_file)
+    told = align(*words, stage=chat)
+    assert told.status == 2
+    assert "another process writes out.jsonl.partial" in told.err
+    assert child.wait().status == 0
+    assert len(lines(here / "out.jsonl")) == 300
 
 
 def test_what_a_user_can_mend(model, here, world):
@@ -129,26 +169,10 @@ def test_what_a_user_can_mend(model, here, world):
         (("--prompts", "rows.jsonl", "--output", "rows.jsonl"), "rows.jsonl is already there"),
         (("--prompts", "rows.jsonl", "--output", "no/out.jsonl"), "--output: no is no folder"),
         (("--prompts", "none.jsonl", "--output", "out.jsonl"), "none.jsonl"),
-        (("--prompts", "labels.jsonl", "--output", "out.jsonl"), "no format fits its columns a"),
+        (("--prompts", "labels.jsonl", "--output", "out.jsonl"), "no format fits its columns `a`"),
         (("--prompts", "rows.jsonl", "--output", "out.jsonl", "--compare", model), "leave --compare out"),
     ):
         told = align(model, *argv, stage=chat)
         assert (told.status, told.out) == (2, ""), argv
         assert said in told.err, (argv, told.err)
         assert tree(here) == before, argv
-
-
-def test_a_full_disk_loses_nothing(model, here):
-    """Written after all are answered: too much for the disk, so nothing of it is there; the same command goes on."""
-    resource = pytest.importorskip("resource")
-    write_rows(here / "rows.jsonl", [{"prompt": f"Hi {n}"} for n in range(6)])
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
-    try:
-        told = answered(model, "rows.jsonl", status=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "out.jsonl.partial: File too large; nothing was added to it: make room there" in told
-    assert (here / "out.jsonl.partial").read_bytes() == b""
-    answered(model, "rows.jsonl")
-    assert [json.loads(line)["line"] for line in (here / "out.jsonl").open()] == [1, 2, 3, 4, 5, 6]

@@ -113,7 +113,6 @@ class Adapters:
     """All chains that are served, beside the layers of a bare trunk."""
 
     def __init__(self, trunk: Trunk) -> None:
-        assert trunk.acts_as is None, "the trunk's own adapter is off"
         self.trunk, self.segments = trunk, list[tuple[int, int, int]]()
         self.known: set[int] = set()
         self.updates: dict[str, dict[int, Update]] = {}  # by layer, then by number
@@ -122,6 +121,7 @@ class Adapters:
 
     def add(self, chain: Chain) -> int:
         """Its number, from now on."""
+        assert self.trunk.acts_as is None, "the trunk's own adapter is off"
         number, self._next = self._next, self._next + 1
         self.known.add(number)
         for name, update in chain.items():

@@ -182,9 +182,9 @@ class Running:
             ends = np.cumsum([count for _, count in parts]) - 1
             done = [i for i, (row, _) in enumerate(parts) if not row.pending]
             rows, states = [parts[i][0] for i in done], hidden[torch.from_numpy(ends[done]).to(hidden.device)]
+            self.filling = [row for row in self.filling if row not in rows]
             yield from self._spoken(rows, states)
             self.going += [row for row in rows if row.head is None and not row.over]
-            self.filling = [row for row in self.filling if row.pending]
         ready = [row for row in self.filling if row.pending == 1 and row.head is None]
         self.filling = [row for row in self.filling if row not in ready]
         self.going += ready

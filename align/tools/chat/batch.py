@@ -100,6 +100,7 @@ def depends(speaker: Speaker, task: Task, found: Sequence[Found]) -> dict[str, A
         **{SETTINGS.get(name, name): value for name, value in task.sampling._asdict().items()},
         "--seed": task.seed,
         "--system": task.system,
+        "--dtype": str(speaker.trunk.dtype).removeprefix("torch."),
     }
 
 

@@ -37,18 +37,18 @@ class Speaker:
         return said(self.tokenizer, prompt, answer, self.voice.ends, self.voice.stops)
 
 
-def load_speaker(name: str, adapters: Sequence[str], trust: bool, draws: bool = True) -> Speaker:
+def load_speaker(name: str, adapters: Sequence[str], dtype: str, trust: bool, draws: bool = True) -> Speaker:
     """One model on a trunk of its own, `adapters` on it. Raises UserError for what is not there, or does not answer."""
-    trunk = load_talker(name, adapters, Accelerator(mixed_precision="no"), trust)
+    trunk = load_talker(name, adapters, Accelerator(mixed_precision="no"), trust, dtype)
     voice = Voice(BARE, trunk.tokenizer, frozenset(trunk.end_tokens), turn_ends(trunk.tokenizer).texts)
     return Speaker(name, trunk, Running(trunk, acts="default") if draws else None, voice)
 
 
-def load_speakers(names: Sequence[str], trust: bool) -> list[Speaker]:
+def load_speakers(names: Sequence[str], dtype: str, trust: bool) -> list[Speaker]:
     """Several models: on one trunk and in one batch, where all stand on the same base."""
     try:
-        engine = make_engine([f"m{i}={name}" for i, name in enumerate(names)], None, "auto", None, None, 1, trust)
+        engine = make_engine([f"m{i}={name}" for i, name in enumerate(names)], None, dtype, None, None, 1, trust)
     except UserError:  # several bases, or a result that needs a trunk of its own; or one that is not there, told next
-        return [load_speaker(name, [], trust) for name in names]
+        return [load_speaker(name, [], dtype, trust) for name in names]
     voices = [engine.models[f"m{i}"].voice for i in range(len(names))]
     return [Speaker(name, engine.shelf.trunk, engine.running, voice) for name, voice in zip(names, voices, strict=True)]

@@ -21,7 +21,9 @@ from align.tools.evaluation.policy import load_policy, read_policy
 IN_ORDER = "name the base, and after it every adapter in the order of training: BASE --adapter SFT/final --adapter …"
 
 
-def load_talker(name: str, adapters: Sequence[str], accelerator: Accelerator, trust: bool = False) -> Trunk:
+def load_talker(
+    name: str, adapters: Sequence[str], accelerator: Accelerator, trust: bool = False, dtype: str = "auto"
+) -> Trunk:
     """What `name` is, with `adapters` on it in the order of training; the last one acts, the others are merged.
 
     A result brings its base and what was merged into it, as its files tell, where they are on this machine. `trust`:
@@ -37,9 +39,10 @@ def load_talker(name: str, adapters: Sequence[str], accelerator: Accelerator, tr
         base = str(result) if is_folder(result) else name
     with _without_recipe():
         if not adapters:
-            return load_policy(Model(base=base, trust_remote_code=trust), None, accelerator, 0)
+            return load_policy(Model(base=base, dtype=dtype, trust_remote_code=trust), None, accelerator, 0)
         saved = read_policy(adapters[-1])
         model = trunk_of(saved, "policy", IN_ORDER, base, trust, list(adapters[:-1]))
+        model = model.model_copy(update={"dtype": dtype})
         trunk = load_policy(model, saved, accelerator, 0)
         trunk.tokenizer = load_tokenizer(model.model_copy(update={"adapter": str(saved.folder)}))  # with its template
     return trunk

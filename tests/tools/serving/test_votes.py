@@ -17,7 +17,7 @@ from align.recipe.errors import UserError
 from align.tools.serving.limits import Door, Limits
 from align.tools.serving.votes import Votes, routes
 
-ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好?\u2028"}]
+ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好?"}]
 HOST = "http://127.0.0.1:8000"
 
 
