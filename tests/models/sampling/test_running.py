@@ -66,7 +66,8 @@ def test_greedy_answers_are_those_of_generate(family, tmp_path):
     for request, said in zip(requests, found, strict=True):
         model = plain if request.voice.adapter == BARE else adapted
         assert said == generated(model, request.prompt, 20)
-    assert found[0] != found[len(PROMPTS)], "the adapter changes something"
+    swapped = zip(found, found[len(PROMPTS) :], strict=False)
+    assert any(a != b for a, b in swapped), "the adapter changes something"
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +167,8 @@ def test_logprobs_are_those_of_the_model_before_temperature_and_filters(running)
     while not running.idle:
         events += running.step()
     tokens = torch.tensor(request.tokens[None].astype(np.int64))
-    with torch.no_grad():
-        logits = tiny_trunk("llama", None).plain(tokens, attention_mask=torch.ones_like(tokens)).logits[0].float()
+    with tiny_trunk("llama", None).generating() as model:
+        logits = model(tokens, attention_mask=torch.ones_like(tokens)).logits[0].float()
     expected = logits.log_softmax(-1)[len(PROMPTS[0]) - 1 : -1]
     for (_, said), row in zip(events, expected, strict=True):
         assert said.logprob == pytest.approx(float(row[said.token]), abs=1e-4)

@@ -9,7 +9,6 @@ import socket
 import statistics
 import sys
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -136,11 +135,12 @@ def test_a_reader_that_does_not_read_is_cut_off_and_holds_nobody_up(shop):
             b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n" % len(data) + data
         )
         until(lambda: service.engine.busy > 0)
-        assert len(asyncio.run(ask(service.url, body(1))).tokens) == MOST
+        assert len(asyncio.run(ask(service.url, body(0))).tokens) == MOST
         until(lambda: service.engine.busy == 0)
         line.settimeout(10)
-        with pytest.raises(ConnectionResetError):
-            deque(iter(lambda: line.recv(65536), b""))
+        told = b"".join(iter(lambda: line.recv(65536), b""))
+        assert told.startswith(b"HTTP/1.1 200")
+        assert b"[DONE]" not in told
 
 
 def test_a_body_that_comes_too_slowly_is_refused(shop):
@@ -164,6 +164,6 @@ def test_what_is_no_http_is_refused(shop):
             line.shutdown(socket.SHUT_WR)
             line.settimeout(5)
             told = line.recv(1000)
-            assert told == b"" or b" 400 " in told
+            assert told == b"" or told.startswith(b"HTTP/1.1 4")
             line.close()
         assert len(asyncio.run(ask(service.url, body(0))).tokens) == MOST
