@@ -36,6 +36,7 @@ from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.records import to_json
 from align.recipe.schema import BaseRecipe, Eval, Fraction, PositiveInt, Section
+from align.training.borders.foreign import foreign
 from align.training.borders.processes import first_then_others
 from align.training.labelling.measures import (
     at_threshold,
@@ -169,10 +170,12 @@ def choose(trunk: Trunk, section: Classify) -> None:
         parameter.requires_grad_()
 
 
-def conclude(loop: Loop, labels: list[str], test: Examples) -> dict[str, Any]:
-    """Measure the held-out sides and choose the threshold; what `--predict` has to know."""
+def described(loop: Loop, last: bool, labels: list[str], test: Examples) -> dict[str, Any]:
+    """Choose the threshold on the eval rows; what `--predict` has to know. After the last step, measure both held-out
+    sides: the test rows are looked at once."""
     recipe, section = loop.recipe, loop.recipe.classify
     sides = {name: side for name, side in (("eval", loop.data.eval), ("test", test)) if len(side)}
+    sides = sides if last else {name: sides[name] for name in sides if name == "eval"}
     known = {name: (probabilities(loop, side, name), class_numbers(side)) for name, side in sides.items()}
     threshold = None
     if wanted := section.precision or section.threshold:
@@ -188,7 +191,7 @@ def conclude(loop: Loop, labels: list[str], test: Examples) -> dict[str, Any]:
         if threshold:
             record |= at_threshold(threshold.threshold, *known["test"])
         tell(loop, {name: None if value != value else value for name, value in record.items()})
-    if loop.session.first:
+    if loop.session.first and last:
         results = {
             "labels": labels,
             "threshold": threshold and threshold._asdict(),
@@ -253,7 +256,7 @@ def train(session: Session) -> None:
     def read() -> Sides:
         with counting(session.console) as progress:
             return prepare_classes(
-                recipe.data, section.test, undersample, labels, tokenizer, recipe.seed, cache, progress
+                recipe.data, section.test, undersample, labels, tokenizer, recipe.seed, cache, progress, foreign
             )
 
     data, test = first_then_others(session.accelerator, read)
@@ -270,8 +273,8 @@ def train(session: Session) -> None:
     numbers = counts(data.train, outputs)
     weights = class_weights(numbers) if section.balance == "weights" else torch.ones(outputs)
     objective = partial(loss, weights=weights, smoothing=section.label_smoothing)
-    judge = partial(conclude, labels=labels, test=test)
-    return fit(session, run, trunk, data, objective, derive=derive, conclude=judge, labels=labels)
+    about = partial(described, labels=labels, test=test)
+    return fit(session, run, trunk, data, objective, derive=derive, described=about, labels=labels)
 
 
 def show(session: Session, examples: Examples, tokenizer: Any, labels: list[str]) -> None:

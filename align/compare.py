@@ -27,8 +27,8 @@ from align.recipe.schema import PositiveInt, Section
 from align.tools.comparison.evaluated import Evaluated, check_alike, read_run
 from align.tools.comparison.figures import compare
 from align.tools.comparison.page import costs, figures, markdown, page
-from align.tools.comparison.statistics import Draws
 from align.tools.comparison.summary import cost, headlines, summary
+from align.training.bootstrap import Draws
 from align.training.borders.border import border, shows
 from align.training.runs.checkpoint import write_atomic
 from align.training.runs.removal import is_written, run_recipe

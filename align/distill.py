@@ -35,14 +35,17 @@ from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.paths import Location
 from align.recipe.schema import BaseRecipe, Model, PositiveInt, Section
+from align.training.answers.section import AnsweringTrain
 from align.training.launch import run_stage
 from align.training.learner import Metrics
 from align.training.loop import Learnt, Loop
 from align.training.meters import Sums
+from align.training.rollouts.engine import Drawing, Engine, engine_of
 from align.training.rollouts.epochs import spent
-from align.training.rollouts.rollout import Episodes, Generation, check_samples, sampled
+from align.training.rollouts.rollout import Episodes, check_samples
 from align.training.session import Session
 from align.training.shards import load_trunk
+from align.training.sources import titled, with_sources
 from align.training.supervised import counted
 
 SAMPLING = 5  # tells this stream of random numbers apart
@@ -84,7 +87,7 @@ class Distill(Section):
     """Share of the prompts that the student answers itself; the others keep the data's own answers."""
     samples: PositiveInt = 1
     """Responses of the student to each of its prompts; the prompt is computed once."""
-    generation: Generation = Field(default_factory=Generation)
+    generation: Drawing = Field(default_factory=Drawing)
     """How they are drawn; the temperature divides the teacher's logits too."""
 
 
@@ -93,6 +96,7 @@ class Recipe(BaseRecipe):
 
     stage: Literal["distill"]
     """This stage."""
+    train: AnsweringTrain = Field(default_factory=AnsweringTrain)
     distill: Distill
 
     @model_validator(mode="after")
@@ -119,8 +123,9 @@ class Algorithm:
 
     labels = None
 
-    def __init__(self, recipe: Recipe, student: Student) -> None:
-        self.recipe, self.distill, self.student = recipe, recipe.distill, student
+    def __init__(self, recipe: Recipe, student: Student, engine: Engine | None) -> None:
+        """`engine`: what the student samples by, where it does."""
+        self.recipe, self.distill, self.student, self.engine = recipe, recipe.distill, student, engine
 
     def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
         """One step of distillation."""
@@ -150,42 +155,58 @@ class Algorithm:
 
     def evaluate(self, loop: Loop) -> dict[str, Any]:
         """How far the student is from the teacher, on what it says to held-out prompts, and on their own answers."""
-        found, whole = {}, Sums()
         examples, everyone = loop.data.eval, np.arange(len(loop.data.eval))
+        compared: dict[str, Episodes | Examples] = {}
         if self.distill.on_policy > 0:
-            episodes = self._sampled(loop, examples, everyone, (self.recipe.seed, SAMPLING, 0))
-            sums = self._compared(loop, episodes, len(everyone))
-            whole.include(sums)
-            found |= {f"{name}/sampled": mean for name, mean in counted(sums).items()}
-            found["kl"] = sums.sums()["reverse"][0] / len(episodes.flat)
-            found["response_tokens"] = float(episodes.said.float().mean())
-            found["ended"] = float(episodes.ended.float().mean())
+            compared["sampled"] = self._sampled(loop, examples, everyone, (self.recipe.seed, SAMPLING, 0))
         if self.distill.on_policy < 1:
-            sums = self._compared(loop, examples, len(everyone))
-            whole.include(sums)
-            found |= {f"{name}/answers": mean for name, mean in counted(sums).items()}
-        return {"loss": whole.means()["loss"], **found}
+            compared["answers"] = examples
+        groups = titled(examples)
+        sums = {
+            title: {kind: self._compared(loop, each, chosen) for kind, each in compared.items()}
+            for title, chosen in groups.items()
+        }
+        whole = {kind: Sums.of(each[kind] for each in sums.values()) for kind in compared}
+        episodes = compared.get("sampled")
+        return with_sources(
+            _figures(whole, episodes, everyone),
+            {title: _figures(sums[title], episodes, chosen) for title, chosen in groups.items() if title},
+        )
 
     def _sampled(self, loop: Loop, examples: Examples, chosen: np.ndarray, key: tuple[int, ...]) -> Episodes:
         """The student's responses to prompts, (k,) int64; raises Stopped on a signal."""
         loop.screen.phase("sampling")
         stems = [asked_of(examples, int(i)) for i in chosen]
         keys = [(*key, place) for place in range(len(chosen))]
-        how, heed = self.distill.generation.sampling, loop.session.signals.heed
-        return sampled(loop.trunk, loop.batches, stems, keys, how, self.distill.samples, heed)
+        return self.engine.sampled(loop, stems, keys, self.distill.samples)
 
-    def _compared(self, loop: Loop, examples: Examples | Episodes, count: int) -> Sums:
-        """Sums over all tokens of all examples, whatever the batches."""
+    def _compared(self, loop: Loop, examples: Examples | Episodes, chosen: np.ndarray) -> Sums:
+        """Sums over all tokens of examples, (k,) int64, whatever the batches."""
         sums = Sums()
-        for row in loop.screen.track(loop.batches.rows(examples, np.arange(count)), "evaluating"):
+        for row in loop.screen.track(loop.batches.rows(examples, chosen), "evaluating"):
             found = self.student.compared(loop.batches.plant(examples, row))
             for name, values in found._asdict().items() if row else ():
                 sums.add(name, values.sum(), len(values))
         return sums.merged(loop.accelerator)
 
-    def conclude(self, loop: Loop) -> dict[str, Any]:
+    def may_be_best(self, figures: dict[str, Any]) -> bool:
+        """Any student may."""
+        return True
+
+    def described(self, loop: Loop, last: bool) -> dict[str, Any]:
         """What the result's align.json tells besides."""
         return {}
+
+
+def _figures(sums: dict[str, Sums], episodes: Episodes | None, chosen: np.ndarray) -> dict[str, float]:
+    """Means over the tokens of each kind of answers, and of all; and over the responses to prompts, (k,) int64."""
+    found = {f"{name}/{kind}": mean for kind, each in sums.items() for name, mean in counted(each).items()}
+    if episodes is not None:
+        numbers = episodes.numbers(chosen)
+        found["kl"] = sums["sampled"].sums()["reverse"][0] / len(numbers)
+        found["response_tokens"] = float(episodes.said[numbers].float().mean())
+        found["ended"] = float(episodes.ended[numbers].float().mean())
+    return {"loss": Sums.of(sums.values()).means()["loss"], **found}
 
 
 def asked_of(examples: Examples, i: int) -> np.ndarray:
@@ -212,7 +233,10 @@ def train(session: Session) -> None:
         key = "distill.teacher.adapter"
         teacher = Teacher.beside(trunk, read_teacher(distill.teacher.adapter, key, trunk), key, recipe.seed)
     student = Student(trunk, teacher, distill.divergence, distill.beta, distill.generation.temperature)
-    Loop(session, run, trunk, data, Algorithm(recipe, student), student).run_all()
+    engine = None
+    if distill.on_policy:
+        engine = engine_of(session, trunk, data, distill.generation, "distill.generation.engine")
+    Loop(session, run, trunk, data, Algorithm(recipe, student, engine), student).run_all()
 
 
 def _of_its_own(session: Session, trunk: Trunk, wanted: list[Wanted]) -> Teacher:

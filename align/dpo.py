@@ -31,6 +31,7 @@ from align.models.trunk import Trunk
 from align.objectives import losses
 from align.objectives.losses import path_counts, path_sums, preference_pairs
 from align.recipe.schema import BaseRecipe, Section
+from align.training.answers.section import AnsweringTrain
 from align.training.launch import run_stage
 from align.training.learner import Metrics
 from align.training.loop import Loop
@@ -76,6 +77,7 @@ class Recipe(BaseRecipe):
 
     stage: Literal["dpo"]
     """This stage."""
+    train: AnsweringTrain = Field(default_factory=AnsweringTrain)
     dpo: Dpo = Field(default_factory=Dpo)
 
     @model_validator(mode="after")

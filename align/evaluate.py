@@ -26,7 +26,6 @@ from align.recipe.errors import UserError
 from align.recipe.paths import Location
 from align.recipe.records import to_json
 from align.recipe.schema import Data, Model, PositiveInt, Section, Source
-from align.tools.comparison.statistics import Draws
 from align.tools.evaluation.drawn_pairs import Preferences, drawn_pairs
 from align.tools.evaluation.folder import (
     PREFERENCES,
@@ -47,10 +46,12 @@ from align.tools.evaluation.policy import NO_UPDATE, load_policy, read_policy, t
 from align.tools.evaluation.reading import read
 from align.tools.evaluation.whole_texts import whole_perplexity
 from align.training.batches import Batches
+from align.training.bootstrap import Draws
 from align.training.borders.foreign import foreign
 from align.training.launch import run_stage
 from align.training.meters import environment
-from align.training.rollouts.rewards import RewardPart, Rewards
+from align.training.rollouts.parts import RewardPart
+from align.training.rollouts.rewards import Rewards
 from align.training.runs.checkpoint import write_atomic
 from align.training.screen import Screen
 from align.training.session import Session
@@ -227,6 +228,8 @@ def evaluate(session: Session) -> None:
         write_atomic(folder / RESULT, to_json(about, indent=1))
         for line in in_words(metrics, responses, counts, pairs):
             session.say(line)
+        for title, why in rewards.failed.items():
+            session.say(f"score {title}: the function {why}")
         session.say(f"done: {folder / RESULT}")
     session.accelerator.wait_for_everyone()
 

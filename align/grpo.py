@@ -40,12 +40,11 @@ from align.training.launch import run_stage
 from align.training.learner import Loss, Metrics, Work
 from align.training.loop import Learnt, Loop
 from align.training.rollouts.epochs import Targets, in_epochs, spent
-from align.training.rollouts.experience import Experience
+from align.training.rollouts.experience import Experience, FromRewards
 from align.training.rollouts.pretraining import Pretraining
 from align.training.rollouts.rewards import Rewards, stands_on
-from align.training.rollouts.rollout import Episodes, check_samples, figures, minibatches, score_figures
-from align.training.rollouts.sections import Rewarded, check_rewarded
-from align.training.rollouts.watch import Watch
+from align.training.rollouts.rollout import Episodes, check_samples, figures, minibatches
+from align.training.rollouts.sections import Rewarded, RewardedTrain, check_rewarded
 from align.training.session import Session
 from align.training.shards import load_trunk
 
@@ -115,6 +114,7 @@ class Recipe(BaseRecipe):
 
     stage: Literal["grpo"]
     """This stage."""
+    train: RewardedTrain = Field(default_factory=RewardedTrain)
     grpo: Grpo
 
     @model_validator(mode="after")
@@ -149,8 +149,9 @@ def loss(
     roles: nn.Module, batch: Forest, grpo: Grpo, targets: Targets, share: Share, said: Said | None = None
 ) -> tuple[Tensor, Metrics]:
     """Loss of a batch, its share of the minibatch's mean; `said`: what the actor says of it."""
-    old_logprobs, *reference = targets.of(batch)
+    old_logprobs, importance, *reference = targets.of(batch)
     advantages, weights = (each[batch.targets.long()][batch.path] for each in share)
+    advantages = advantages * importance  # 1 where the own engine drew the token
     logprobs, _, entropy = said or roles(batch, valued=False, entropy=grpo.entropy)
     log_ratio = moved = logprobs - old_logprobs
     if grpo.ratio in ("sequence", "product"):
@@ -191,14 +192,11 @@ def token_weights(grpo: Grpo, lengths: Tensor, learnt: Tensor, minibatch: Tensor
     return weights
 
 
-class Algorithm:
+class Algorithm(FromRewards):
     """GRPO's step and evaluation."""
 
-    labels = None
-
-    def __init__(self, recipe: Recipe, roles: Roles, rewards: Rewards, watch: Watch, ptx: Pretraining | None) -> None:
-        self.recipe, self.grpo, self.watch, self.ptx = recipe, recipe.grpo, watch, ptx
-        self.experience = Experience(roles, rewards, watch, recipe.grpo)
+    def __init__(self, recipe: Recipe, experience: Experience, ptx: Pretraining | None) -> None:
+        self.recipe, self.grpo, self.experience, self.ptx = recipe, recipe.grpo, experience, ptx
         self.kl_coef = 0.0 if recipe.grpo.kl == "none" else recipe.grpo.kl_coef
 
     def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
@@ -216,30 +214,30 @@ class Algorithm:
             episodes, drawn, equal = episodes.replaced(again, anew), drawn + int(anew.said.sum()), groups.equal(scores)
             if not equal.any():
                 break
-        kept = (~equal).nonzero()[:, 0].numpy() if grpo.equal_groups == "drop" else np.arange(len(chosen))
-        learnt = episodes.part(kept).ended if grpo.unended == "mask" else torch.ones(len(kept) * grpo.samples).bool()
-        metrics |= {"learnt_groups": len(kept) / len(chosen), "learning_rate": rate}
+        kept = self.experience.known(loop, scores) & (~equal[:, None] | (grpo.equal_groups == "keep"))  # (N, k)
+        metrics |= {"learnt_groups": float(kept.any(1).float().mean()), "learning_rate": rate}
         sampled_at = time.perf_counter()
+        learnt = kept.flatten() & episodes.ended if grpo.unended == "mask" else kept.flatten()  # (N k,)
         if not learnt.any():
             metrics |= {"updates": 0, **spent(started, sampled_at, sampled_at, drawn)}
             return Learnt(metrics, 0, int(episodes.lengths.sum()))
-        episodes, scores = episodes.part(kept), scores[kept]
+        episodes, learnt = episodes.kept(kept.flatten()), learnt[kept.flatten()]  # from here on (E,)
 
         # 3. Actor and reference read them, in the rows of the first epoch.
         orders = [(seed, ORDER, step, epoch) for epoch in range(grpo.epochs)]
-        epochs = [minibatches(len(kept), grpo.minibatches, order) for order in orders]
+        epochs = [minibatches(len(episodes), grpo.minibatches, order) for order in orders]
         rollout = self.experience.read(loop, episodes, epochs[0], grpo.entropy or "known", grpo.kl != "none")
         # 4. Advantages of the responses, which are those of their tokens.
-        metrics |= figures(rollout, self.kl_coef, float(scores.mean()))
+        metrics |= figures(rollout, self.kl_coef, float(scores[kept].mean()))
         if grpo.kl == "reward":
             penalty = k1(rollout.logprobs, rollout.ref_logprobs).sum(1)  # (E,); both are 0 where masked
-            scores = scores - grpo.kl_coef * penalty.view_as(scores)
-        advantages = ADVANTAGES[grpo.advantage](scores).flatten()  # (E,)
+            scores[kept] -= grpo.kl_coef * penalty
+        advantages = ADVANTAGES[grpo.advantage](scores)[kept]  # (E,)
         scored_at = time.perf_counter()
 
         # 5. Epochs of minibatches.
         reference = (rollout.ref_logprobs,) if grpo.kl == "loss" else ()
-        targets = Targets(rollout, loop.trunk.device, (rollout.logprobs, *reference))
+        targets = Targets(rollout, loop.trunk.device, (rollout.logprobs, rollout.importance, *reference))
 
         def loss_of(numbers: np.ndarray, said: Said | None) -> Loss:
             weights = token_weights(grpo, rollout.lengths, learnt, torch.from_numpy(numbers))
@@ -252,7 +250,7 @@ class Algorithm:
 
         passes = in_epochs(loop, chosen, rate, rollout, episodes, epochs, loss_of, beside, grpo.stop_kl)
         metrics |= {**passes.metrics, **spent(started, sampled_at, scored_at, drawn)}
-        self.watch.learnt(loop, step, metrics)
+        self.experience.watch.learnt(loop, step, metrics)
         return Learnt(metrics, passes.distinct, int(episodes.lengths.sum()))
 
     def _sampled(
@@ -263,15 +261,11 @@ class Algorithm:
         episodes = experience.sampled(loop, prompts, chosen, key, grpo.samples)
         parts = experience.parts(loop, prompts, chosen, episodes, [np.arange(len(chosen))])
         score = experience.score(parts, episodes)
-        return episodes, score.view(len(chosen), -1), score_figures(parts, score, episodes)
+        return episodes, score.view(len(chosen), -1), experience.figures(parts, score, episodes)
 
     def evaluate(self, loop: Loop) -> dict[str, Any]:
         """Scores of responses to the held-out prompts, and how far the actor has gone."""
         return self.experience.evaluated(loop, (self.recipe.seed, SAMPLING, 0), self.kl_coef)
-
-    def conclude(self, loop: Loop) -> dict[str, Any]:
-        """What the result's align.json tells besides."""
-        return dict(loop.memory)
 
 
 def train(session: Session) -> None:
@@ -288,7 +282,8 @@ def train(session: Session) -> None:
     temperature = grpo.generation.temperature
     roles = Roles(trunk, recipe.lora, rewards.scorers, None, temperature, recipe.seed, critic=False)
     ptx = Pretraining(grpo.ptx, more["ptx"], recipe.seed) if grpo.ptx else None
-    Loop(session, run, trunk, data, Algorithm(recipe, roles, rewards, Watch(rewards, trunk), ptx), roles).run_all()
+    experience = Experience(session, data, roles, rewards, grpo, "grpo")
+    Loop(session, run, trunk, data, Algorithm(recipe, experience, ptx), roles).run_all()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

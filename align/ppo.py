@@ -40,12 +40,11 @@ from align.training.launch import run_stage
 from align.training.learner import Loss, Metrics, Work
 from align.training.loop import Learnt, Loop
 from align.training.rollouts.epochs import Targets, in_epochs, spent
-from align.training.rollouts.experience import Experience
+from align.training.rollouts.experience import Experience, FromRewards
 from align.training.rollouts.pretraining import Pretraining
 from align.training.rollouts.rewards import Rewards, stands_on
-from align.training.rollouts.rollout import check_samples, explained, figures, minibatches, score_figures
-from align.training.rollouts.sections import Rewarded, check_rewarded
-from align.training.rollouts.watch import Watch
+from align.training.rollouts.rollout import check_samples, explained, figures, minibatches
+from align.training.rollouts.sections import Rewarded, RewardedTrain, check_rewarded
 from align.training.session import Session
 from align.training.shards import load_trunk
 
@@ -95,6 +94,7 @@ class Recipe(BaseRecipe):
 
     stage: Literal["ppo"]
     """This stage."""
+    train: RewardedTrain = Field(default_factory=RewardedTrain)
     ppo: Ppo
 
     @model_validator(mode="after")
@@ -135,14 +135,11 @@ def loss(
     }
 
 
-class Algorithm:
+class Algorithm(FromRewards):
     """PPO's step and evaluation."""
 
-    labels = None
-
-    def __init__(self, recipe: Recipe, roles: Roles, rewards: Rewards, watch: Watch, ptx: Pretraining | None) -> None:
-        self.recipe, self.ppo, self.watch, self.ptx = recipe, recipe.ppo, watch, ptx
-        self.experience = Experience(roles, rewards, watch, recipe.ppo)
+    def __init__(self, recipe: Recipe, experience: Experience, ptx: Pretraining | None) -> None:
+        self.recipe, self.ppo, self.experience, self.ptx = recipe, recipe.ppo, experience, ptx
 
     def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
         """One step of PPO."""
@@ -152,11 +149,14 @@ class Algorithm:
         # 1. Sample responses to the step's prompts.
         episodes = self.experience.sampled(loop, prompts, chosen, (seed, SAMPLING, step), ppo.samples)
         sampled_at = time.perf_counter()
-        # 2. Score them, and have every role read them, in the rows of the first epoch.
+        # 2. Score them; those that have a score are read by every role, in the rows of the first epoch.
+        parts = self.experience.parts(loop, prompts, chosen, episodes, [np.arange(len(chosen))])
+        score = self.experience.score(parts, episodes)
+        means, drawn = self.experience.figures(parts, score, episodes), int(episodes.said.sum())
+        known = self.experience.known(loop, score)
+        episodes, score = episodes.kept(known), score[known]  # (E,)
         orders = [(seed, ORDER, step, epoch) for epoch in range(ppo.epochs)]
-        epochs = [minibatches(len(chosen), ppo.minibatches, order) for order in orders]
-        parts = self.experience.parts(loop, prompts, chosen, episodes, epochs[0])
-        score = self.experience.score(parts, episodes)  # (E,)
+        epochs = [minibatches(len(episodes), ppo.minibatches, order) for order in orders]
         rollout = self.experience.read(loop, episodes, epochs[0], ppo.entropy or "known")
 
         # 3. Rewards: the KL penalty at every token, the score at the end.
@@ -171,6 +171,7 @@ class Algorithm:
         if ppo.whiten:
             moments = adv.mean_variance(adv.moments(of_tokens, rollout.tokens))
             of_tokens = adv.whiten(of_tokens, rollout.tokens, *moments)
+        of_tokens = of_tokens * rollout.importance  # 1 where the own engine drew them
         scored_at = time.perf_counter()
 
         # 5. Epochs of minibatches.
@@ -191,7 +192,6 @@ class Algorithm:
         kl = float((rollout.logprobs - rollout.ref_logprobs).sum() / len(score))
         if ppo.kl_target:
             loop.memory["kl_coef"] = adv.adapted(kl_coef, kl, ppo.kl_target, ppo.kl_horizon, len(score))
-        means = score_figures(parts, score, episodes)
         metrics = {
             **means,
             **figures(rollout, kl_coef, means["score"]),
@@ -199,9 +199,9 @@ class Algorithm:
             **explained(rollout, returns),
             "learning_rate": rate,
             f"learning_rate/{CRITIC}": rate * ppo.critic_rate(self.recipe.optim),
-            **spent(started, sampled_at, scored_at, int(episodes.said.sum())),
+            **spent(started, sampled_at, scored_at, drawn),
         }
-        self.watch.learnt(loop, step, metrics)
+        self.experience.watch.learnt(loop, step, metrics)
         return Learnt(metrics, passes.distinct, int(episodes.lengths.sum()))
 
     def evaluate(self, loop: Loop) -> dict[str, Any]:
@@ -209,9 +209,9 @@ class Algorithm:
         kl_coef = loop.memory.get("kl_coef", self.ppo.kl_coef)
         return self.experience.evaluated(loop, (self.recipe.seed, SAMPLING, 0), kl_coef)
 
-    def conclude(self, loop: Loop) -> dict[str, Any]:
+    def described(self, loop: Loop, last: bool) -> dict[str, Any]:
         """What the result's align.json tells besides."""
-        return dict(loop.memory)
+        return {"kl_coef": loop.memory.get("kl_coef", self.ppo.kl_coef)}
 
 
 def train(session: Session) -> None:
@@ -227,7 +227,8 @@ def train(session: Session) -> None:
     rewards, temperature = Rewards(recipe.ppo.rewards, trunk, "ppo.rewards"), recipe.ppo.generation.temperature
     roles = Roles(trunk, recipe.lora, rewards.scorers, rewards.leading, temperature, recipe.seed)
     ptx = Pretraining(recipe.ppo.ptx, more["ptx"], recipe.seed) if recipe.ppo.ptx else None
-    algorithm = Algorithm(recipe, roles, rewards, Watch(rewards, trunk), ptx)
+    experience = Experience(session, data, roles, rewards, recipe.ppo, "ppo")
+    algorithm = Algorithm(recipe, experience, ptx)
     Loop(session, run, trunk, data, algorithm, roles, {CRITIC: recipe.ppo.critic_rate(recipe.optim)}).run_all()
 
 

@@ -103,7 +103,7 @@ def derive(sums: Sums) -> dict[str, float | list[float]]:
     return {"accuracy_low": low, "accuracy_high": high, "margin_edges": MARGINS}
 
 
-def normalisation(loop: Loop, examples: Examples) -> dict[str, Any]:
+def normalisation(loop: Loop, last: bool, examples: Examples) -> dict[str, Any]:
     """Mean and spread of the score on demonstrations."""
     recipe = loop.recipe
     chosen = examples.order(recipe.seed, 0)[: recipe.reward.demonstration_rows]
@@ -124,8 +124,8 @@ def train(session: Session) -> None:
         return
     run, data, more = begun
     trunk = load_trunk(session, outputs=1)
-    conclude = partial(normalisation, examples=more.get("demonstrations", data.train))
-    fit(session, run, trunk, data, partial(loss, reward=recipe.reward), derive=derive, conclude=conclude)
+    described = partial(normalisation, examples=more.get("demonstrations", data.train))
+    fit(session, run, trunk, data, partial(loss, reward=recipe.reward), derive=derive, described=described)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

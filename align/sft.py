@@ -22,6 +22,7 @@ from align.data.templates.chats import chat_of
 from align.data.templates.render import conversations
 from align.data.trees import Forest
 from align.recipe.schema import BaseRecipe, Section
+from align.training.answers.section import AnsweringTrain
 from align.training.launch import run_stage
 from align.training.learner import Metrics
 from align.training.meters import perplexity
@@ -45,6 +46,7 @@ class Recipe(BaseRecipe):
 
     stage: Literal["sft"]
     """This stage."""
+    train: AnsweringTrain = Field(default_factory=AnsweringTrain)
     sft: Sft = Field(default_factory=Sft)
 
 

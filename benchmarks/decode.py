@@ -1,10 +1,14 @@
-"""The sampling engine beside transformers' `generate` and its continuous batching: one run, same prompts and model.
+"""The sampling engine beside transformers' `generate`, its continuous batching, and vLLM: same prompts and model.
 
-    python benchmarks/decode.py [--data FILE] [--threads 2] [--new 96]
+    python benchmarks/decode.py [--data FILE] [--threads 2] [--new 96] [--vllm VENV|URL]
 
 16 prompts of 16 to 192 tokens, 1 and 4 samples each, drawn at temperature 1 from SmolLM2-135M until they end or have so
 many tokens: lengths are ragged, and only tokens of responses count. Each side runs in processes of its own, in turn,
 transformers in the fastest of its ways, which are tried first. Before that, greedy responses are compared in float32.
+
+--vllm: a venv with vLLM (benchmarks/vllm_cpu.sh), which then runs compiled in a process of its own, without a server;
+or the address of a server of the same model, whose HTTP then counts too. Its prefix cache is emptied before the run
+that counts.
 """
 
 from __future__ import annotations
@@ -33,20 +37,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--new", type=int, default=96, help="most tokens of a response")
     parser.add_argument("--rounds", type=int, default=2, help="how often each side runs, in turn")
-    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--vllm", help="a venv with vLLM, or a server's address")
+    parser.add_argument("--arm", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
-        print(json.dumps(run_arm(json.loads(args.arm))))
+        print(json.dumps(run_arm(json.load(sys.stdin))))
         return
     data = args.data or (HH if HH.is_file() else TEMPLATE)
     common = {"data": str(data), "base": args.base, "threads": args.threads, "new": args.new}
 
     def measure(arm: str, samples: int, dtype: str = args.dtype, greedy: bool = False) -> dict:
-        found = measured({**common, "arm": arm, "samples": samples, "dtype": dtype, "greedy": greedy}, args.threads)
+        spec = {**common, "arm": arm, "samples": samples, "dtype": dtype, "greedy": greedy}
+        found = measured(spec | (asked if arm == "vllm" else {}), args.threads)
         told = found.get("error") or f"{found['tokens_per_second']:8.1f} tokens/s {found['peak_bytes'] / 1e9:6.2f} GB"
         print(f"{arm:12} x{samples} {'greedy ' if greedy else ''}{told}", flush=True)
         return found
 
+    asked = {}
+    if args.vllm:
+        asked = {"vllm": args.vllm, **measured({**common, "arm": "prompts"}, args.threads)}
+        if "error" in asked:
+            sys.exit(asked["error"])
     print(f"{args.base}, {args.dtype}, {args.threads} threads, {PROMPTS} prompts of {data.name}, {args.new} new tokens")
     greedy = [measure(arm, 1, "float32", greedy=True).get("said") for arm in ("align", "padded")]
     same = greedy[0] is not None and greedy[0] == greedy[1]
@@ -55,33 +66,54 @@ def main() -> None:
     for samples in (4, 1):
         tried = {way: measure(way, samples).get("tokens_per_second", 0.0) for way in WAYS}
         way = max(tried, key=tried.get)
-        rounds = [(measure("align", samples), measure(way, samples)) for _ in range(args.rounds)]
-        if any("error" in side for pair in rounds for side in pair):
+        peers = [way, "vllm"] if args.vllm else [way]
+        rounds = [{arm: measure(arm, samples) for arm in ("align", *peers)} for _ in range(args.rounds)]
+        if any("error" in side for sides in rounds for side in sides.values()):
             sys.exit("a side did not run, so there is nothing to compare")
-        ratios = [ours["tokens_per_second"] / peer["tokens_per_second"] for ours, peer in rounds]
-        found[samples] = {
-            "ratio": round(sum(ratios) / len(ratios), 3),
-            "ratios": [round(ratio, 3) for ratio in ratios],
-            "memory_ratio": round(rounds[0][0]["peak_bytes"] / rounds[0][1]["peak_bytes"], 3),
-            "ours": round(sum(pair[0]["tokens_per_second"] for pair in rounds) / len(rounds), 1),
-            "peer": round(sum(pair[1]["tokens_per_second"] for pair in rounds) / len(rounds), 1),
-            "way": way,
-        }
-    print(f"\n{'tokens/s':12}{'align':>10}{'transformers':>14}{'ratio':>8}  way of transformers")
-    for samples, row in found.items():
-        print(f"{samples} a prompt{row['ours']:>12.1f}{row['peer']:>14.1f}{row['ratio']:>8.2f}  {row['way']}")
+        beside = {"transformers": {**compared(rounds, way), "way": way}}
+        found[samples] = beside | ({"vllm": compared(rounds, "vllm")} if args.vllm else {})
+    print(f"\n{'tokens/s':12}{'align':>10}{'peer':>10}{'ratio':>8}")
+    for samples, sides in found.items():
+        for peer, row in sides.items():
+            name = f"{peer}, {row['way']}" if "way" in row else peer
+            print(f"{samples} a prompt{row['ours']:>12.1f}{row['peer']:>10.1f}{row['ratio']:>8.2f}  {name}")
     line = {
-        "benchmark": "decode", **found[4], "one_sample": found[1], "greedy_equal": same,
-        "date": time.strftime("%Y-%m-%d"),
+        "benchmark": "decode", **found[4]["transformers"], "one_sample": found[1]["transformers"],
+        "greedy_equal": same, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
+    if args.vllm:
+        line["vllm"] = {"four_samples": found[4]["vllm"], "one_sample": found[1]["vllm"]}
     print(json.dumps(line))
+
+
+def compared(rounds: list[dict[str, dict]], peer: str) -> dict:
+    """Ours beside a peer, round by round and on average."""
+    pairs = [(sides["align"], sides[peer]) for sides in rounds]
+    ratios = [ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs]
+    memory = [ours["peak_bytes"] / theirs["peak_bytes"] for ours, theirs in pairs if theirs["peak_bytes"]]
+    return {
+        "ratio": round(sum(ratios) / len(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "memory_ratio": round(memory[0], 3) if memory else None,
+        "ours": round(sum(ours["tokens_per_second"] for ours, _ in pairs) / len(pairs), 1),
+        "peer": round(sum(theirs["tokens_per_second"] for _, theirs in pairs) / len(pairs), 1),
+    }
 
 
 def measured(spec: dict, threads: int) -> dict:
     """Run one arm in its own process; its last line is its result."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, "--arm", json.dumps(spec)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    python = sys.executable
+    if spec["arm"] == "vllm" and "://" not in spec["vllm"]:
+        python = str(Path(spec["vllm"]) / "bin" / "python")
+        bound = "auto" if threads == os.cpu_count() else f"0-{threads - 1}"
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": bound, "VLLM_CPU_KVCACHE_SPACE": "2"}
+        environment |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+        }  # one process, whose memory counts
+    command = [python, __file__, "--arm"]
+    done = subprocess.run(command, env=environment, input=json.dumps(spec), capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -92,8 +124,17 @@ def run_arm(spec: dict) -> dict:
     import torch
 
     torch.set_num_threads(spec["threads"])
-    tokenizer, ids = prompts_of(spec)
-    respond = (align_side if spec["arm"] == "align" else transformers_side)(spec, tokenizer, ids)
+    if spec["arm"] == "prompts":
+        from align.models.base import base_folder
+        from align.recipe.schema import Model
+
+        tokenizer, ids = prompts_of(spec)
+        return {"ids": ids, "end": tokenizer.eos_token_id, "folder": str(base_folder(Model(base=spec["base"])))}
+    if spec["arm"] == "vllm":
+        respond = (vllm_served if "://" in spec["vllm"] else vllm_side)(spec)
+    else:
+        tokenizer, ids = prompts_of(spec)
+        respond = (align_side if spec["arm"] == "align" else transformers_side)(spec, tokenizer, ids)
     if not spec["greedy"]:
         respond(8)
     started = time.perf_counter()
@@ -101,7 +142,7 @@ def run_arm(spec: dict) -> dict:
     seconds = time.perf_counter() - started
     return {
         "tokens_per_second": sum(map(len, said)) / seconds,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": 0 if "://" in spec.get("vllm", "") else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "said": said if spec["greedy"] else None,
     }
 
@@ -192,6 +233,48 @@ def transformers_side(spec: dict, tokenizer: object, ids: list[list[int]]):
             return respond(new)
 
     return without_gradient
+
+
+def vllm_side(spec: dict):
+    """vLLM's engine in this process, compiled; its venv has nothing of align."""
+    from vllm import LLM, SamplingParams
+
+    rows = max(map(len, spec["ids"])) + spec["new"]
+    llm = LLM(spec["folder"], dtype=spec["dtype"], max_model_len=rows, max_num_seqs=PROMPTS * spec["samples"], seed=0)
+
+    def respond(new: int) -> list[list[int]]:
+        llm.reset_prefix_cache()
+        how = SamplingParams(
+            n=spec["samples"], temperature=1.0, max_tokens=new, stop_token_ids=[spec["end"]], detokenize=False
+        )
+        prompts = [{"prompt_token_ids": ids} for ids in spec["ids"]]
+        return [list(said.token_ids) for found in llm.generate(prompts, how, use_tqdm=False) for said in found.outputs]
+
+    return respond
+
+
+def vllm_served(spec: dict):
+    """A server of this model, all prompts at once. The warm-up asks for other prompts, which it then has not kept."""
+    import asyncio
+
+    import httpx
+
+    async def ask(http: httpx.AsyncClient, model: str, ids: list[int], new: int) -> list[list[int]]:
+        body = {
+            "model": model, "prompt": ids, "max_tokens": new, "n": spec["samples"], "temperature": 1.0, "top_p": 1.0,
+            "top_k": -1, "stop_token_ids": [spec["end"]], "return_token_ids": True,
+        }  # fmt: skip
+        said = (await http.post("/v1/completions", json=body)).raise_for_status().json()
+        return [choice["token_ids"] for choice in said["choices"]]
+
+    async def all_of_them(new: int) -> list[list[int]]:
+        async with httpx.AsyncClient(base_url=spec["vllm"], timeout=None) as http:
+            model = (await http.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
+            asked = spec["ids"] if new == spec["new"] else [ids[::-1] for ids in spec["ids"]]
+            found = await asyncio.gather(*(ask(http, model, ids, new) for ids in asked))
+        return [said for own in found for said in own]
+
+    return lambda new: asyncio.run(all_of_them(new))
 
 
 if __name__ == "__main__":

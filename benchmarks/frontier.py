@@ -1,6 +1,6 @@
 """What recipes/frontier.yaml found, in a table and a figure: gold and proxy reward against KL, by method and setting.
 
-    python -m align.pipeline recipes/frontier.yaml          # about 25 minutes on 2 cores
+    python -m align.pipeline recipes/frontier.yaml          # about an hour on 2 cores
     python benchmarks/frontier.py [runs/frontier/compared/compare.json] [--figure docs/frontier.svg]
 
 Each line is the mean over seeds, with the lowest and the highest of them. The last line is JSON.
@@ -19,8 +19,15 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-KNOBS = ("dpo.beta", "ppo.kl_target")  # what is swept; the other sweep is over seeds
-LOOKS = {"dpo": ("#2563c9", "o"), "ppo_true": ("#c2541b", "s"), "ppo_learned": ("#2e8555", "D")}
+KNOBS = ("dpo.beta", "ppo.kl_target", "grpo.kl_coef")  # what is swept; the other sweep is over seeds
+LOOKS = {
+    "dpo": ("#2563c9", "o"),
+    "dpo_second": ("#7aa7ea", "P"),
+    "ppo_true": ("#c2541b", "s"),
+    "ppo_learned": ("#2e8555", "D"),
+    "grpo_true": ("#e59a6f", "X"),
+    "grpo_learned": ("#7bc49c", "^"),
+}
 
 
 def main() -> None:
@@ -66,6 +73,8 @@ def draw(points: list[dict[str, Any]], found: dict[str, Any], path: Path) -> Non
     figure = Figure(figsize=(7, 4.2))
     axes = figure.subplots()
     for group, (colour, marker) in LOOKS.items():
+        if group not in {point["group"] for point in points}:
+            continue
         own = [point for point in points if point["group"] == group]
         means = [statistics.mean(point["kl"]) for point in own]
         for name, face, line in (("gold", colour, "-"), ("proxy", "none", ":")):

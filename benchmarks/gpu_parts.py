@@ -48,9 +48,9 @@ from align.training.batches import Batches
 from align.training.costs import causal_attended, flops_per_token, matmul_params, mfu, peak_flops, peak_memory
 from align.training.loop import Loop
 from align.training.reference import Reference
+from align.training.rollouts.experience import Experience
 from align.training.rollouts.rewards import Rewards
 from align.training.rollouts.rollout import check_samples
-from align.training.rollouts.watch import Watch
 from align.training.runs.run import Standing
 from align.training.screen import Screen
 from align.training.session import Session
@@ -236,12 +236,12 @@ def ppo_loop(recipe: ppo.Recipe, trunk: Trunk, examples: Drawn) -> Loop:
     scores = Rewards([], trunk)
     scores.parts, scores.scorers = {"reward": recipe.ppo.rewards[0]}, {"reward": scorer}
     roles = Roles(trunk, recipe.lora, scores.scorers, scores.leading, recipe.ppo.generation.temperature, recipe.seed)
-    algorithm = ppo.Algorithm(recipe, roles, scores, Watch(scores, trunk), None)
     session = Session(recipe, process(trunk.device), Console(quiet=True), fresh=True, show=False)
     run = SimpleNamespace(  # it saves and records nothing
         checkpoints=recipe.folder / "checkpoints", standing=Standing(), records=lambda name: []
     )
     data = Prepared(examples, examples, Ledger(), [])
+    algorithm = ppo.Algorithm(recipe, Experience(session, data, roles, scores, recipe.ppo, "ppo"), None)
     loop = Loop(session, run, trunk, data, algorithm, roles, {CRITIC: recipe.ppo.critic_rate(recipe.optim)})
     loop.screen = Screen(session.console, loop.plan.steps)
     loop.learner.model.train()

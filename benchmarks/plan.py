@@ -19,24 +19,7 @@ from typing import Any
 
 import yaml
 
-WORDS = [
-    "the",
-    "river",
-    "runs",
-    "slowly",
-    "past",
-    "old",
-    "houses",
-    "and",
-    "a",
-    "garden",
-    "where",
-    "somebody",
-    "planted",
-    "beans",
-    "last",
-    "spring",
-]
+WORDS = "the river runs slowly past old houses and a garden where somebody planted beans last spring"
 BASE: dict[str, Any] = {
     "seed": 1,
     "model": {"base": "demo/smollm2-135m"},
@@ -48,7 +31,8 @@ BASE: dict[str, Any] = {
 
 def text(words: int, at: int) -> str:
     """So many words, other ones at another place."""
-    return " ".join(WORDS[(i + at) % len(WORDS)] for i in range(words))
+    known = WORDS.split()
+    return " ".join(known[(i + at) % len(known)] for i in range(words))
 
 
 def rows(folder: Path) -> dict[str, Path]:
@@ -78,6 +62,7 @@ def recipes(paths: dict[str, Path], steps: int) -> dict[str, dict[str, Any]]:
     checkpointed = {"model": {"base": "demo/smollm2-135m", "gradient_checkpointing": True}}
     whole = {"lora": None}
     rewards = [{"function": "align.training.rules:sentiment", "name": "rule"}]
+    drawn = {"samples": 2, "generation": {"max_new": 24}}
     return {
         "sft": recipe("sft", "text", 4),
         "sft rows": recipe("sft", "text", 8, batch={"examples": 8, "row_tokens": 512}),
@@ -90,9 +75,9 @@ def recipes(paths: dict[str, Path], steps: int) -> dict[str, dict[str, Any]]:
         "kto": recipe("dpo", "verdicts", 6, dpo={"loss": "kto"}),
         "classify": recipe("classify", "classes", 6),
         "classify last block": recipe("classify", "classes", 6, classify={"train": "last_blocks"}, **whole),
-        "ppo": recipe(
-            "ppo", "prompts", 4, ppo={"rewards": rewards, "samples": 2, "epochs": 2, "generation": {"max_new": 24}}
-        ),
+        "ppo": recipe("ppo", "prompts", 4, ppo=drawn | {"rewards": rewards, "epochs": 2}),
+        "grpo": recipe("grpo", "prompts", 4, grpo=drawn | {"rewards": rewards}),
+        "distill": recipe("distill", "prompts", 4, distill=drawn | {"teacher": {"base": "demo/smollm2-135m"}}),
     }
 
 

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -23,12 +22,27 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-HH = ROOT.parent / "shared" / "data" / "hh_harmless" / "rows_0_1499.jsonl"
-TEMPLATE = ROOT / "data_templates" / "prompts.jsonl"
+from episodes import (
+    ALPHA,
+    EPISODES,
+    HH,
+    NEW,
+    RANK,
+    RATE,
+    ROOT,
+    TEMPLATE,
+    add_arguments,
+    command,
+    common_recipe,
+    measured,
+    rate,
+    run_align,
+    sampling_recipe,
+    written_prompts,
+)
+
 TRL = "trl==1.12.0"
-EPISODES, EPOCHS, NEW, SHORTEST, LONGEST = 16, 4, 48, 16, 192
-RANK, ALPHA, RATE, KL_COEF = 8, 16, 1e-5, 0.05
+EPOCHS, KL_COEF = 4, 0.05
 SETTINGS = {  # episodes in one of TRL's micro-batches, and the dtype of its adapters
     "16 at once": {"rows": 16},
     "4 at once": {"rows": 4},
@@ -38,19 +52,13 @@ SETTINGS = {  # episodes in one of TRL's micro-batches, and the dtype of its ada
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="default: published rows if they are there, else a template's")
-    parser.add_argument("--base", default="demo/smollm2-135m")
+    add_arguments(parser, SETTINGS)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--updates", type=int, default=3, help="the first of them is not counted")
-    parser.add_argument("--rounds", type=int, default=1, help="how often each side runs, in turn")
-    parser.add_argument("--setting", choices=SETTINGS, help="use this of TRL's settings instead of trying all")
     parser.add_argument("--trl", type=Path, help=f"folder that holds {TRL}; default: installed into the cache")
-    parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
         spec = json.loads(args.arm)
-        result = run_align(spec) if spec["arm"] == "align" else run_trl(spec)
+        result = ARMS[spec["arm"]](spec)
         result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(result))
         return
@@ -63,11 +71,14 @@ def compare(args: argparse.Namespace, work: Path) -> None:
     trl = args.trl or installed()
     common = {"base": args.base, "dtype": args.dtype, "threads": args.threads, "work": str(work), "trl": str(trl)}
     print(f"{args.base}, {args.dtype}, {args.threads} threads, {EPISODES} episodes of up to {NEW} tokens an update")
-    common |= json.loads(measured({**common, "arm": "align", "prepare": str(args.data)}, args.threads)["prepared"])
+    prepared = measured(__file__, {**common, "arm": "prepare", "prepare": str(args.data)})
+    common |= {name: prepared[name] for name in ("prompts", "reward")}
 
     def measure(arm: str, samples: int, updates: int, name: str = "") -> dict:
         spec = {**common, "arm": arm, "samples": samples, "updates": updates, "setting": SETTINGS.get(name)}
-        result = measured(spec, args.threads)
+        result = measured(
+            __file__, spec, {"PYTHONPATH": str(trl), "TRL_EXPERIMENTAL_SILENCE": "1"} if arm == "trl" else {}
+        )
         if "error" in result:
             print(f"{arm:5} x{samples} {name}: {result['error']}", flush=True)
             return {"episodes_per_second": 0.0, "peak_bytes": 0, "response_tokens": 0.0}
@@ -130,87 +141,28 @@ def installed() -> Path:
     return folder
 
 
-def measured(spec: dict, threads: int) -> dict:
-    """Run one arm in its own process; its last line is its result."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    if spec["arm"] == "trl":
-        environment |= {"PYTHONPATH": spec["trl"], "TRL_EXPERIMENTAL_SILENCE": "1"}
-    command = [sys.executable, __file__, "--arm", json.dumps(spec)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def prepared(spec: dict) -> dict:
-    """The prompts of the right length as a file, and a reward model on the trunk, of one step."""
+def prepare(spec: dict) -> dict:
+    """The prompts as a file, and a reward model on the trunk, of one step."""
     from align import reward
-    from align.data.formats.prompts import asked, prompts
-    from align.data.mixture import prepare
-    from align.models.base import load_tokenizer
-    from align.models.demo import cache_folder
-    from align.recipe.schema import Data, Model
 
     work = Path(spec["work"])
-    section = Data.model_validate(
-        {"train": [{"path": spec["prepare"]}], "max_length": LONGEST, "overlong": "drop", "invalid": "drop"}
-    )
-    data = prepare(section, load_tokenizer(Model(base=spec["base"])), prompts(), 0, cache_folder()).train
-    rows = [row for row, length in zip(asked(data), data.lengths, strict=True) if length >= SHORTEST]
-    file = work / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": row.messages}) + "\n" for row in rows))
     recipe = common_recipe(spec) | {
         "stage": "reward", "run": str(work / "reward"), "batch": {"examples": 4},
         "data": {"train": [{"path": str(ROOT / "data_templates" / "pairs.jsonl")}], "max_length": 512},
         "reward": {"demonstration_rows": 8}, "train": {"steps": 1},
     }  # fmt: skip
     command(reward, recipe, work)
-    return {"prompts": str(file), "reward": str(work / "reward" / "final")}
+    return {"prompts": str(written_prompts(spec)), "reward": str(work / "reward" / "final")}
 
 
-def common_recipe(spec: dict) -> dict:
-    return {
-        "seed": 0, "model": {"base": spec["base"], "dtype": spec["dtype"]}, "lora": {"r": RANK, "alpha": ALPHA},
-        "log": {"trackers": []},
-    }  # fmt: skip
+def own(spec: dict) -> dict:
+    return {"rewards": [{"adapter": spec["reward"]}], "epochs": EPOCHS, "kl_coef": KL_COEF}
 
 
-def ppo_recipe(spec: dict, run: Path) -> dict:
-    return common_recipe(spec) | {
-        "stage": "ppo", "run": str(run),
-        "data": {"train": [{"path": spec["prompts"]}], "max_length": LONGEST},
-        "batch": {"examples": EPISODES // spec["samples"], "row_tokens": 4096},  # an update in one row
-        "optim": {"learning_rate": RATE, "schedule": "constant", "warmup": 0},
-        "train": {"steps": spec["updates"], "save_every": None},
-        "ppo": {
-            "rewards": [{"adapter": spec["reward"]}], "samples": spec["samples"], "generation": {"max_new": NEW},
-            "epochs": EPOCHS, "kl_coef": KL_COEF,
-        },
-    }  # fmt: skip
-
-
-def command(stage: object, recipe: dict, work: Path) -> None:
-    import yaml
-
-    file = work / f"{Path(recipe['run']).name}.yaml"
-    file.write_text(yaml.safe_dump(recipe))
-    with contextlib.redirect_stdout(io.StringIO()):
-        stage.main([str(file)])
-
-
-def run_align(spec: dict) -> dict:
-    if "prepare" in spec:
-        return {"prepared": json.dumps(prepared(spec))}
+def run_ours(spec: dict) -> dict:
     from align import ppo
 
-    run = Path(tempfile.mkdtemp(dir=spec["work"]))
-    command(ppo, ppo_recipe(spec, run), Path(spec["work"]))
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    counted = [line for line in lines if line["split"] == "train" and line["step"] > 1]
-    return {
-        "episodes_per_second": len(counted) * EPISODES / sum(line["step_seconds"] for line in counted),
-        "response_tokens": sum(line["response_tokens"] for line in counted) / len(counted),
-    }
+    return run_align(spec, ppo, own(spec))
 
 
 def run_trl(spec: dict) -> dict:
@@ -228,7 +180,7 @@ def run_trl(spec: dict) -> dict:
     from align.training.plan import Plan
 
     torch.set_num_threads(spec["threads"])
-    recipe = ppo.Recipe.model_validate(ppo_recipe(spec, Path(spec["work"]) / "unused"))
+    recipe = ppo.Recipe.model_validate(sampling_recipe(spec, "ppo", own(spec), Path(spec["work"]) / "unused"))
     tokenizer = load_tokenizer(recipe.model)
     data = prepare(recipe.data, tokenizer, prompts(), 0, cache_folder()).train
     plan = Plan(recipe, data)
@@ -287,11 +239,10 @@ def run_trl(spec: dict) -> dict:
     ppo_trainer.truncate_response = noted
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train()
-    counted = ends if spec["updates"] == 1 else ends[1:]  # a trial's only update counts whole
-    return {
-        "episodes_per_second": (len(counted) - 1) * EPISODES / (counted[-1] - counted[0]),
-        "response_tokens": sum(lengths) / len(lengths),
-    }
+    return {"episodes_per_second": rate(ends, spec["updates"]), "response_tokens": sum(lengths) / len(lengths)}
+
+
+ARMS = {"prepare": prepare, "align": run_ours, "trl": run_trl}
 
 
 if __name__ == "__main__":

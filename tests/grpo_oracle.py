@@ -35,6 +35,7 @@ class Given(NamedTuple):
     ref_logprobs: Tensor  # (E, T)
     advantages: Tensor  # (E,)
     learnt: Tensor  # (E,) bool
+    importance: Tensor  # (E, T)
 
 
 def made(roles: Roles) -> Given:
@@ -49,7 +50,8 @@ def made(roles: Roles) -> Given:
         now = pad_sequence(roles(batch).logprobs.split(episodes.said.tolist()), batch_first=True)
     mask = now != 0
     old, ref = (now + scale * torch.randn(now.shape, generator=noise) * mask for scale in (0.6, 0.5))
-    return Given(episodes, old, ref, torch.randn(8, generator=noise), torch.ones(8, dtype=torch.bool))
+    advantages, everyone = torch.randn(8, generator=noise), torch.ones(8, dtype=torch.bool)
+    return Given(episodes, old, ref, advantages, everyone, mask.float())
 
 
 def ours(roles: Roles, given: Given, **settings: object) -> Told:
@@ -60,7 +62,8 @@ def ours(roles: Roles, given: Given, **settings: object) -> Told:
     zeros = torch.zeros(8, MOST)
     grids = given.old_logprobs, given.ref_logprobs
     rollout = Rollout(*grids, zeros, torch.zeros(8, MOST + 1), steps[:, 1:], steps, given.episodes.said)
-    targets = Targets(rollout, torch.device("cpu"), grids if grpo.kl == "loss" else grids[:1])
+    known = given.old_logprobs, given.importance, given.ref_logprobs
+    targets = Targets(rollout, torch.device("cpu"), known if grpo.kl == "loss" else known[:2])
     weights = token_weights(grpo, given.episodes.said, given.learnt, torch.arange(8))
     batch = plant([given.episodes.tree(0), given.episodes.tree(1)])
     total, _ = align.grpo.loss(roles, batch, grpo, targets, Share(given.advantages, weights))
@@ -103,7 +106,7 @@ def theirs(trainer: GRPOTrainer | RLOOTrainer, given: Given) -> Told:
         "completion_ids": padded(completions, padding_value=2), "completion_mask": mask,
         "advantages": given.advantages, "num_items_in_batch": mask.sum(),
         "old_per_token_logps": given.old_logprobs, "ref_per_token_logps": given.ref_logprobs,
-        "old_logps": given.old_logprobs.sum(1),
+        "old_logps": given.old_logprobs.sum(1), "importance_sampling_ratio": given.importance,
     }  # fmt: skip
     value = trainer._compute_loss(trainer.model, inputs)
     value.backward()

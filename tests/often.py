@@ -7,6 +7,7 @@ import os
 import pytest
 
 TIMES = int(os.environ.get("ALIGN_FUZZ", "1"))
+REPEATS = int(os.environ.get("ALIGN_REPEATS", "1"))  # of races and kills at random moments, in the slow tests
 
 
 at_length = pytest.mark.skipif(TIMES < 4, reason="takes many minutes: make test-all")

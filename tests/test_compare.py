@@ -13,7 +13,7 @@ from evaluations import compare_sweeps, evaluated, make_sweeps, recipe, result, 
 
 from align.compare import main
 from align.tools.comparison.figures import Pair
-from align.tools.comparison.statistics import Estimate
+from align.training.bootstrap import Estimate
 from align.training.report.plots import duration
 
 
@@ -76,12 +76,40 @@ class TestSweeps:
             figures, _ = result(recipe(tmp_path / f"with_{favourite.name}.yaml", runs, proxy="proxy"))
             assert not any("Over-optimisation" in line for line in figures["summary"])
 
-    def test_several_verdicts_are_told_apart(self, sweeps, tmp_path):
+    def test_three_groups_are_a_table_and_one_verdict(self, sweeps, tmp_path):
+        """dpo9 beats ppo9 at like KL; nothing of another group lies at the KL of the third."""
         third = evaluated(tmp_path / "third", 0.5, 4, training=trained("sft"))
-        figures, _ = result(recipe(tmp_path / "c.yaml", sweeps["dpo9"], sweeps["ppo9"], third))
-        names = ["dpo9 and ppo9", "dpo9 and third", "third and ppo9"]
-        assert len(figures["headlines"]) == 3
-        assert [line.partition(":")[0] for line in figures["summary"][:9]] == names * 3
+        figures, page = result(recipe(tmp_path / "c.yaml", sweeps["dpo9"], sweeps["ppo9"], third))
+        assert figures["headlines"] == ["dpo, ppo and sft: none beats all others"]
+        head, *rows = figures["standings"]
+        assert head == ["Group", "Highest mean gold", "KL there", "Against dpo", "Against ppo", "Against sft"]
+        cells = {row[0]: dict(zip(head[3:], row[3:], strict=True)) for row in rows}
+        assert [cells[name][f"Against {name}"] for name in ("dpo", "ppo", "sft")] == ["–"] * 3
+        assert cells["dpo"]["Against ppo"].startswith("wins ")
+        assert cells["ppo"]["Against dpo"].startswith("loses ")
+        assert "at another KL" in cells["dpo"]["Against sft"]
+        assert "at another KL" not in cells["dpo"]["Against ppo"]
+        assert cells["dpo"]["Against ppo"] in page
+        lines = (tmp_path / "c" / "compare.md").read_text("utf-8").splitlines()
+        assert sum(line.startswith("| Group |") for line in lines) == 1
+        assert len([line for line in figures["summary"] if line.startswith(("dpo: ", "ppo: ", "sft: "))]) == 3
+
+    def test_a_group_that_beats_all_others_is_named(self, sweeps, tmp_path):
+        """Three sweeps with a baseline: counts of pairs at like KL, from both sides."""
+        best = [
+            evaluated(tmp_path / f"best{kl}", 2.0 + kl / 10, kl, seed=kl, training=trained("grpo")) for kl in (1, 4, 9)
+        ]
+        runs = [{"path": [str(sweeps[f"{name}{kl}"]) for kl in (1, 4, 9)], "group": name} for name in ("dpo", "ppo")]
+        runs.append({"path": [str(path) for path in best], "group": "grpo"})
+        figures, page = result(recipe(tmp_path / "c.yaml", *runs, baseline=str(sweeps["sft"])))
+        assert figures["headlines"] == ["grpo beats all others at like KL"]
+        head, *rows = figures["standings"]
+        cells = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+        assert cells["grpo"]["Against dpo"] == cells["grpo"]["Against ppo"] == "3 won of 3"
+        assert cells["dpo"]["Against grpo"] == "3 lost of 3"
+        assert cells["dpo"]["Against the baseline"] == "3 won of 3"
+        assert not any("beat the baseline" in line for line in figures["summary"])
+        assert page.count("grpo beats all others") >= 1
 
     def test_a_run_is_matched_once_with_its_nearest(self, sweeps, tmp_path):
         close = evaluated(tmp_path / "close", 0.8, 4.5, training=trained("dpo"))

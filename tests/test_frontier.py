@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 from world import align, lines, tree
 
 from align import pipeline
@@ -60,7 +62,39 @@ def plan():
     return told.out
 
 
-def test_the_recipe_is_three_sweeps_over_three_seeds(plan):
+SWEEPS = ("dpo", "dpo_second", "ppo_true", "ppo_learned", "grpo_true", "grpo_learned")
+
+
+def test_the_recipe_is_six_sweeps_over_three_seeds(plan):
     kinds = Counter(line.split("[")[0].split(":")[0].strip() for line in plan.splitlines() if line.startswith("  "))
-    for sweep in ("dpo", "ppo_true", "ppo_learned"):
+    for sweep in SWEEPS:
         assert kinds[sweep] == kinds[f"{sweep}_answers"] == 15, sweep
+    assert (kinds["dpo_first"], kinds["dpo_pool"]) == (3, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_recipe_in_small_comes_to_its_table_and_figure(tmp_path, capsys, monkeypatch):
+    """One point of each sweep, a few steps: every group has an answer, and the benchmark draws them."""
+    monkeypatch.chdir(ROOT)
+    recipe = yaml.safe_load((ROOT / "recipes" / "frontier.yaml").read_text("utf-8")) | {"run": str(tmp_path / "run")}
+    for name, stage in recipe["stages"].items():
+        stage["sweep"] = {key: values[:1] for key, values in stage.get("sweep", {}).items()}
+        if "train" in stage:
+            kept = {key: value for key, value in stage["train"].items() if key in ("save_every", "start_from")}
+            stage["train"] = kept | {"steps": 20 if name == "base" else 2}
+        if stage["stage"] == "evaluate":
+            stage["evaluate"]["samples"] = 2
+        for source in stage.get("data", {}).get("train", []):
+            source["limit"] = 400 if name == "base" else 12
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    told = align(path, stage=pipeline)
+    assert told.status == 0, told.err
+    compared = tmp_path / "run" / "compared" / "compare.json"
+    monkeypatch.setattr("sys.argv", ["frontier.py", str(compared), "--figure", str(tmp_path / "frontier.svg")])
+    runpy.run_path(str(ROOT / "benchmarks" / "frontier.py"))["main"]()
+    points = json.loads(capsys.readouterr().out.splitlines()[-1])["points"]
+    assert {point["group"] for point in points} == {*SWEEPS}
+    assert all(len(point["kl"]) == 1 for point in points)
+    assert (tmp_path / "frontier.svg").read_text().startswith("<?xml")

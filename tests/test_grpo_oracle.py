@@ -9,6 +9,7 @@ from models.tiny import tiny_trunk
 from oracle import Told, assert_equal, trained
 
 from align.models.roles import Roles
+from align.objectives.importance import truncated_importance
 from align.recipe.schema import Lora
 
 TEMPERATURE = 0.7
@@ -36,7 +37,7 @@ VARIANTS = {
 }
 PLAIN = {
     "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0, "importance_sampling_level": "token", "entropy_coef": 0.0,
-    "_entropy_bonus_enabled": False,
+    "_entropy_bonus_enabled": False, "use_vllm": False,
 }  # fmt: skip
 
 
@@ -73,6 +74,23 @@ def test_loss_and_gradient_are_those_of_trl(roles, given, grpo, variant, masked)
     assert abs(found.loss) > 1e-3
     assert_equal(found._replace(loss=abs(found.loss)), expected._replace(loss=abs(expected.loss)))
     assert found.loss * expected.loss > 0
+
+
+@pytest.mark.parametrize("variant", ["unbiased KL", "GSPO", "CISPO", "two-sided", "entropy"])
+def test_tokens_of_another_engine_weigh_as_in_trl(roles, given, grpo, variant):
+    """Its truncated importance weights multiply the policy loss, and neither KL nor entropy."""
+    engine = given.old_logprobs + 0.5 * torch.randn(
+        given.old_logprobs.shape, generator=torch.Generator().manual_seed(9)
+    )
+    mask = given.importance > 0
+    weighed = given._replace(importance=truncated_importance(given.old_logprobs, engine, mask, 1.4))
+    assert {0.0} < set((weighed.importance[mask] >= 1.4).float().tolist()), "some are capped"
+    settings, attributes, config = VARIANTS[variant]
+    found = ours(roles, weighed, **({"kl": "none"} | settings))
+    expected = told(grpo, weighed, attributes | {"use_vllm": True, "vllm_importance_sampling_correction": True}, config)
+    assert_equal(found._replace(loss=abs(found.loss)), expected._replace(loss=abs(expected.loss)))
+    assert found.loss * expected.loss > 0
+    assert found.loss != pytest.approx(ours(roles, given, **({"kl": "none"} | settings)).loss, rel=1e-3)
 
 
 def test_length_unbiased_is_length_free_by_sequence(roles, given, grpo):

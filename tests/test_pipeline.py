@@ -39,6 +39,7 @@ SHARED = {
 }
 SFT = {"stage": "sft", "data": {"train": [{"path": "talks.jsonl"}]}}
 DPO = {"stage": "dpo", "model": {"adapter": "${sft}"}, "data": {"train": [{"path": "pairs.jsonl"}]}}
+HELD = SFT["data"] | {"eval": {"fraction": 0.2}}
 BOTH = {"dpo": DPO, "sft": SFT}  # each later in the file than what needs it
 
 
@@ -150,7 +151,11 @@ def test_every_problem_of_every_stage_is_told_at_once_with_its_line(folder):
             "list": DPO | {"sweep": {"data.train.1.path": ["pairs.jsonl"]}},
             "unread": DPO | {"data": {"train": [{"path": "pair.jsonl"}]}},
             "far": SFT | {"stage": "stf"},
-            "best": DPO | {"model": {"adapter": "${sft.best}"}},
+            "best": DPO | {"model": {"adapter": "${good.best}"}},
+            "good": SFT,
+            "kept": SFT | {"data": HELD, "train": {"best": {"metric": "loss", "goal": "least"}}},
+            "taken": DPO | {"model": {"adapter": "${kept.best}"}},
+            "odd": DPO | {"model": {"adapter": "${kept.final}"}},
             "old": DPO | {"model": {"adapter": "runs/gone/final"}},
             "alone": SFT | {"each": "sft"},
             "logs": SFT,
@@ -164,7 +169,8 @@ def test_every_problem_of_every_stage_is_told_at_once_with_its_line(folder):
         f"{line_of(path, '- pairs.jsonl')}: there is no item '1' in a list of 1",
         f"{line_of(path, 'pair.jsonl')}: pair.jsonl: no such file or folder; did you mean 'pairs.jsonl'?",
         f"{line_of(path, 'stage: stf')}: there is no stage 'stf'; did you mean 'sft'?",
-        f"{line_of(path, '${sft.best}')}: ${{sft.best}}: `.best` of a ppo or grpo stage is all that may follow a name",
+        f"{line_of(path, '${good.best}')}: ${{good.best}}: good keeps no `best/`; give it `train.best`",
+        f"{line_of(path, '${kept.final}')}: ${{kept.final}}: `.best` is all that may follow a name",
         f"{line_of(path, 'runs/gone')}: runs/gone/final: no such folder; give the `final/` of a finished run",
         f"{line_of(path, 'each: sft')}: each: 'sft' has no sweep; leave `each` out",
         f"{line_of(path, '  logs:')}: 'logs' cannot be the name of a stage; take letters, digits, - and _",

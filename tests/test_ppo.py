@@ -164,7 +164,7 @@ def test_every_figure_of_the_docs_is_there(finished):
     named = {name for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall("`(.*?)`", cell)}
     parts = {f"score/{name}" for name in ("wordy", "reward", "other", "watching")}
     interval = {"score_low", "score_high"}
-    expected = (named - {"score/<name>", "loss/ptx"} - interval) | parts
+    expected = (named - {"score/<name>", "failures/<name>", "loss/ptx"} - interval) | parts
     held, first = lines(finished / "metrics.jsonl")[:2]
     common = {"step", "split", "epoch", "tokens", "tokens_seen", "step_seconds", "elapsed_seconds", "tokens_per_second"}
     assert set(first) - common == expected

@@ -16,7 +16,9 @@ from align import ppo
 from align.data.formats.prompts import Asked
 from align.recipe.errors import UserError
 from align.training.borders.stops import Signals
-from align.training.rollouts.rewards import Answered, RewardPart, Rewards
+from align.training.rollouts.functions import Function
+from align.training.rollouts.parts import Answered, RewardPart
+from align.training.rollouts.rewards import Rewards
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +115,9 @@ def check_any(body: list[str]) -> None:
     names: dict = {}
     exec(f"{IMPORTS}def score(prompts, responses, rows):\n{lines}", names)
     rewards = Rewards.__new__(Rewards)
-    rewards.parts = {"score": RewardPart(function="mine:score")}
-    rewards.judges, rewards.scorers, rewards.functions = {}, {}, {"score": names["score"]}
+    part = RewardPart(function="mine:score")
+    rewards.parts, rewards.failed, rewards.judges, rewards.scorers = {"score": part}, {}, {}, {}
+    rewards.functions = {"score": Function(part, names["score"], "ppo.rewards.0")}
     answered = [Answered(Asked({"text": "a"}, None, "a"), "a", response) for response in ("x", "y")]
     before = os.getcwd()
     try:

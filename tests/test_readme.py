@@ -13,8 +13,9 @@ import pytest
 
 import align
 from align import classify, distill, dpo, grpo, ppo, reward, sft
+from align.recipe.engine import Server
 from align.recipe.help import arms, is_section, sections
-from align.recipe.schema import BaseRecipe, Source
+from align.recipe.schema import Section, Source
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "README.zh.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -66,16 +67,17 @@ def test_the_design_names_every_file_of_the_package():
     assert [name for name in files if f"`{name}`" not in text and f"/{name}`" not in text] == []
 
 
-def defaults(recipe: type[BaseRecipe]) -> dict[str, str]:
-    """Every key of a recipe with its default, as the pages write it. What sources hold is told once, under `data`."""
+def defaults(recipe: type[Section]) -> dict[str, str]:
+    """Every key of a recipe with its default, as the pages write it. What sources hold is told once, under `data`, and
+    what a server's section holds on a page of its own."""
     written = {}
     for section, kind in sections(recipe):
         within = section.startswith("data.")
-        if section == "data.eval.sources.0" or (kind is Source and not within):
+        if section == "data.eval.sources.0" or (kind is Source and not within) or section.endswith(".engine"):
             continue
         for key, field in kind.model_fields.items():
             nested = [get_args(arm)[0] if get_origin(arm) is list else arm for arm in arms(field.annotation)]
-            if not any(map(is_section, nested)) or (nested == [Source] and section not in ("data", "data.eval")):
+            if not all(map(is_section, nested)) or (nested == [Source] and section not in ("data", "data.eval")):
                 default = "required" if field.is_required() else field.get_default(call_default_factory=True)
                 name = f"{section}.{key}".lstrip(".")
                 written[name] = default if isinstance(default, str) else json.dumps(default)
@@ -100,6 +102,10 @@ def test_the_page_of_another_stage_lists_its_own_keys_and_sft_has_the_others(sta
     assert listed(f"{name}.md") == {key: wanted[key] for key in own}
     common = defaults(sft.Recipe)
     assert {key: wanted[key] for key in wanted.keys() - own} == {key: common[key] for key in wanted.keys() - own}
+
+
+def test_the_page_of_servers_lists_every_key_of_their_section():
+    assert listed("rollouts.md") == defaults(Server)
 
 
 @pytest.mark.parametrize("stage", [reward, dpo], ids=lambda stage: stage.__name__)

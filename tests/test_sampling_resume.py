@@ -20,6 +20,7 @@ SETTINGS = {
     distill: {"on_policy": 0.7, "divergence": "jsd"},
 }
 STEPS = 3
+GENERATE = {"max_rows": 2, "scores": [{"function": "ppo_start:watching"}], "generation": {"max_new": 4}}
 
 
 @pytest.fixture(scope="module", params=SETTINGS, ids=lambda stage: stage.__name__)
@@ -28,7 +29,7 @@ def whole(request, world, cache, tmp_path_factory):
     stage, folder = request.param, tmp_path_factory.mktemp("whole")
     start = make_start(world, cache, tmp_path_factory)
     make_teacher(world, start, cache)
-    train = {"steps": STEPS, "eval_every": 2, "save_every": 1}
+    train = {"steps": STEPS, "eval_every": 2, "save_every": 1, "generate": GENERATE}
     recipe = recipe_of(world, start, folder / "run.yaml", stage, SETTINGS[stage], train=train)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGN_CACHE", str(cache))
@@ -51,6 +52,7 @@ def test_killed_and_gone_on_with_a_run_ends_equal(whole, here):
     assert weights(run).keys() == weights(reference).keys()
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(reference).items())
     assert set(tree(run)) == set(tree(reference))
+    assert lines(run / "answers.jsonl") == lines(reference / "answers.jsonl")
     if stage is grpo:
         assert lines(run / "episodes.jsonl") == lines(reference / "episodes.jsonl")
 
@@ -63,6 +65,7 @@ def test_two_processes_are_as_one(whole, here):
     for found, record in zip(metrics(here / "two"), metrics(reference), strict=True):
         exact = ("step", "split", "tokens_seen", "response_tokens", "sampled_tokens", "learnt_groups", "updates")
         assert [found.get(name) for name in exact] == [record.get(name) for name in exact]
+        assert found.get("generate/watching") == record.get("generate/watching")
         assert flat(found) == pytest.approx(flat(record), rel=1e-4, abs=1e-4)
 
 
@@ -77,7 +80,8 @@ def test_a_trunk_in_shards_samples_and_learns_as_a_whole_one(world, cache, here,
         "grpo": (grpo, {"kl": "reward", "rewards": [{"adapter": str(start.reward)}]}),
         "beside": (distill, {"on_policy": 0.5}),
     }
-    train = {"steps": 2, "eval_every": 1, "save_every": 1}
+    scores = [{"adapter": str(start.reward), "name": "gold"}, *GENERATE["scores"]]
+    train = {"steps": 2, "eval_every": 1, "save_every": 1, "generate": GENERATE | {"scores": scores}}
     jobs = [
         Job(
             stage.__name__.removeprefix("align."),

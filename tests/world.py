@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 import yaml
 from data.voices import SMOLLM, tiny_tokenizer
@@ -172,6 +173,11 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
+
+
+def alive(*pids: int) -> bool:
+    """Whether any of these processes still runs."""
+    return any(psutil.pid_exists(n) and psutil.Process(n).status() != psutil.STATUS_ZOMBIE for n in pids)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -8,12 +8,14 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from align.data.store import Store
+from align.data.proportions import passes_of
+from align.data.store import Left, Store
 from align.data.trees import Tree
 from align.recipe.schema import Source
 
@@ -27,6 +29,7 @@ class Part(NamedTuple):
     store: Store
     rows: np.ndarray  # (k,) int64, ascending indices into the store
     chunks: np.ndarray | None = None  # (k, 2) int64, first and last token (excluded) of a chunk; 0 and 0 for whole rows
+    left: Left | None = None  # the rows that steps of preparation left of the source, where there were any
 
     def less(self, drop: np.ndarray) -> Part:
         """Without the rows where `drop`, (k,) bool, is True."""
@@ -75,12 +78,20 @@ class Examples:
 
     targets: Sequence[tuple[float, ...]] | None = None  # in place of the store's
 
-    def __init__(self, parts: list[Part], max_length: int) -> None:
+    def __init__(self, parts: list[Part], max_length: int, weigh_by: Literal["rows", "tokens"] = "rows") -> None:
         self.parts, self.max_length = parts, max_length
         self.starts = np.cumsum([0, *(len(part.rows) for part in parts)])
         measured = [_measured(part, max_length) for part in parts] or [[np.zeros(0, np.int64)] * 4]
         # Each (n,) int64: distinct tokens, trained tokens, tokens of the longest path, root-to-leaf paths.
         self.lengths, self.labels, self.longest, self.paths = map(joined, zip(*measured, strict=True))
+        weights = [part.source.weight for part in parts]
+        # (sources,) passes over each in an epoch
+        self.passes = np.array(weights) if weigh_by == "rows" else passes_of(weights, self.tokens)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of each source."""
+        return [int(self.lengths[a:b].sum()) for a, b in pairwise(self.starts)]
 
     @property
     def room(self) -> np.ndarray:
@@ -115,8 +126,8 @@ class Examples:
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Examples of one epoch, (m,) int64: a function of its arguments alone.
 
-        A source of n rows and weight w gives round(w * n) of them. It deals its rows from one seeded shuffle
-        after another and goes on where the last epoch stopped, so over the epochs all rows come equally
+        A source of n rows that p passes are made over gives round(p * n) of them. It deals its rows from one seeded
+        shuffle after another and goes on where the last epoch stopped, so over the epochs all rows come equally
         often.
         """
         dealt = []
@@ -124,7 +135,7 @@ class Examples:
             n = len(part.rows)
             if n == 0:
                 continue
-            count = max(1, round(part.source.weight * n))
+            count = max(1, round(self.passes[number] * n))
             first, last = epoch * count, (epoch + 1) * count
             shuffles = range(first // n, -(-last // n))
             stream = np.concatenate([np.random.default_rng([seed, 1, number, k]).permutation(n) for k in shuffles])

@@ -8,7 +8,7 @@ ledger.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -24,8 +24,11 @@ from align.data.files.paths import is_hub_id, survey
 from align.data.fitting import NAMED, chunked, counted, fitted
 from align.data.formats.reading import Reading
 from align.data.formats.shown import shown
-from align.data.store import Progress, stored
+from align.data.preparing.stage import cleaned
+from align.data.prompt_set import PromptSet
+from align.data.store import Left, Progress, stored
 from align.recipe.errors import UserError, printable
+from align.recipe.functions import Border
 from align.recipe.schema import Data, Source
 
 
@@ -36,6 +39,7 @@ class Prepared(NamedTuple):
     eval: Examples
     ledger: Ledger
     summary: list[str]  # lines for the screen
+    prompts: PromptSet | None = None  # that are answered while the run trains
 
     def named(self, name: str) -> list[str]:
         """The summary of rows that a run reads beside its own, all of which it learns from."""
@@ -57,9 +61,10 @@ def prepare(
     seed: int,
     cache: Path,
     progress: Progress | None = None,
+    border: Border | None = None,
 ) -> Prepared:
     """Read, tokenise (or find in `cache`), filter and split. Let one process call it first; the others then
-    find all.
+    find all. `border`: around functions of the user's own that rows pass; without one, there may be none.
 
     Raises UserError, with every problem at once, for sources that cannot be read, rows that cannot be taken
     or are too long where the recipe asks for an error, and a side that is left without rows.
@@ -69,9 +74,14 @@ def prepare(
             "data.overlong: chunk cuts texts that a model learns to write, which is what align.sft does; this stage "
             "takes whole rows: set drop, truncate or error"
         )
-    train, notes = _parts(data.train, tokenizer, reading, cache, progress)
-    held, more = _parts(data.eval.sources, tokenizer, reading, cache, progress)
-    ledger = Ledger()
+    ledger, left = Ledger(), list[Left | None]([None] * len(data.train))
+    if data.prepare:
+        prepared = cleaned(data, reading.formats, seed, cache, border, progress or _untold)
+        prepared.enter(ledger)
+        left = [prepared.source(place) for place in range(len(data.train))]
+    train, notes = _parts(data.train, left, tokenizer, reading, cache, progress)
+    held, more = _parts(data.eval.sources, [None] * len(data.eval.sources), tokenizer, reading, cache, progress)
+    gone = ledger.dropped.total()
     problems = _invalid(data, train + held, ledger)
     (train, held), long = fitted(data, [train, held], ledger)
     if problems or long:
@@ -87,7 +97,7 @@ def prepare(
         )
     if data.overlong == "chunk":
         train, held = ([chunked(part, data.max_length, ledger) for part in parts] for parts in (train, held))
-    read = sum(part.store.rows for part in (*train, *held))
+    read = gone + sum(part.store.rows for part in (*train, *held))
     _some(train, "train", read, ledger)
     if data.eval.fraction:
         train, held = split_by_prompt(train, data.eval.fraction, data.eval.max_rows, seed)
@@ -107,23 +117,24 @@ def prepare(
             for part in train
         ]
         _some(train, "train", read, ledger)
-    sides = Examples(train, data.max_length), Examples(held, data.max_length)
+    sides = Examples(train, data.max_length, data.weigh_by), Examples(held, data.max_length)
     duplicates = sum(int(mask.sum()) for masks in copies for mask in masks)
     notes = [*dict.fromkeys(notes + more), *_summary(*sides, ledger, read, duplicates)]
+    notes += proportions(sides[0]) if data.weigh_by == "tokens" else []
     notes += reading.survey(*sides) if reading.survey else []
     return Prepared(*sides, ledger, list(map(shown, notes)))
 
 
 @contextmanager
 def counting(console: Console) -> Iterator[Progress]:
-    """A `progress` that shows, after 2 s, how many rows are tokenised; off a terminal, a line each 10 s."""
+    """A `progress` that shows, after 2 s, how many rows are done of what; off a terminal, a line each 10 s."""
     started = told = time.monotonic()
     status = console.status("")
 
-    def tell(source: str, rows: int) -> None:
+    def tell(doing: str, rows: int) -> None:
         nonlocal told
         now = time.monotonic()
-        line = f"tokenising {source}: {rows:,} rows"
+        line = f"{doing}: {rows:,} rows"
         if console.is_terminal and now - started > 2:
             status.update(Text(printable(line)))  # the name of a file is no markup
             status.start()
@@ -139,23 +150,28 @@ def counting(console: Console) -> Iterator[Progress]:
 
 def _parts(
     sources: list[Source],
+    left: Sequence[Left | None],
     tokenizer: PreTrainedTokenizerBase,
     reading: Reading,
     cache: Path,
     progress: Progress | None,
 ) -> tuple[list[Part], list[str]]:
-    """The rows of all sources, and what is to be said of links among their files."""
+    """The rows of all sources, or what is `left` of them, and what is to be said of links among their files."""
     parts, notes, problems = [], [], []
-    for source in sources:
+    for source, rest in zip(sources, left, strict=True):
         try:
-            store = stored(source, tokenizer, reading, cache, progress)
+            store = stored(source, tokenizer, reading, cache, progress, rest)
             notes += [] if is_hub_id(source.path) else survey(source.path).remarks
-            parts.append(Part(source, store, np.arange(len(store.line))))
+            parts.append(Part(source, store, np.arange(len(store.line)), left=rest))
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(*problems)
     return parts, notes
+
+
+def _untold(doing: str, rows: int) -> None:
+    """For nobody."""
 
 
 def _invalid(data: Data, parts: list[Part], ledger: Ledger) -> list[str]:
@@ -207,6 +223,19 @@ def split_by_prompt(parts: list[Part], fraction: float, most: int | None, seed: 
         [part.less(mask) for part, mask in zip(parts, masks, strict=True)],
         [part.less(~mask) for part, mask in zip(parts, masks, strict=True)],
     )
+
+
+def proportions(train: Examples) -> list[str]:
+    """Of each source, in lines, the share of an epoch's tokens that its weight asks for, and the one that it has."""
+    sizes = np.diff(train.starts)
+    wanted = np.where(sizes > 0, [part.source.weight for part in train.parts], 0.0)
+    rows = np.where(sizes > 0, np.maximum(1, np.round(train.passes * sizes)), 0)
+    seen = rows * np.array(train.tokens) / np.maximum(sizes, 1)
+    return [
+        f"train: {part.source.path}: {100 * want / wanted.sum():.1f} % of the tokens wanted, "
+        f"{100 * has / seen.sum():.1f} % in an epoch ({passes:.3g} passes over its {counted(n)})"
+        for part, want, has, passes, n in zip(train.parts, wanted, seen, train.passes, sizes.tolist(), strict=True)
+    ]
 
 
 def at_most(parts: list[Part], most: int | None, seed: int, ledger: Ledger, key: str) -> list[Part]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b, file_digest, sha256
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from align.data.files.paths import data_files, is_hub_id
 from align.data.formats.formats import find, read_rows
 from align.data.formats.reading import Reading
-from align.data.formats.rows import Fault, Row
+from align.data.formats.rows import Fault, Formats, Row
 from align.data.templates.chats import chat_of
 from align.data.templates.render import prompt_key
 from align.data.trees import Tree
@@ -47,7 +47,21 @@ COLUMNS = {
 }
 FILES = ("tokens.bin", "trained.bin", "index.npz", "about.json")
 
-Progress = Callable[[str, int], None]  # (source, rows so far)
+Progress = Callable[[str, int], None]  # (what is going on, rows so far)
+
+
+class Left(Protocol):
+    """Rows that are left of a source by steps of preparation."""
+
+    key: list[Any]  # all that they depend on besides the source
+
+    def rows(self) -> Iterator[Row]:
+        """In the order of the source."""
+        ...
+
+    def records(self) -> Iterator[tuple[dict[str, Any], Row]]:
+        """The same with their records."""
+        ...
 
 
 class Store(NamedTuple):
@@ -113,11 +127,12 @@ def stored(
     reading: Reading,
     cache: Path,
     progress: Progress | None = None,
+    left: Left | None = None,
 ) -> Store:
-    """The source's store from the cache, built if it is not there or damaged. Raises UserError as `read_rows`
-    does.
+    """The store of the source, or of the rows that are left of it, from the cache, built if it is not there or damaged.
+    Raises UserError as `read_rows` does.
     """
-    folder = cache / "tokens" / _key(source, tokenizer, reading)
+    folder = cache / "tokens" / _key(source, tokenizer, reading, left)
     if _whole(folder):
         return _open(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +142,7 @@ def stored(
             shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
             beside.mkdir()
             try:
-                _build(beside, source, tokenizer, reading, progress)
+                _build(beside, source, tokenizer, reading, progress, left)
                 shutil.rmtree(folder, ignore_errors=True)
                 beside.rename(folder)
             finally:
@@ -141,6 +156,7 @@ def _build(
     tokenizer: PreTrainedTokenizerBase,
     reading: Reading,
     progress: Progress | None,
+    left: Left | None,
 ) -> None:
     columns = {name: array(kind) for name, kind in COLUMNS.items()}
     columns["segments"].append(0)
@@ -149,7 +165,7 @@ def _build(
     faults, repairs, rows = [], [], 0
     remarks: Counter[tuple[str, str]] = Counter()  # (file, remark) -> rows
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as marks:
-        for batch in _batches(read_rows(source, reading.formats)):
+        for batch in _batches(left.rows() if left else read_rows(source, reading.formats)):
             trees = iter(reading.render([row for row in batch if isinstance(row, Row)], tokenizer))
             for row in batch:
                 tree = row if isinstance(row, Fault) else next(trees)
@@ -178,7 +194,7 @@ def _build(
                 columns["content"].append(int.from_bytes(content.digest(), "little"))
             rows += len(batch)
             if progress:
-                progress(source.path, rows)
+                progress(f"tokenising {source.path}", rows)
     np.savez(folder / "index.npz", **{name: np.array(column) for name, column in columns.items()})
     about = {
         "files": list(files),
@@ -217,13 +233,14 @@ def _whole(folder: Path) -> bool:
         return False
 
 
-def _key(source: Source, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> str:
+def _key(source: Source, tokenizer: PreTrainedTokenizerBase, reading: Reading, left: Left | None) -> str:
     about = {
         "version": VERSION,
-        "content": _content(source, reading),
+        "content": content_of(source, reading.formats),
         "source": source.model_dump(include={"format", "columns", "turn_keys", "roles", "control_tokens", "limit"}),
         **writer_of(tokenizer),
         "reading": reading.name,
+        **({"left": left.key} if left else {}),
     }
     return sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -239,12 +256,12 @@ def writer_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def _content(source: Source, reading: Reading) -> Any:
+def content_of(source: Source, formats: Formats) -> list[list[str]]:
     """Names and hashes of the source's files; of a hub data set, which has none here, a hash of its rows."""
     if not is_hub_id(source.path):
         return [[str(path), _hashed(path)] for path in data_files(source.path)]
     rows = sha256()
-    for row in read_rows(source, reading.formats):
+    for row in read_rows(source, formats):
         rows.update(json.dumps(row).encode())
     return [[source.path, source.name, source.split, rows.hexdigest()]]
 

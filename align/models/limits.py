@@ -123,13 +123,15 @@ def _no_row(limits: Limits, tokenizer: Tokenizer, token: int, where: str) -> str
     )
 
 
-def check_prompt(limits: Limits, tokenizer: Tokenizer, ids: Sequence[int], room: int, where: str) -> list[str]:
-    """Problems of one prompt that is answered by at most `room` tokens; `where` it stands."""
+def check_prompt(
+    limits: Limits, tokenizer: Tokenizer, ids: Sequence[int], room: int, where: str, key: str = "log.sample_tokens"
+) -> list[str]:
+    """Problems of one prompt that is answered by at most `room` tokens, as `key` says; `where` it stands."""
     problems = [_no_row(limits, tokenizer, token, where) for token in sorted({i for i in ids if i >= limits.rows})]
     if limits.positions and len(ids) + room > limits.positions:
         problems.append(
             f"{where}: {len(ids):,} tokens and an answer of up to {room:,} are more than the {limits.positions:,} "
-            f"positions of {limits.name}; shorten it, or lower log.sample_tokens"
+            f"positions of {limits.name}; shorten it, or lower {key}"
         )
     return problems
 

@@ -1,5 +1,5 @@
 """The roles of PPO and GRPO on one trunk: actor, critic, reward and reference share its weights and differ in an
-adapter.
+adapter. And reward models beside whatever else trains on a trunk.
 
 The actor's adapter starts at zero, so that actor and reference are equal; the critic's is a copy of the reward's, and
 so is its head, in the units of the normalised score. Without a reward on this trunk, the critic starts at zero. GRPO
@@ -90,14 +90,14 @@ class Roles(nn.Module):
         self.trunk, self.temperature = trunk, temperature
         self.heads = nn.ModuleDict()
         for role, scorer in scorers.items():
-            self._add(role, scorer.lora, seed, scorer)
+            add_role(trunk, role, scorer.lora, seed, scorer)
             self.heads[role] = _head(scorer.head, trunk)
         if critic and leading is None:
-            self._add(CRITIC, lora, seed)
+            add_role(trunk, CRITIC, lora, seed)
             self.heads[CRITIC] = _head(torch.zeros(1, trunk.width), trunk)
         elif critic:
             first = scorers[leading]
-            self._add(CRITIC, first.lora, seed, first)
+            add_role(trunk, CRITIC, first.lora, seed, first)
             spread = first.std or 1.0
             self.heads[CRITIC] = _head(first.head / spread, trunk, -first.mean / spread)
         trunk.take_in()
@@ -128,9 +128,7 @@ class Roles(nn.Module):
 
     def scores(self, role: str, forest: Forest, where: Tensor) -> Tensor:
         """A role's score of the given positions, flat indices (m,) -> (m,) float32."""
-        with self.trunk.acting(role), self.trunk.autocast():
-            states = self.trunk.hidden(forest, where)
-        return self.heads[role](states.float())[:, 0]
+        return _scores(self.trunk, role, self.heads[role], forest, where)
 
     def saved(self) -> dict[str, nn.Parameter]:
         """What a result holds, by name: the actor."""
@@ -141,16 +139,40 @@ class Roles(nn.Module):
         """The actor, as `Trunk.save` writes it."""
         self.trunk.save(folder, {name.removeprefix("trunk."): tensor for name, tensor in weights.items()}, about)
 
-    def _add(self, role: str, lora: Lora, seed: int, start: Scorer | None = None) -> None:
-        """A role of its own, which begins as `start`."""
-        causal = self.trunk.causal
-        check_targets(self.trunk.plain, lora)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed + 1)
-            with self.trunk.whole() if lora.dora else nullcontext():  # DoRA starts at the length of each weight's rows
-                causal.add_adapter(role, lora_config(lora, self.trunk.plain))
-        if start:
-            put(causal, start.weights, role, f"the adapter {start.folder}")
+
+class Scorers:
+    """Reward models on a trunk that something else trains: frozen adapters, each with its head."""
+
+    def __init__(self, trunk: Trunk, scorers: dict[str, Scorer], seed: int) -> None:
+        """What trained before trains after."""
+        self.trunk = trunk
+        self.heads = {role: _head(scorer.head, trunk).requires_grad_(False) for role, scorer in scorers.items()}
+        learnt = {name for name, parameter in trunk.named_parameters() if parameter.requires_grad}
+        for role, scorer in scorers.items():
+            add_role(trunk, self._adapter(role), scorer.lora, seed, scorer)
+        if scorers:
+            trunk.take_in()
+            for name, parameter in trunk.named_parameters():
+                parameter.requires_grad_(name in learnt)
+
+    def scores(self, role: str, forest: Forest, where: Tensor) -> Tensor:
+        """A score of the given positions, flat indices (m,) -> (m,) float32."""
+        return _scores(self.trunk, self._adapter(role), self.heads[role], forest, where)
+
+    @staticmethod
+    def _adapter(role: str) -> str:
+        return f"scorer_{role}"  # a run may have a role of the same name
+
+
+def add_role(trunk: Trunk, role: str, lora: Lora, seed: int, start: Scorer | None = None) -> None:
+    """Another adapter on the trunk, which begins as `start`; `Trunk.take_in` is to follow."""
+    check_targets(trunk.plain, lora)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 1)
+        with trunk.whole() if lora.dora else nullcontext():  # DoRA starts at the length of each weight's rows
+            trunk.causal.add_adapter(role, lora_config(lora, trunk.plain))
+    if start:
+        put(trunk.causal, start.weights, role, f"the adapter {start.folder}")
 
 
 def steps(forest: Forest) -> Tensor:
@@ -158,6 +180,12 @@ def steps(forest: Forest) -> Tensor:
     places = torch.cat([forest.where, forest.ends])
     path = torch.cat([forest.path, torch.arange(forest.paths, device=forest.path.device)])
     return places[path.argsort(stable=True)]
+
+
+def _scores(trunk: Trunk, adapter: str, head: nn.Module, forest: Forest, where: Tensor) -> Tensor:
+    with trunk.acting(adapter), trunk.autocast():
+        states = trunk.hidden(forest, where)
+    return head(states.float())[:, 0]
 
 
 def _head(weight: Tensor, trunk: Trunk, bias: float = 0.0) -> nn.Linear:

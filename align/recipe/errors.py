@@ -35,3 +35,15 @@ class UserError(ValueError):
         assert problems, "a UserError names at least one problem"
         self.problems = tuple(printable(problem).replace("\n", "\\n") for problem in problems)
         super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, ...]]:
+        return UserError, self.problems  # as it comes from another process
+
+
+def reason(error: BaseException) -> str:
+    """An exception in a line: its type and the first line of what it says."""
+    try:
+        said = str(error).strip().splitlines()
+    except BaseException:  # it cannot even say so
+        said = []
+    return f"{type(error).__name__}: {said[0][:300]}" if said else type(error).__name__

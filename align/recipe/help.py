@@ -47,7 +47,7 @@ def recipe_help(recipe_type: type[BaseModel], program: str) -> str:
         homes[kind] = name
         lines += ["", _filled(f"{name}: {kind.__doc__}" if name else "At the top level:")]
         for key, field in kind.model_fields.items():
-            if not any(map(is_section, arms(field.annotation))):
+            if not all(map(is_section, arms(field.annotation))):
                 full = f"{name}.{key}".lstrip(".")
                 lines += ["", _filled(f"{full}: {words(field.rebuild_annotation())}{_default(field)}", 2, 4)]
                 lines += [_filled(field.description, 6, 6)] if field.description else []

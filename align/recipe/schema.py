@@ -8,21 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from align.recipe.paths import Location
+from align.recipe.preparing.preparation import Preparation
+from align.recipe.section import Fraction, PositiveInt, Section
+from align.recipe.source import Source
+from align.recipe.train import Train
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 OTHER_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica", "eva", "orthogonal")  # of peft
-
-
-class Section(BaseModel):
-    """Base of all sections: strict types, frozen, no key it does not know."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class Model(Section):
@@ -110,37 +104,6 @@ class Lora(Section):
         return init
 
 
-class Source(Section):
-    """One place that rows come from."""
-
-    path: Location
-    """A JSON, JSONL, CSV, TSV, Parquet or text file (also `.gz`), a folder of them, a pattern such as `data/*.jsonl` or
-    `data/**/*.csv`, or a hub data set id."""
-    format: Literal[
-        "auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text",
-        "pairs", "transcripts", "ranked", "labelled", "classes", "prompts",
-    ] = "auto"  # fmt: skip
-    """The shape of its rows. `auto` looks at the columns and prints what it found."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over this source in one epoch: 2.0 shows every row twice, 0.5 a seeded half."""
-    columns: dict[str, str | None] = Field(default_factory=dict)
-    """Rename columns: the format's name to the file's, for example `{prompt: question, completion: answer}`. A column
-    mapped to null is not read: `{label: null}`."""
-    turn_keys: dict[str, str] = Field(default_factory=dict)
-    """Rename the keys of turns: ours to the file's, for example `{role: speaker, content: utterance}`."""
-    roles: dict[str, Literal["system", "user", "assistant", "tool", "tool_call"]] = Field(default_factory=dict)
-    """Who speaks: the file's name to the role, for example `{customer: user, agent: assistant}`."""
-    control_tokens: bool = False
-    """Words such as `<|im_end|>` in these rows are control tokens, as in texts that a chat template has written before.
-    Otherwise they are text."""
-    limit: PositiveInt | None = None
-    """Read only this many rows."""
-    name: str | None = None
-    """Configuration of a hub data set."""
-    split: str = "train"
-    """Split of a hub data set."""
-
-
 class Eval(Section):
     """Held-out rows: a seeded share of the training rows, or sources of their own."""
 
@@ -166,6 +129,9 @@ class Data(Section):
 
     train: list[Source] = Field(min_length=1)
     """The sources, mixed by their weights in a seeded order."""
+    weigh_by: Literal["rows", "tokens"] = "rows"
+    """What a source's `weight` counts. `rows`: passes over its rows in one epoch. `tokens`: parts of an epoch's tokens,
+    so that weights 3 and 1 give three quarters and one; an epoch is as many tokens as all sources have."""
     eval: Eval = Field(default_factory=Eval)
     """The held-out rows."""
     max_length: PositiveInt = 1024
@@ -177,6 +143,8 @@ class Data(Section):
     """What happens to a row that cannot be taken (no assistant turn, empty content, …). Drops go to ledger.jsonl."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Exact duplicates are always counted; `drop` keeps the first of each."""
+    prepare: Preparation | None = None
+    """Steps of `align.prepare` that rows to train on pass before they become tokens. Default: none."""
 
 
 class Batch(Section):
@@ -212,27 +180,6 @@ class Optim(Section):
     """Added to the denominator."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the global gradient norm to this; 0 does not clip."""
-
-
-class Train(Section):
-    """How long, and how often to look and to save."""
-
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the mixture; fractions are allowed."""
-    steps: PositiveInt | None = None
-    """Stop after this many optimizer steps instead of `epochs`."""
-    eval_every: PositiveInt | None = None
-    """Steps between evaluations; there is always one before the first step and one after the last."""
-    save_every: PositiveInt | None = 100
-    """Steps between checkpoints; there is always one at the end, and one when the run is stopped."""
-    keep: PositiveInt = 2
-    """How many of the newest checkpoints stay on disk."""
-    shard: Literal["none", "layers"] = "none"
-    """With several processes: `layers` leaves a part of each weight on every process, and gathers a layer's while it
-    computes, so that a trunk need not fit on one device. The numbers stay the same. A launcher's FSDP means this."""
-    start_from: Location | None = None
-    """Weights to train on: an earlier run's folder, one of its checkpoints, or its `final/` or `best/`, with the same
-    trunk and the same `lora`. Steps, schedule and order are this run's own. Default: new weights."""
 
 
 class Log(Section):
@@ -292,6 +239,13 @@ class BaseRecipe(Section):
             )
         if self.model.config and self.model.init != "random":
             raise ValueError("`model.config` needs `model.init: random`")
+        train, held = self.train, self.data.eval
+        if not (held.fraction or held.sources or getattr(train, "generate", None)):
+            asked = [
+                name for name in ("best", "patience") if getattr(train, name) != type(train).model_fields[name].default
+            ]
+            if asked:
+                raise ValueError(f"`train.{asked[0]}` needs held-out rows to evaluate: give `data.eval`")
         return self
 
     @property

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 
 import psutil
@@ -20,20 +19,19 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from align.recipe.errors import UserError
+from align.recipe.errors import UserError, reason
 from align.recipe.load import parse_command
 from align.recipe.schema import BaseRecipe
 from align.training import zero
 from align.training.borders.border import border, shows
-from align.training.borders.foreign import reason
 from align.training.borders.peers import Peers
 from align.training.borders.processes import PATIENCE, FirstFailed, FirstRefused
 from align.training.borders.stops import Signals, Stopped
+from align.training.heap import keep_freed_memory
 from align.training.session import Session
 from align.training.shards import fsdp_asked
 
 TOGETHER = 2.0  # seconds: of one Ctrl-C, a stage hears from the terminal and from its launcher
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MENDED = (OSError, MemoryError, torch.OutOfMemoryError)  # what the user can mend, besides UserError
 MEMORY = (
     "lower batch.row_tokens, or batch.cache_tokens where it samples, set model.gradient_checkpointing=true, or choose "
@@ -179,16 +177,6 @@ def _use_all_cores() -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def keep_freed_memory() -> None:
-    """A step needs again what the last one freed. glibc would give it back to the system, and every page would be made
-    anew, which takes some 4 % of a step on a CPU."""
-    if sys.platform == "linux" and not torch.cuda.is_available():
-        with suppress(AttributeError):  # another C library
-            tune = ctypes.CDLL(None).mallopt
-            if tune(M_MMAP_THRESHOLD, 2**30) or tune(M_MMAP_THRESHOLD, 2**25):  # the most that older ones take
-                tune(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _quiet_libraries() -> None:

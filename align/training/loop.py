@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ from align.data.trees import Forest
 from align.models import acceleration
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
-from align.training import telling
+from align.training import best, telling
+from align.training.answers.answers import Answers
 from align.training.batches import Batches
 from align.training.borders.stops import Stopped
 from align.training.learner import Learner, Work
@@ -35,12 +37,15 @@ from align.training.planning.forecast import planned_rows
 from align.training.runs.checkpoint import CheckpointWriter, published
 from align.training.runs.run import Run
 from align.training.runs.start import find_start, start_from, terms_of
-from align.training.runs.state import restore
+from align.training.runs.state import kept_portions, restore
 from align.training.screen import Screen
 from align.training.session import Session
 from align.training.shards import let_go
 from align.training.zero import stage_of
 from align.training.zero_learner import ZeroLearner
+
+if TYPE_CHECKING:
+    from align.training.algorithm import Algorithm
 
 LONG = 60.0  # seconds of an evaluation before which a checkpoint is due
 MILDER = "start again in another run folder with a lower optim.learning_rate or in float32 (model.dtype=float32)"
@@ -52,22 +57,6 @@ class Learnt(NamedTuple):
     metrics: dict[str, Any]
     distinct: int  # tokens that were trained on, each once, over all processes
     tokens: int  # of the step's examples
-
-
-class Algorithm(Protocol):
-    """What a stage puts into the loop; each is called on every process."""
-
-    labels: list[str] | None  # what the outputs of a head are, in words
-
-    def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
-        """One step on the chosen examples, (k,) int64, at a learning rate. Once it has changed a weight it must not
-        raise Stopped."""
-
-    def evaluate(self, loop: Loop) -> dict[str, Any]:
-        """Figures of the held-out examples."""
-
-    def conclude(self, loop: Loop) -> dict[str, Any]:
-        """After the last step; what it returns stands in the result's align.json."""
 
 
 class Loop:
@@ -90,6 +79,8 @@ class Loop:
         self.session, self.run, self.trunk, self.data, self.algorithm = session, run, trunk, data, algorithm
         self.recipe, self.accelerator = session.recipe, session.accelerator
         self.plan = Plan(self.recipe, data.train, run.standing.step, run.standing.place)
+        generate = getattr(self.recipe.train, "generate", None)
+        self.answers = Answers(generate, data.prompts, trunk, self.recipe.seed) if data.prompts else None
         kind = ZeroLearner if stage_of(self.accelerator) else Learner
         self.learner = kind(session, trunk, module or trunk, rates or {})
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
@@ -101,8 +92,7 @@ class Loop:
         self.saved, self.blocking_seconds, self.eval_seconds = -1, None, 0.0
         self.throughput = Throughput(self.accelerator.num_processes)
         self.trackers: list[GeneralTracker] = []
-
-    # -- the run -----------------------------------------------------------------------------------------------
+        self.page = telling.Page()
 
     def run_all(self) -> None:
         """Train to the end of the plan, or to a signal; leave `final/` and `report.html`."""
@@ -114,7 +104,7 @@ class Loop:
                 screen.at_once = self.session.signals.at_once
             try:
                 self._train()
-                about = self.algorithm.conclude(self)
+                about = self.algorithm.described(self, last=True)
             except Stopped:
                 self._stop()
             else:
@@ -143,9 +133,10 @@ class Loop:
         while True:
             if evaluate:
                 self._evaluate()
-            if self.step in (0, self.plan.steps):
+            ends = self.step == self.plan.steps or best.over(self)
+            if ends or self.step == 0:
                 telling.samples(self)
-            if self.step == self.plan.steps:
+            if ends:
                 return
             self._train_step()
             self.session.heed()
@@ -158,13 +149,27 @@ class Loop:
         every = self.recipe.train.eval_every
         return self.step in (0, self.plan.steps) or bool(every and self.step % every == 0)
 
-    def _stop(self) -> None:
-        """Leave what is needed to go on: the state after the last step."""
+    @contextmanager
+    def leaving_off(self) -> Iterator[None]:
+        """Around what a step needs from elsewhere. Where that raises UserError, in all processes, the state before the
+        step is saved first."""
+        try:
+            yield
+        except UserError as error:
+            self._leave_off(f"ended with an error {telling.place(self)}")
+            saved = f"; the state after step {self.step} is saved: run the same command again to resume"
+            raise UserError(*error.problems[:-1], error.problems[-1] + saved * bool(self.step)) from error
+
+    def _leave_off(self, how: str) -> None:
+        """Leave what is needed to go on: the state after the last step; `how` the run ended, for its page."""
         if self.step:
             self.save_state()
-        telling.close(self)
-        where = f"after step {self.step} of {self.plan.steps}" if self.step else "before the first step"
-        self.session.say(f"stopped by a signal {where}; run the same command again to go on from there")
+        telling.close(self, f"The run {how}.")
+
+    def _stop(self) -> None:
+        stopped = f"stopped by a signal {telling.place(self)}; run the same command again to go on from there"
+        self._leave_off(f"was {stopped}")
+        self.session.say(stopped)
 
     def _train_step(self) -> None:
         """One step."""
@@ -200,42 +205,48 @@ class Loop:
         """Stop before the optimizer step if anything is not finite, with the last good state on disk."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        self.learner.forget()
-        self.save_state()
-        telling.close(self)
         what = "gradient" if math.isfinite(loss) else "loss"
         where = ", ".join(self.data.train.where(int(i)) for i in chosen[:8])
-        raise UserError(
+        self.give_up(
             f"step {self.step + 1}: the {what} is not finite (loss {loss}, gradient norm {norm}); the state after step "
             f"{self.step} is saved in {self.run.checkpoints}. Look at the step's examples "
             f"({where}{', …' if len(chosen) > 8 else ''}), or {MILDER}"
         )
 
+    def give_up(self, *problems: str) -> NoReturn:
+        """End a run that cannot go on with the state after the last step on the disk; every process must call it."""
+        self.learner.forget()
+        self.save_state()
+        self._leave_off(f"ended with an error {telling.place(self)}")
+        raise UserError(*problems)
+
     def _evaluate(self) -> None:
-        if not len(self.data.eval):
+        answering = self.answers is not None and self.answers.due(self)
+        if not (len(self.data.eval) or answering):
             return
         self.learner.model.eval()
-        started = time.perf_counter()
-        record = {"step": self.step, "split": "eval", **self.algorithm.evaluate(self)}
+        started, record = time.perf_counter(), {"step": self.step, "split": "eval"}
+        if len(self.data.eval):
+            record |= self.algorithm.evaluate(self)
+        if answering:
+            record |= self.answers.evaluated(self)
         self.learner.model.train()
         let_go(self.trunk)
         if not math.isfinite(record.get("loss", 0.0)):
+            why = f"the eval rows' loss is not finite ({record['loss']}); check model.base, or {MILDER}"
             if self.step:
-                self.save_state()
-                telling.close(self)
-            raise UserError(
-                f"step {self.step}: the eval rows' loss is not finite ({record['loss']}); check model.base, or {MILDER}"
-            )
+                self.give_up(f"step {self.step}: {why}")
+            raise UserError(f"step 0: {why}")
+        best.judged(self, record, answering)
         record["eval_seconds"] = self.eval_seconds = time.perf_counter() - started
         telling.log(self, record)
+        self.page.refresh(self)
 
     def each(
         self, examples: Examples, chosen: np.ndarray, function: Callable[[Trunk, Forest], Tensor], what: str
     ) -> list[Tensor]:
         """`Batches.each`, shown on this run's screen."""
         return self.batches.each(examples, chosen, function, self.screen, what)
-
-    # -- state -------------------------------------------------------------------------------------------------
 
     def save_state(self) -> None:
         """A checkpoint of now, unless there is one; with shards, every process must call it."""
@@ -261,23 +272,27 @@ class Loop:
     def _keep_portions(self, before: dict[str, int]) -> None:
         """Work in the portions of before: others would round otherwise. What there is no room for now is smaller."""
         now = {"row_tokens": self.batches.row_tokens, **self.trunk.budgets._asdict()}
-        kept = {name: min(value, before.get(name, value)) for name, value in now.items()}
-        if less := [name for name in kept if kept[name] < before.get(name, 0)]:
-            told = ", ".join(f"{name} {kept[name]:,} in place of {before[name]:,}" for name in less)
-            self.session.say(f"less memory is free than before ({told}): the last digits may differ")
+        kept, less = kept_portions(now, before)
+        if less:
+            self.session.say(less)
         self.batches.row_tokens = kept.pop("row_tokens")
         self.trunk.budgets = self.trunk.budgets._replace(**kept)
 
     def _finish(self, about: dict[str, Any]) -> None:
         self.save_state()
-        telling.close(self)
-        self.publish(self.run.final, about)  # last of all, for it says that the run is finished
+        early = best.in_words(self) if self.step < self.plan.steps else None
+        telling.close(self, early or f"The run is finished: {self.step} steps.")
+        self.publish(self.run.final, about | best.told(self))  # last of all, for it says that the run is finished
+        if early:
+            self.session.say(early)
         self.session.say(f"done: {self.run.final}; report: {self.run.folder / 'report.html'}")
 
     def publish(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write the result as it is now; with shards, every process must call it."""
-        result = self.learner.result()
-        if self.session.first:
-            told = {"stage": self.recipe.stage, "step": self.step, **about}
+        """Write the result as it is now; every process must call it."""
+        result, told = self.learner.result(), {"stage": self.recipe.stage, "step": self.step, **about}
+
+        def write() -> None:
             with published(folder, sum(tensor.nbytes for tensor in result.values())) as beside:
                 self.learner.module.save(beside, result, told)
+
+        self.session.decided(write)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -54,6 +54,14 @@ class Sums:
         """Add all that another has counted."""
         for name, terms in other._terms.items():
             self._terms.setdefault(name, []).extend(terms)
+
+    @classmethod
+    def of(cls, parts: Iterable[Sums]) -> Sums:
+        """All that the parts have counted."""
+        whole = cls()
+        for part in parts:
+            whole.include(part)
+        return whole
 
     def sums(self) -> dict[str, tuple[float, float]]:
         """Name -> (sum, count), each rounded once (`math.fsum`), so in any order the same to the last bit."""

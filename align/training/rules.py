@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from threading import current_thread, main_thread
 from typing import Any
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -28,10 +33,15 @@ def one_sentence(prompts: Sequence[str], responses: Sequence[str], rows: Sequenc
 
 
 def exact_answer(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
-    """1 where the last number of the response is the last one of the row's `answer`, as in GSM8K (arXiv 2110.14168)."""
+    """1 where the last number of the response is the last one of the row's `answer`, as in GSM8K (arXiv 2110.14168).
+
+    Where `math-verify` is installed, also where it finds both equal (1/2 and 0.5, \\frac{1}{2}, sets). Of an
+    answer with `####` in it, what stands behind that counts there.
+    """
+    equal = _verifier()
     return [
-        float((said := _last(response)) is not None and said == _last(str(row.get("answer", ""))))
-        for response, row in zip(responses, rows, strict=True)
+        float(_same_number(response, answer) or bool(equal and equal(response, answer)))
+        for response, answer in zip(responses, (str(row.get("answer", "")) for row in rows), strict=True)
     ]
 
 
@@ -50,6 +60,37 @@ def _valence(words: list[str]) -> float:
     return sum(found.values())
 
 
+def _same_number(response: str, answer: str) -> bool:
+    said = _last(response)
+    return said is not None and said == _last(answer)
+
+
 def _last(text: str) -> float | None:
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
+
+
+@cache
+def _verifier() -> Callable[[str, str], bool] | None:
+    """Whether a response and an answer are equal as mathematics; None, which is said once, without `math-verify`."""
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        if os.environ.get("RANK", "0") == "0":
+            told = "exact_answer compares numbers alone; pip install math-verify for fractions, LaTeX and expressions"
+            print(told, file=sys.stderr)
+        return None
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs each text that it gives up
+
+    def seconds() -> int | None:
+        return 2 if current_thread() is main_thread() else None  # by a signal, which a thread cannot have
+
+    @lru_cache(maxsize=4096)
+    def wanted(answer: str) -> list[Any]:
+        return parse(answer.rpartition("####")[2], parsing_timeout=seconds())
+
+    def equal(response: str, answer: str) -> bool:
+        gold = wanted(answer)
+        return bool(gold) and verify(gold, parse(response, parsing_timeout=seconds()), timeout_seconds=seconds())
+
+    return equal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -65,13 +65,26 @@ class Screen:
 
     def track(self, items: Sequence[T], doing: str) -> Iterator[T]:
         """Go through items with a bar of their own; off a terminal, a line every 30 s."""
-        task = self.bars.add_task(doing, total=len(items))
-        told = time.monotonic()
-        for number, item in enumerate(items):
-            self.heed()
-            yield item
+        with self.counting(len(items), doing) as one_more:
+            for item in items:
+                self.heed()
+                yield item
+                one_more()
+
+    @contextmanager
+    def counting(self, total: int, doing: str) -> Iterator[Callable[[], None]]:
+        """A bar of its own, which each call of what it gives moves on by one; off a terminal, a line every 30 s."""
+        task, done, told = self.bars.add_task(doing, total=total), 0, time.monotonic()
+
+        def one_more() -> None:
+            nonlocal done, told
+            done += 1
             self.bars.advance(task)
             if not self.console.is_terminal and time.monotonic() - told > 30:
                 told = time.monotonic()
-                self.console.print(f"{doing}: {number + 1} of {len(items)}", markup=False, highlight=False)
-        self.bars.remove_task(task)
+                self.console.print(f"{doing}: {done} of {total}", markup=False, highlight=False)
+
+        try:
+            yield one_more
+        finally:
+            self.bars.remove_task(task)

@@ -25,9 +25,13 @@ from align.models.sampling.decode import asked_ids
 from align.recipe.errors import UserError, printable
 from align.recipe.locks import claimed
 from align.recipe.schema import BaseRecipe, Data
+from align.training.answers.answers import KEY
+from align.training.answers.reading import with_prompts
+from align.training.borders.foreign import foreign as foreign_code
 from align.training.borders.processes import any_asked, decided, first_then_others
 from align.training.borders.stops import Signals, Stopped
 from align.training.planning.usage import Usage
+from align.training.rollouts.rewards import stands_on
 from align.training.runs.identity import identity_of
 from align.training.runs.run import Run
 from align.training.runs.start import find_start
@@ -86,8 +90,12 @@ class Session:
             self.show_examples(data, tokenizer)
             return None
         sides = {"train": data.train, "eval": data.eval, **more}
-        data = data.beside(beside)
-        return Begun(run, data, more) if self.unfinished(run, tokenizer, sides, results, records) else None
+        data = with_prompts(self, data.beside(beside), tokenizer)
+        if data.prompts:
+            results = {**(results or {}), **stands_on(self.recipe.train.generate.scores, KEY)["results"]}
+        answered = data.prompts.identity if data.prompts else None
+        unfinished = self.unfinished(run, tokenizer, sides, results, records, answered)
+        return Begun(run, data, more) if unfinished else None
 
     def open_run(self) -> Run:
         """The run, its folder held and checked before anything in it is read; `--show` looks at no folder."""
@@ -113,14 +121,15 @@ class Session:
         sides: Mapping[str, Examples],
         results: Mapping[str, str] | None = None,
         records: bool = False,
+        answered: str | None = None,
     ) -> bool:
-        """Whether there is something left to do; says so where there is not.
+        """Whether there is something left to do; says so where there is not. Arguments as of `identity_of`.
 
         Raises UserError where the run in the folder was trained on something else than these `sides`.
         """
 
         def look() -> tuple:
-            identity = identity_of(self.recipe, tokenizer, sides, results, records)
+            identity = identity_of(self.recipe, tokenizer, sides, results, records, answered)
             return identity, run.look(identity, sides["train"], self.fresh, self.extend)
 
         run.identity, run.standing = self.decided(look)
@@ -159,7 +168,8 @@ class Session:
 
         def read() -> Prepared:
             with counting(self.console) as progress:
-                return prepare(section or recipe.data, tokenizer, reading, recipe.seed, cache_folder(), progress)
+                data, seed = section or recipe.data, recipe.seed
+                return prepare(data, tokenizer, reading, seed, cache_folder(), progress, border=foreign_code)
 
         data = first_then_others(self.accelerator, read)
         for line in data.named(name) if name else data.summary:

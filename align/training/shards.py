@@ -28,6 +28,7 @@ from align.models.base import load_base
 from align.models.trunk import Trunk, Whole
 from align.recipe.errors import UserError
 from align.training import zero
+from align.training.heap import give_back
 from align.training.session import Session
 
 FSDP = "ACCELERATE_USE_FSDP"
@@ -68,6 +69,7 @@ def load_trunk(session: Session, outputs: int | None = None) -> Trunk:
     if sharded:
         let_go(trunk)  # the trials have left its root whole, and who asks for its parameters now means the shards
         session.say(told(trunk))
+    give_back()
     return trunk
 
 

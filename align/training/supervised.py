@@ -16,6 +16,7 @@ from align.training.loop import Learnt, Loop
 from align.training.meters import Sums
 from align.training.runs.run import Run
 from align.training.session import Session
+from align.training.sources import titled, with_sources
 
 
 class Hooks(NamedTuple):
@@ -25,8 +26,8 @@ class Hooks(NamedTuple):
     """Before a step's or an evaluation's loss, with all its examples."""
     derive: Callable[[Sums], dict[str, Any]] = lambda sums: {}
     """What follows from the sums of a whole evaluation."""
-    conclude: Callable[[Loop], dict[str, Any]] = lambda loop: {}
-    """After the last step; what it returns stands in the result's align.json."""
+    described: Callable[[Loop, bool], dict[str, Any]] = lambda loop, last: {}
+    """What the align.json of a result holds besides; the second argument: whether it is after the last step."""
     labels: list[str] | None = None
     """What the outputs of a head are."""
 
@@ -44,7 +45,7 @@ class Supervised:
 
     def __init__(self, loss: Loss, hooks: Hooks) -> None:
         self.loss, self.hooks = loss, hooks
-        self.conclude, self.labels = hooks.conclude, hooks.labels
+        self.labels = hooks.labels
 
     def learn(self, loop: Loop, chosen: np.ndarray, rate: float) -> Learnt:
         """One optimizer step."""
@@ -58,17 +59,32 @@ class Supervised:
         return Learnt(metrics, int(distinct), int(examples.lengths[chosen].sum()))
 
     def evaluate(self, loop: Loop) -> dict[str, Any]:
-        """Means over all held-out examples, whatever the batches."""
-        examples, everyone = loop.data.eval, np.arange(len(loop.data.eval))
-        sums = Sums()
-        self.hooks.before(loop, examples, everyone)
+        """Means over all held-out examples, whatever the batches; and over those of each titled source."""
+        examples = loop.data.eval
+        self.hooks.before(loop, examples, np.arange(len(examples)))
+        found = {title: self._summed(loop, chosen) for title, chosen in titled(examples).items()}
+        whole = Sums.of(found.values())
+        figures = counted(whole) | self.hooks.derive(whole)
+        by_source = {title: counted(sums) | self.hooks.derive(sums) for title, sums in found.items() if title}
+        return with_sources(figures, by_source)
+
+    def _summed(self, loop: Loop, chosen: np.ndarray) -> Sums:
+        """The metrics of held-out examples, (k,) int64, over all processes."""
+        examples, sums = loop.data.eval, Sums()
         with torch.no_grad():
-            for row in loop.screen.track(loop.batches.rows(examples, everyone), "evaluating"):
+            for row in loop.screen.track(loop.batches.rows(examples, chosen), "evaluating"):
                 _, metrics = self.loss(loop.learner.model, loop.batches.plant(examples, row))
                 for name, (value, count) in metrics.items() if row else ():
                     sums.add(name, value, count)
-        merged = sums.merged(loop.accelerator)
-        return counted(merged) | self.hooks.derive(merged)
+        return sums.merged(loop.accelerator)
+
+    def may_be_best(self, figures: dict[str, Any]) -> bool:
+        """Any weights may."""
+        return True
+
+    def described(self, loop: Loop, last: bool) -> dict[str, Any]:
+        """What the stage says of them."""
+        return self.hooks.described(loop, last)
 
 
 def counted(sums: Sums) -> dict[str, float | list[float | None]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,8 @@ from align.training.runs.run import open_trackers
 
 if TYPE_CHECKING:
     from align.training.loop import Loop
+
+MOMENT, RARE = 5.0, 20  # the report is written after so many seconds at the soonest, and so many times what it takes
 
 
 def introduce(loop: Loop) -> None:
@@ -66,15 +70,41 @@ def samples(loop: Loop) -> None:
             loop.run.append("samples.jsonl", {"step": loop.step, "prompt": prompt, "response": response})
 
 
-def close(loop: Loop) -> None:
-    """Wait for the disk, then write summary and report."""
+def place(loop: Loop) -> str:
+    """How far the run is, in words."""
+    return f"after step {loop.step} of {loop.plan.steps}" if loop.step else "before the first step"
+
+
+class Page:
+    """report.html of a run that goes on: written at evaluations, but no more often than that is cheap."""
+
+    def __init__(self) -> None:
+        self.written, self.took = time.monotonic(), 0.0
+
+    def refresh(self, loop: Loop) -> None:
+        """Write it, unless that was a moment ago."""
+        if loop.session.first and time.monotonic() - self.written > max(MOMENT, RARE * self.took):
+            now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+            self.write(loop, f"This run goes on: this page is of step {loop.step} of {loop.plan.steps}, {now}.")
+
+    def write(self, loop: Loop, state: str) -> None:
+        """Write it; `state`: a sentence on how far the run is."""
+        started = time.monotonic()
+        write_report(loop.run.folder, state)
+        self.written = time.monotonic()
+        self.took = self.written - started
+
+
+def close(loop: Loop, state: str = "") -> None:
+    """Wait for the disk, then write summary and report; `state`: a sentence on how the run ended."""
     if loop.session.first:
         durable = loop.writer.wait()
         for tracker in loop.trackers:
             tracker.finish()
-        cost = {"steps": loop.step, "tokens_seen": loop.tokens_seen, "train_seconds": loop.elapsed}
+        done = {"steps": loop.step, "planned_steps": loop.plan.steps}
+        cost = {**done, "tokens_seen": loop.tokens_seen, "train_seconds": loop.elapsed}
         saving = {"save_blocking_seconds": loop.blocking_seconds, "save_durable_seconds": durable}
         cost |= costs(loop.trunk, loop.throughput, loop.data.train.lengths) | forecast.outcome(loop, loop.forecast)
         loop.run.summarise(cost | saving)
-        write_report(loop.run.folder)
+        loop.page.write(loop, state or f"The run was left {place(loop)}; the same command goes on from there.")
     loop.accelerator.wait_for_everyone()

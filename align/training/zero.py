@@ -72,6 +72,8 @@ def settle(accelerator: Accelerator, recipe: BaseRecipe) -> None:
     for key, instead in OWN.items():
         if _at(config, key) not in (None, "none", False, "auto"):
             problems.append(f"DeepSpeed's {key}: leave it out, {instead} decides")
+    if any(part.adapter for part in getattr(getattr(recipe.train, "generate", None), "scores", ())):
+        problems.append("train.generate.scores: DeepSpeed cannot have adapters beside what trains; give a `model`")
     stage = stage_of(accelerator)
     if stage not in (1, 2, 3):
         problems.append(f"DeepSpeed's zero_optimization.stage is {stage}: take 2 or 3, or DDP without DeepSpeed")

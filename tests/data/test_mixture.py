@@ -153,6 +153,28 @@ def test_weights_are_passes_over_a_source(folder, tokenizer, weight, per_epoch, 
     assert all(set(a[a >= 80]) != set(b[b >= 80]) for a, b in pairwise(orders) if weight < 1)
 
 
+def test_weights_by_tokens_are_shares_of_an_epochs_tokens(folder, tokenizer):
+    """By hand: of T tokens in all, 3/4 T are of the first source, which has t of them: 3/4 T / t passes."""
+    train = [Source(path="chat.jsonl", weight=3), Source(path="other.jsonl", weight=1)]
+    made = _prepare(Data(train=train, weigh_by="tokens", eval={"fraction": 0.1}), tokenizer, folder)
+    examples, sizes = made.train, np.diff(made.train.starts)
+    tokens = np.array(examples.tokens)
+    np.testing.assert_allclose(examples.passes, np.array([0.75, 0.25]) * tokens.sum() / tokens)
+    orders = [examples.order(0, epoch) for epoch in range(40)]
+    rows = [[(order < sizes[0]).sum(), (order >= sizes[0]).sum()] for order in orders]
+    assert rows == [np.round(examples.passes * sizes).tolist()] * 40, "every epoch is as long"
+    seen = np.concatenate(orders)
+    share = examples.lengths[seen[seen < sizes[0]]].sum() / examples.lengths[seen].sum()
+    assert share == pytest.approx(0.75, abs=0.01)
+    counts = np.bincount(seen, minlength=len(examples))
+    assert np.ptp(counts[: sizes[0]]) <= 1, "every row of a source comes equally often"
+    assert np.ptp(counts[sizes[0] :]) <= 1
+    (line,) = [line for line in made.summary if line.startswith("train: chat.jsonl: ")]
+    assert "75.0 % of the tokens wanted" in line
+    by_rows = _prepare(Data(train=train, eval={"fraction": 0.1}), tokenizer, folder).train
+    assert by_rows.passes.tolist() == [3, 1]
+
+
 def test_a_cache_hit_tokenises_nothing_and_gives_the_same(folder, tokenizer):
     _save(
         folder / "bad.jsonl",
@@ -328,7 +350,7 @@ def test_counting_is_quiet_at_first_and_off_a_terminal_prints_lines(monkeypatch)
     with counting(Console(file=screen, force_terminal=False)) as tell:
         for second, rows in ((1, 512), (11, 1024), (12, 1536), (22, 2048)):
             now = second
-            tell("a[b].jsonl", rows)
+            tell("tokenising a[b].jsonl", rows)
     assert screen.getvalue() == "tokenising a[b].jsonl: 1,024 rows\ntokenising a[b].jsonl: 2,048 rows\n"
 
 

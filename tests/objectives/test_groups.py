@@ -51,6 +51,26 @@ def test_equal_scores_are_found_in_spite_of_rounding():
     assert not standardised(scores)[equal(scores)].any()
 
 
+NAN = float("nan")
+
+
+@given(GROUPS, st.data())
+def test_responses_without_a_score_are_no_part_of_their_group(scores, draw):
+    """Advantages of the others are as if it had not been sampled; alone they are 0."""
+    known = draw.draw(arrays("bool", tuple(scores.shape)).filter(lambda mask: mask.any()).map(torch.tensor))
+    holed = scores.masked_fill(~known, NAN)
+    for function in (centred, leave_one_out, standardised):
+        found = function(holed)
+        for row, own, there in zip(found, scores, known, strict=True):
+            several = int(there.sum()) > 1
+            expected = function(own[there][None])[0] if several else torch.zeros(int(there.sum()))
+            torch.testing.assert_close(row[there], expected.to(row.dtype), rtol=1e-9, atol=1e-9)
+            assert row[~there].isnan().all()
+    torch.testing.assert_close(of_batch(holed)[known], of_batch(scores[known][None])[0])
+    alike = [len(set(own[there].tolist())) < 2 for own, there in zip(scores, known, strict=True)]
+    assert equal(holed).tolist() == alike
+
+
 def test_a_single_response():
     """It has nothing beside it in its group, and in a batch of its own no spread."""
     assert of_batch(torch.tensor([[2.0]])).tolist() == [[0.0]]

@@ -159,6 +159,15 @@ def test_every_problem_at_once_in_the_order_of_the_file(problems):
         ("run=", "run: expected text, found nothing (null)"),
         ("seed=010", "seed: expected a whole number at least 0 and below 4294967296, found the text '010'"),
         ("optim.eps=1e999", "the number 1e999 is too large"),
+        ("data.train.0.title=a/b", "data.train.0.title: take letters, digits, `.`, `-` and `_`, without an ending of "
+                                   "figures (_low, _high, _share, _edges, _seconds, _per_second)"),
+        ("data.train.0.title=x_low", "data.train.0.title: take letters, digits, `.`, `-` and `_`, without an ending of "
+                                     "figures (_low, _high, _share, _edges, _seconds, _per_second)"),
+        ("train.patience=2", "train: `patience` needs `best`: {metric: loss, goal: least}, which says what it waits "
+                             "for"),
+        ("train.best={metric: loss, goal: lest}", "train.best.goal: expected 'greatest' or 'least', found the text "
+                                                  "'lest'; did you mean 'least'?"),
+        ("train.best={metric: loss}", "missing key 'goal' in train.best; it takes 'greatest' or 'least'"),
         ("train.learning_rate=1", "unknown key 'learning_rate' in train; it belongs in `optim`"),
         ("train.seed=1", "unknown key 'seed' in train; it belongs in the top level"),
         ("optim.path=1", "unknown key 'path' in optim; it belongs in `data.train.0` or "

@@ -38,7 +38,7 @@ PROMPTS = ("prompt", "conversations", "messages", "instruction")  # columns that
 
 def _pair(row: dict[str, Any]) -> Row:
     """`chosen` and `rejected`, after a prompt or as whole conversations; a finite `margin`, where there is one."""
-    made = _compared(row, {name: _answer(name, row.get(name)) for name in ("chosen", "rejected")})
+    made = _compared(row, {name: answer_turns(name, row.get(name)) for name in ("chosen", "rejected")})
     return made._replace(targets=_margin(row.get("margin")))
 
 
@@ -58,7 +58,7 @@ def _ranked(row: dict[str, Any]) -> Row:
     order = sorted(range(len(given)), key=lambda i: worth[i])  # stable: equals keep their order
     answers, repairs, last = {}, [], None
     for i in order:
-        name, talk = f"answers[{i}]", _answer(f"answers[{i}]", given[i])
+        name, talk = f"answers[{i}]", answer_turns(f"answers[{i}]", given[i])
         same = next((other for other, said in answers.items() if _bare(said) == _bare(talk)), None)
         if same:
             repairs.append(f"left out {name}: the same as {same}")
@@ -77,7 +77,7 @@ def _labelled(row: dict[str, Any]) -> Row:
     """One answer and its `label`: `completion` after a prompt, or the last turn of a conversation."""
     spoken = {name: row.get(name) for name in ("system", "conversations", "messages")}
     if row.get("completion") is not None or not (spoken["conversations"] or spoken["messages"]):
-        made = _compared(row, {"completion": _answer("completion", row.get("completion"))})
+        made = _compared(row, {"completion": answer_turns("completion", row.get("completion"))})
     else:
         made = _compared({"tools": row.get("tools")}, {"the last turn": prompt_turns(spoken)})
     good = verdict(row)
@@ -148,7 +148,7 @@ def prompt_turns(row: dict[str, Any]) -> Talk:
     return system_of(row) + conversation(row, column)
 
 
-def _answer(at: str, value: Any) -> Talk:
+def answer_turns(at: str, value: Any) -> Talk:
     """An answer as a text, a message, a list of messages, or a text in an object beside its score."""
     if isinstance(value, list):
         return conversation({at: value}, at)
@@ -247,6 +247,10 @@ def _bare(turns: Talk) -> list[dict[str, Any]]:
     return [{key: v.strip() if isinstance(v, str) else v for key, v in message.items()} for message in said]
 
 
+def _has_a_list(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("output"), list) or bool(row.keys() & {"answers", *_LISTS})
+
+
 _CONTEXT = ("system", "tools", "prompt", "conversations", "messages", "instruction", "input", "history")
 _NAMES = {"question": "prompt", "chosen_messages": "chosen", "rejected_messages": "rejected"}
 _LISTS = ("responses", "completions")
@@ -261,7 +265,7 @@ COMPARED: Formats = {  # answers side by side
         _ranked,
         either=PROMPTS,
         also={"question": "prompt", "output": "answers"} | dict.fromkeys(_LISTS, "answers"),
-        when=lambda row: isinstance(row.get("output"), list) or bool(row.keys() & {"answers", *_LISTS}),
+        when=_has_a_list,
     ),
 }
 JUDGED: Formats = {  # one answer with a label

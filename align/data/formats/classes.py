@@ -7,10 +7,10 @@ is its label's place in the list of labels: the recipe's, or all labels found in
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -18,17 +18,17 @@ from transformers import PreTrainedTokenizerBase
 from align.data.examples import Examples, Ledger, Part, joined
 from align.data.fitting import counted
 from align.data.formats.formats import read_rows
-from align.data.formats.labels import alike, by_key, key_of, order, spelled
+from align.data.formats.labels import alike, formats, key_of, order
 from align.data.formats.reading import Reading
-from align.data.formats.rows import Fault, Formats, Refused, Row, Shape
-from align.data.formats.shown import meant, shown
-from align.data.formats.values import encodable, filled
-from align.data.mixture import Prepared, at_most, prepare, split_by_prompt
+from align.data.formats.rows import Fault, Row
+from align.data.formats.shown import shown
+from align.data.mixture import Prepared, at_most, prepare, proportions, split_by_prompt
 from align.data.store import Progress
 from align.data.templates.chat import Unwritable
 from align.data.templates.control import controls_of
 from align.data.trees import Tree
 from align.recipe.errors import UserError
+from align.recipe.functions import Border
 from align.recipe.schema import Data, Eval, Source
 
 UNDERSAMPLED = "undersampled"
@@ -81,6 +81,7 @@ def prepare_classes(
     seed: int,
     cache: Path,
     progress: Progress | None = None,
+    border: Border | None = None,
 ) -> Sides:
     """Read all sources, leave out what is too many of the frequent classes, and split by text into three sides.
 
@@ -89,11 +90,11 @@ def prepare_classes(
     """
     reading = classes(labels)
     whole = data.model_copy(update={"eval": data.eval if data.eval.sources else Eval()})
-    read = prepare(whole, tokenizer, reading, seed, cache, progress)
+    read = prepare(whole, tokenizer, reading, seed, cache, progress, border)
     train, held, tested, ledger = read.train.parts, read.eval.parts, [], read.ledger
     summary = [line for line in read.summary if not line.startswith(("train: ", "eval: "))]
     if test.sources:
-        alone = data.model_copy(update={"train": test.sources, "eval": Eval()})
+        alone = data.model_copy(update={"train": test.sources, "eval": Eval(), "prepare": None})
         apart = prepare(alone, tokenizer, reading, seed, cache, progress)
         ledger.entries += apart.ledger.entries
         summary += [f"test: {line}" for line in apart.summary if not line.startswith(("train: ", "eval: "))]
@@ -109,12 +110,13 @@ def prepare_classes(
     if test.fraction:
         train, tested = split_by_prompt(train, test.fraction / (1 - data.eval.fraction), test.max_rows, seed)
     named = {"train": train, "eval": held, "test": tested}
-    sides = {name: Examples(parts, data.max_length) for name, parts in named.items()}
+    sides = {name: Examples(parts, data.max_length, data.weigh_by) for name, parts in named.items()}
     _all_there(sides["train"], labels)
     summary += alike(labels)
     if undersample:
         summary.append(f"undersampled: {ledger.dropped[UNDERSAMPLED]:,} rows of the frequent classes are left out")
     summary += [f"{name}: {_counted(side, labels)}" for name, side in sides.items() if len(side)]
+    summary += proportions(sides["train"]) if data.weigh_by == "tokens" else []
     return Sides(Prepared(sides["train"], sides["eval"], ledger, list(map(shown, summary))), sides["test"])
 
 
@@ -126,26 +128,6 @@ def class_numbers(examples: Examples) -> np.ndarray:
 def counts(examples: Examples, classes: int) -> np.ndarray:
     """(classes,) int64, examples of each class."""
     return np.bincount(class_numbers(examples), minlength=classes)
-
-
-def formats(labels: Sequence[str] | None) -> Formats:
-    """Rows with a text and one of `labels`, or any label where these are not yet known."""
-    known = None if labels is None else by_key(labels)
-    return {"classes": Shape(("text", "label"), (), (), partial(_read, known))}
-
-
-def _read(known: Mapping[Hashable, str] | None, row: dict[str, Any]) -> Row:
-    text = encodable("text", filled("text", row.get("text")))
-    written = encodable("label", spelled("label", row.get("label")))
-    if known is None:
-        return Row("", 0, None, text, None, label=written)
-    label = known.get(key_of(written))
-    if label is None:
-        names = list(known.values())
-        some = shown(", ".join(names[:10]), 400) + ", …" * (len(names) > 10)
-        raise Refused(f"label: expected one of {some}, found {written[:40]!r}{meant(written, names)}")
-    remarks = () if written == label else (f"the label {written[:40]!r} counts as {label[:40]!r}",)
-    return Row("", 0, None, text, None, label=label, remarks=remarks)
 
 
 def _render(rows: list[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[Tree | Fault]:

@@ -97,7 +97,7 @@ def find(source: Source, formats: Formats | None = None) -> list[Found]:
 
 
 def _find(source: Source, file: str, formats: Formats) -> Found:
-    sample = list(islice(_records(source, file), SAMPLE))
+    sample = list(islice(records_of(source, file), SAMPLE))
     if not sample:
         raise UserError(f"{file}: holds no rows")
     rows = [value for _, value in sample if isinstance(value, dict)]
@@ -250,11 +250,19 @@ def _keys(rows: Iterable[dict[str, Any]], shape: Shape) -> str | None:
 
 
 def _converted(source: Source, found: Found, formats: Formats) -> Iterator[tuple[Any, Row | Fault]]:
-    for line, value in _records(source, found.file):
-        row = renamed(value, source) if isinstance(value, dict) else value
-        made = convert(row, found.format, found.file, line, formats)
-        yield row, made._replace(control=source.control_tokens) if isinstance(made, Row) else made
+    for line, value in records_of(source, found.file):
+        yield converted(value, source, found.format, found.file, line, formats)
 
 
-def _records(source: Source, file: str) -> Iterator[Record]:
+def converted(
+    value: Any, source: Source, format: str, file: str, line: int, formats: Formats
+) -> tuple[Any, Row | Fault]:
+    """A record of a source's file: with its columns under the format's names, and as a canonical row."""
+    row = renamed(value, source) if isinstance(value, dict) else value
+    made = convert(row, format, file, line, formats)
+    return row, made._replace(control=source.control_tokens) if isinstance(made, Row) else made
+
+
+def records_of(source: Source, file: str) -> Iterator[Record]:
+    """The records of one of a source's files, as the file has them."""
     return read_hub(source) if is_hub_id(file) else read_file(Path(file), source.columns)

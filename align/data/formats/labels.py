@@ -1,15 +1,17 @@
-"""Labels of classes: which ways of writing one are the same, and which only look so."""
+"""Labels of classes: which ways of writing one are the same, which only look so, and rows of a text and its label."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from decimal import Decimal
+from functools import partial
 from typing import Any
 from unicodedata import normalize
 
-from align.data.formats.rows import Refused
-from align.data.formats.shown import a
+from align.data.formats.rows import Formats, Refused, Row, Shape
+from align.data.formats.shown import a, meant, shown
+from align.data.formats.values import encodable, filled
 from align.data.formats.verdicts import number, truth
 from align.recipe.errors import UserError
 
@@ -66,6 +68,26 @@ def order(label: str) -> tuple[bool, float, str]:
     """Numbers in their order, then texts in theirs."""
     value = number(label)
     return value is None, value or 0.0, label
+
+
+def formats(labels: Sequence[str] | None) -> Formats:
+    """Rows with a text and one of `labels`, or any label where these are not yet known."""
+    known = None if labels is None else by_key(labels)
+    return {"classes": Shape(("text", "label"), (), (), partial(_read, known))}
+
+
+def _read(known: Mapping[Hashable, str] | None, row: dict[str, Any]) -> Row:
+    text = encodable("text", filled("text", row.get("text")))
+    written = encodable("label", spelled("label", row.get("label")))
+    if known is None:
+        return Row("", 0, None, text, None, label=written)
+    label = known.get(key_of(written))
+    if label is None:
+        names = list(known.values())
+        some = shown(", ".join(names[:10]), 400) + ", …" * (len(names) > 10)
+        raise Refused(f"label: expected one of {some}, found {written[:40]!r}{meant(written, names)}")
+    remarks = () if written == label else (f"the label {written[:40]!r} counts as {label[:40]!r}",)
+    return Row("", 0, None, text, None, label=label, remarks=remarks)
 
 
 def _look(label: str) -> Hashable:

@@ -49,7 +49,7 @@ def asked(examples: Examples) -> list[Asked]:
     for part in examples.parts:
         places = {part.store.place(row): i for i, row in enumerate(part.rows, len(rows))}
         rows += [None] * len(places)
-        for record, row in read_records(part.source, PROMPTING):
+        for record, row in part.left.records() if part.left else read_records(part.source, PROMPTING):
             i = places.get((row.file, row.line))
             if i is not None and isinstance(row, Row):
                 rows[i] = Asked(record, row.messages, row.text)
@@ -57,7 +57,8 @@ def asked(examples: Examples) -> list[Asked]:
     return rows
 
 
-def _prompt(row: dict[str, Any]) -> Row:
+def prompt_row(row: dict[str, Any]) -> Row:
+    """The conversation up to the turn that is to be written."""
     turns, repairs = settled(prompt_turns(row))
     if turns and turns[-1].message["role"] == "assistant":
         turns = turns[:-1]  # the answer to be
@@ -79,7 +80,7 @@ PROMPTING: Formats = {
     "transcripts": COMPARED["transcripts"]._replace(
         read=partial(_without_answers, COMPARED["transcripts"].read), note=_NOTE
     ),
-    "prompts": Shape((), _CONTEXT, (), _prompt, either=PROMPTS, also={"question": "prompt"}),
+    "prompts": Shape((), _CONTEXT, (), prompt_row, either=PROMPTS, also={"question": "prompt"}),
     "pairs": COMPARED["pairs"]._replace(read=partial(_without_answers, COMPARED["pairs"].read), note=_NOTE),
     "text": FORMATS["text"],
 }

@@ -49,7 +49,7 @@ class Shape(NamedTuple):
     either: tuple[str, ...] = ()  # columns of which one is needed besides
     also: Mapping[str, str] = {}  # other names that data sets give to columns, each with the format's own
     note: str = ""  # to be said of a file in this format
-    when: Callable[[dict[str, Any]], bool] = lambda row: True  # what some row must be besides, for `auto` to take it
+    when: Callable[[dict[str, Any]], bool] = bool  # what some row must be besides, for `auto` to take it
 
     @property
     def wanted(self) -> str:

@@ -22,6 +22,7 @@ from align.models.cpu.compiled import LANES, serve
 from align.models.cpu.joined import join
 from align.models.cpu.products import LoraLinear, adopt_layers, product, product_backward
 
+VECTORS = 64  # numbers: what PyTorch's loops take at once, at most
 KERNELS: dict[str, ModuleType] = {}  # by device: functions of `native`, from elsewhere
 
 
@@ -127,7 +128,13 @@ def _gated(both: Tensor) -> Tensor:
     if kernels := _of_gates(both):
         return kernels.gated(both)
     gate, up = both.chunk(2, -1)
-    return nn.functional.silu(gate) * up
+    return _active(gate) * up
+
+
+def _active(gate: Tensor) -> Tensor:
+    """silu of a part of wider rows, (n, h), to the bit as of a tensor of its own: PyTorch computes what is left at the
+    end of a row by other instructions than what fills a vector."""
+    return nn.functional.silu(gate.contiguous() if gate.shape[1] % VECTORS else gate)
 
 
 def _kernels(*tensors: Tensor) -> ModuleType | None:
@@ -167,7 +174,7 @@ class _GatedMlp(torch.autograd.Function):
             grads = kernels.gated_backward(both, grad_mid)
         else:
             (gate, up), grads = both.chunk(2, -1), torch.empty_like(both)
-            active, (grad_gate, grad_up) = nn.functional.silu(gate), grads.chunk(2, -1)
+            active, (grad_gate, grad_up) = _active(gate), grads.chunk(2, -1)
             grad_mid, of_down = product_backward(above, active * up, down_kept, down)
             torch.mul(active, grad_mid, out=grad_up)
             torch.ops.aten.silu_backward.grad_input(grad_mid.mul_(up), gate, grad_input=grad_gate)

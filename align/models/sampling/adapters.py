@@ -113,6 +113,7 @@ class Adapters:
     """All chains that are served, beside the layers of a bare trunk."""
 
     def __init__(self, trunk: Trunk) -> None:
+        assert not trunk.adapted or trunk.acts_as is None, "the trunk's own adapter is off"
         self.trunk, self.segments = trunk, list[tuple[int, int, int]]()
         self.known: set[int] = set()
         self.updates: dict[str, dict[int, Update]] = {}  # by layer, then by number

@@ -48,7 +48,7 @@ def sample(
     assert sampling.beams == 1 or samples <= sampling.beams, (samples, sampling.beams)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     responses: list[list[Response]] = [[] for _ in prompts]
-    with torch.no_grad(), _evaluating(trunk), acceleration.for_sampling(trunk, FEW_ROWS):
+    with torch.no_grad(), evaluating(trunk), acceleration.for_sampling(trunk, FEW_ROWS):
         project = projection(trunk)
         room = trunk.budgets.cache_tokens
         for group in _groups(order, prompts, sampling.max_new, max(samples, sampling.beams), room):
@@ -216,7 +216,8 @@ def _groups(
 
 
 @contextmanager
-def _evaluating(trunk: Trunk) -> Iterator[None]:
+def evaluating(trunk: Trunk) -> Iterator[None]:
+    """Without dropout for a while."""
     training = trunk.training
     trunk.eval()
     try:

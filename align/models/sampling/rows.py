@@ -5,13 +5,14 @@ Shapes: N prompts, B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from align.data.templates.ends import turn_ends
 from align.data.trees import Tree, plant
@@ -26,6 +27,7 @@ class Response(NamedTuple):
 
     tokens: np.ndarray  # (k,) int32, its end-of-turn token included where it has one
     ended: bool  # by an end-of-turn token or a stop text, not by its length
+    logprobs: np.ndarray | None = None  # (k,) float32, as another engine that drew it told them
 
 
 class Rows:
@@ -83,11 +85,7 @@ class Rows:
 
     def stopped(self, said: Tensor | np.ndarray) -> bool:
         """Whether a response, (t,) of its tokens, has just said a stop text."""
-        if len(said) < self.sampling.min_new:
-            return False
-        longest = max(map(len, self.stop))
-        tail = self.trunk.tokenizer.decode(said[-longest - 1 :])
-        return any(stop in tail for stop in self.stop)
+        return len(said) >= self.sampling.min_new and says_one(self.trunk.tokenizer, said, self.stop)
 
     def _prompts(self, prompts: list[np.ndarray], copies: int) -> tuple[Tensor, KeyValues]:
         """Logits after each prompt, (B, V), and its keys and values, for every one of its rows."""
@@ -115,6 +113,12 @@ class Rows:
                 use_cache=True,
                 forest=trunk.mask(forest),
             ).last_hidden_state[0, forest.ends]
+
+
+def says_one(tokenizer: PreTrainedTokenizerBase, said: Tensor | np.ndarray, texts: Sequence[str]) -> bool:
+    """Whether a response, (t,) of its tokens, has just said one of these texts, one or more."""
+    tail = tokenizer.decode(said[-max(map(len, texts)) - 1 :])
+    return any(text in tail for text in texts)
 
 
 def _passes(prompts: list[np.ndarray], most: int) -> Iterator[list[np.ndarray]]:

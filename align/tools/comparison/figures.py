@@ -15,20 +15,8 @@ import numpy as np
 from numpy import ndarray as Array
 
 from align.tools.comparison.evaluated import Evaluated
-from align.tools.comparison.statistics import (
-    Draws,
-    Estimate,
-    Fit,
-    Statistic,
-    best_of,
-    best_of_kl,
-    duel,
-    fit,
-    holm,
-    mean,
-    mean_of,
-    per_prompt,
-)
+from align.tools.comparison.statistics import Fit, best_of, best_of_kl, duel, fit, holm
+from align.training.bootstrap import Draws, Estimate, Statistic, mean, mean_of, per_prompt
 
 ALIKE = 0.2  # two KLs are alike that differ by at most this share of the larger
 FEW = 10  # so many pairs are all corrected for and told; of more, only those that answer a question

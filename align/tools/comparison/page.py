@@ -16,10 +16,11 @@ from align.recipe.records import to_json
 from align.tools.comparison.evaluated import Evaluated
 from align.tools.comparison.figures import Comparison
 from align.tools.comparison.plots import frontier, overoptimisation, training_curves
-from align.tools.comparison.statistics import Estimate
+from align.tools.comparison.standings import standings
 from align.tools.comparison.summary import answers, details, headlines, notes, summary
 from align.tools.comparison.verdict import duel_words
 from align.tools.comparison.words import KLS, number, ranged, rate
+from align.training.bootstrap import Estimate
 from align.training.report.plots import COLOURS, amount, duration, size
 
 SHOWN_PROMPTS = 100  # whose answers the page holds
@@ -38,6 +39,7 @@ def page(c: Comparison, runs: Sequence[Evaluated], recipe: str) -> str:
         headlines=headlines(c),
         answers=answers(c),
         details=details(c),
+        standings=standings(c),
         notes=notes(c),
         frontier=frontier(c),
         overoptimisation=overoptimisation(c),
@@ -57,6 +59,7 @@ def page(c: Comparison, runs: Sequence[Evaluated], recipe: str) -> str:
 def figures(c: Comparison) -> str:
     """compare.json: every figure, nine digits each, null where it is not known; equal runs give equal bytes."""
     told = _plain(c) | {"headlines": headlines(c), "summary": summary(c), "notes": notes(c)}
+    told |= {"standings": table} if (table := standings(c)) else {}
     for run in told["runs"]:
         del run["cost"]
     return to_json(told, indent=1) + "\n"
@@ -69,11 +72,11 @@ def costs(c: Comparison) -> str:
 
 def markdown(c: Comparison) -> str:
     """compare.md: the words, and a row a run."""
-    table = rows(c)
     lines = [f"# {'; '.join(headlines(c))}", ""]
     lines += [f"- **{asked}** {' '.join(told)} {meant}" for asked, told, meant in answers(c)]
-    lines += [*(f"- {line}" for line in details(c)), ""]
-    lines += [_line(table[0]), _line(["---"] + ["---:"] * (len(table[0]) - 1)), *map(_line, table[1:])]
+    lines += [f"- {line}" for line in details(c)]
+    for table in filter(None, (standings(c), rows(c))):
+        lines += ["", _line(table[0]), _line(["---"] + ["---:"] * (len(table[0]) - 1)), *map(_line, table[1:])]
     return "\n".join([*lines, "", *(f"- {line}" for line in notes(c)), ""])
 
 

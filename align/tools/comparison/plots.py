@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from align.tools.comparison.figures import Comparison, GroupFit
-from align.tools.comparison.statistics import Estimate
 from align.tools.comparison.words import number, ranged
+from align.training.bootstrap import Estimate
 from align.training.report.panels import TITLES, Metrics
 from align.training.report.plots import COLOURS, SERIES, Curve, Panel, curves_panel, new_axes, svg_of
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from align.tools.comparison.figures import ALIKE, Comparison
+from align.tools.comparison.standings import in_lines, standings
 from align.tools.comparison.verdict import Verdict, duel_words, verdicts, winner
 from align.tools.comparison.words import KLS, number, ranged
 from align.training.report.plots import amount, duration, size
@@ -48,7 +49,7 @@ def details(c: Comparison) -> list[str]:
 
 def summary(c: Comparison) -> list[str]:
     """All of it but the cost, which differs between equal runs."""
-    return [*(line for answer in _told(verdicts(c)) for line in answer), *details(c)]
+    return [*(line for answer in _told(verdicts(c)) for line in answer), *in_lines(standings(c)), *details(c)]
 
 
 def cost(c: Comparison) -> str:
@@ -104,7 +105,7 @@ def _sampled_otherwise(c: Comparison) -> Iterator[str]:
 
 
 def _baseline(c: Comparison) -> Iterator[str]:
-    if c.baseline is None or len(c.runs) == 2:  # of which the verdict tells
+    if c.baseline is None or len(c.runs) == 2 or len(c.groups) > 2:  # of which the verdict, or the table, tells
         return
     for group, members in c.groups.items():
         if len(members) == 1:

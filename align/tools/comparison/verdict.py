@@ -7,8 +7,8 @@ from itertools import combinations
 from typing import NamedTuple
 
 from align.tools.comparison.figures import SURE, Comparison, Pair, at_like_kl
-from align.tools.comparison.statistics import Estimate
 from align.tools.comparison.words import number, ranged, rate
+from align.training.bootstrap import Estimate
 from align.training.report.plots import percent
 
 MOST_PAIRS = 6  # told one by one
@@ -27,10 +27,12 @@ class Verdict(NamedTuple):
 
 
 def verdicts(c: Comparison) -> list[Verdict]:
-    """Of every two groups; of the two runs of the only one, or of its only run and the baseline."""
+    """Of two groups, or of more, all at once; of the two runs of the only one, or of its only run and the baseline."""
     groups = c.groups
-    if len(groups) > 1:
-        return [_of_groups(c, g, h) for g, h in combinations(groups, 2)]
+    if len(groups) > 2:
+        return [_of_many(c)]
+    if len(groups) == 2:
+        return [_of_groups(c, *groups)]
     ((group, members),) = groups.items()
     two = [*members, *([] if c.baseline is None else [c.baseline])]
     if len(members) == 2 or len(two) == 2:
@@ -120,8 +122,7 @@ def _of_groups(c: Comparison, g: str, h: str) -> Verdict:
     members, both = c.groups, f"{g} and {h}"
     if len(members[g]) == len(members[h]) == 1:
         return _of_two(c, members[g][0], members[h][0])
-    like = [pair for pair in c.pairs if pair.alike and {c.runs[pair.a].group, c.runs[pair.b].group} == {g, h}]
-    like.sort(key=lambda pair: c.kl_of(pair.a).value + c.kl_of(pair.b).value)
+    like = like_pairs(c, g, h)
     best = duel_words(c, c.best(g), c.best(h))
     highest = f"The highest mean score of each: {best} They were chosen by these same scores, which flatters them."
     details = [*(duel_words(c, pair.a, pair.b) for pair in like[:MOST_PAIRS]), highest]
@@ -144,6 +145,40 @@ def _of_groups(c: Comparison, g: str, h: str) -> Verdict:
     won = f"At like KL neither {g} nor {h} is shown to win: {_pairs(len(like))}, none decided."
     kl = f"They were compared at KL {_at(c, like)} nats."
     return Verdict(both, f"{g} or {h}: not decided", won, kl, "Not surely: any difference may be chance.", details)
+
+
+def like_pairs(c: Comparison, g: str, h: str) -> list[Pair]:
+    """Runs of two groups at like KL, the nearest to the reference first."""
+    like = [pair for pair in c.pairs if pair.alike and {c.runs[pair.a].group, c.runs[pair.b].group} == {g, h}]
+    return sorted(like, key=lambda pair: c.kl_of(pair.a).value + c.kl_of(pair.b).value)
+
+
+# ------------------------------------------------------------------------------------------- three groups and more
+
+
+def _of_many(c: Comparison) -> Verdict:
+    """Whether one of the groups wins against each other at like KL; `standings` has them side by side."""
+    groups, wins = [*c.groups], dict[str, list[Pair]]()
+    beaten: dict[str, set[str]] = {g: set() for g in groups}
+    pairs = []
+    for g, h in combinations(groups, 2):
+        pairs += (like := like_pairs(c, g, h))
+        who = {k: [pair for pair in like if (w := winner(pair)) is not None and c.runs[w].group == k] for k in (g, h)}
+        for k, other in ((g, h), (h, g)):
+            wins.setdefault(k, []).extend(who[k])
+            if who[k] and not who[other]:
+                beaten[k].add(other)
+    every = f"{', '.join(groups[:-1])} and {groups[-1]}"
+    shown = [pair for own in wins.values() for pair in own]
+    kls = sorted((c.kl_of(pair.a).value + c.kl_of(pair.b).value) / 2 for pair in pairs)
+    span = " to ".join(dict.fromkeys(map(number, kls[:: max(len(kls) - 1, 1)])))
+    kl = f"They were compared at KL {span} nats." if pairs else "No two runs of two groups lie at like KL."
+    first = next((g for g in groups if len(beaten[g]) == len(groups) - 1), None)
+    if first is None:
+        short, won = f"{every}: none beats all others", "No group is shown to win against each other at like KL."
+        return Verdict(every, short, won, kl, _shown(c, shown), [])
+    won = f"{first}. At like KL it wins against each other group, and loses to none."
+    return Verdict(every, f"{first} beats all others at like KL", won, kl, _shown(c, wins[first]), [])
 
 
 def _shown(c: Comparison, wins: list[Pair]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from align.tools.comparison.statistics import Estimate
+from align.training.bootstrap import Estimate
 from align.training.report.plots import percent
 
 KLS = {"full": "over the full vocabulary", "sequence": "the sequence estimate"}

@@ -17,9 +17,9 @@ from align.data.formats.prompts import Asked
 from align.recipe.errors import UserError
 from align.recipe.records import to_json
 from align.recipe.schema import Section
-from align.tools.comparison.statistics import Draws, Estimate
 from align.tools.evaluation.generation import Responses
 from align.tools.evaluation.measures import ratio
+from align.training.bootstrap import Draws, Estimate
 
 PAIRING = 7  # tells this stream of random numbers from others of the same seed
 REASONS = ("equal", "cut off", "empty", "without a score")  # why a pair is left out

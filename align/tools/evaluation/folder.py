@@ -20,11 +20,11 @@ from align.recipe.errors import UserError
 from align.recipe.load import load_recipe
 from align.recipe.records import to_json
 from align.recipe.schema import Section
-from align.tools.comparison.statistics import Estimate
 from align.tools.evaluation.drawn_pairs import DrawnPairs
 from align.tools.evaluation.generation import SUMS, Prompts, Responses
 from align.tools.pipeline.inputs import digest
-from align.training.rollouts.rewards import RewardPart
+from align.training.bootstrap import Estimate
+from align.training.rollouts.parts import RewardPart
 from align.training.runs.checkpoint import write_atomic
 from align.training.runs.removal import is_written, run_recipe
 from align.training.runs.run import differences

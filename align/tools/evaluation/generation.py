@@ -25,7 +25,8 @@ from align.objectives.losses import path_sums
 from align.recipe.schema import PositiveInt
 from align.training.batches import Batches
 from align.training.borders.stops import Signals
-from align.training.rollouts.rewards import Answered, Rewards
+from align.training.rollouts.parts import Answered
+from align.training.rollouts.rewards import Rewards
 from align.training.rollouts.rollout import Episodes, Generation, sampled, texts
 from align.training.screen import Screen
 

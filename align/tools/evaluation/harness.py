@@ -11,7 +11,7 @@ from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.paths import Location
 from align.recipe.schema import PositiveInt, Section
-from align.tools.comparison.statistics import Estimate, Z
+from align.training.bootstrap import Estimate, Z
 
 
 class LmEval(Section):

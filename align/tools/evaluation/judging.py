@@ -29,8 +29,9 @@ from align.data.formats.prompts import Asked
 from align.recipe.errors import UserError
 from align.recipe.schema import PositiveInt, Section
 from align.tools.comparison.evaluated import Evaluated
-from align.tools.comparison.statistics import Draws, Estimate, duel
+from align.tools.comparison.statistics import duel
 from align.tools.evaluation.generation import Responses
+from align.training.bootstrap import Draws, Estimate
 
 T, R = TypeVar("T"), TypeVar("R")
 INSTRUCTION = (

@@ -17,9 +17,9 @@ from align.data.trees import Forest
 from align.models.roles import Roles
 from align.models.trunk import Trunk
 from align.objectives.losses import path_sums
-from align.tools.comparison.statistics import Draws, Estimate, estimate, mean, per_prompt
 from align.tools.evaluation.generation import Responses
 from align.training.batches import Batches
+from align.training.bootstrap import Draws, Estimate, estimate, mean, per_prompt
 from align.training.meters import wins
 from align.training.screen import Screen
 

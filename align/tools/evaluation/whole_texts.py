@@ -20,8 +20,8 @@ from align.data.trees import Forest, Tree
 from align.models.trunk import Trunk
 from align.objectives.losses import path_sums
 from align.recipe.errors import UserError
-from align.tools.comparison.statistics import Estimate
 from align.training.batches import Batches
+from align.training.bootstrap import Estimate
 from align.training.screen import Screen
 
 

@@ -21,6 +21,7 @@ from align.tools.pipeline.references import UNFILLED
 from align.tools.pipeline.written import Written, gathering
 
 OUTPUTS = ("run", "log")  # what these sections name is written or shown, not read
+ENGINE = "engine"  # in any section: what is asked there, and the folder that adapters are written to for it
 RESULTS = {
     "adapter": "the `final/`",
     "policy": "the `final/`",
@@ -35,7 +36,7 @@ def walk(value: Any, kind: Any = None, keys: Keys = ()) -> Iterator[tuple[Keys, 
     if isinstance(value, BaseModel):
         yield keys, value
         for name, field in type(value).model_fields.items():
-            if keys or name not in OUTPUTS:
+            if name != ENGINE and (keys or name not in OUTPUTS):
                 yield from walk(getattr(value, name), field.annotation, (*keys, name))
     elif isinstance(value, dict | list):
         for key, below in value.items() if isinstance(value, dict) else enumerate(value):

@@ -16,7 +16,6 @@ from align.tools.pipeline.written import Node, gathering, meant
 
 REFERENCE = re.compile(r"(\$?)\$\{([^{}]*)\}")
 PARTS = re.compile(r"([^\[\].]*)(\[[^\]]*\])?(?:\.(.*))?")
-BEST = ("ppo", "grpo")  # stages that keep `best/`
 UNFILLED = "$?"  # in the place of a reference that has a problem
 Points = dict[str, list[Stage]]  # the stages that a name stands for
 
@@ -104,7 +103,9 @@ class Filling:
             stages = [stage for stage in stages if stage.name == name + point]
             if not stages:
                 raise UserError(f"{where}: no stage is named {name + point!r}; {meant(name + point, known)}")
-        if part and (part != "best" or any(stage.kind not in BEST for stage in stages)):
-            raise UserError(f"{where}: ${{{inside}}}: `.best` of a ppo or grpo stage is all that may follow a name")
+        if part and part != "best":
+            raise UserError(f"{where}: ${{{inside}}}: `.best` is all that may follow a name")
+        if part and (without := next((stage.name for stage in stages if not stage.keeps_best), None)):
+            raise UserError(f"{where}: ${{{inside}}}: {without} keeps no `best/`; give it `train.best`")
         self.after |= dict.fromkeys(stage.name for stage in stages)
         return [str(stage.folder / "best" if part else stage.result) for stage in stages] or [inside]

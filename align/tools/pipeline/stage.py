@@ -42,6 +42,13 @@ class Stage:
         return self.folder if self.kind in TOOLS else self.folder / "final"
 
     @property
+    def keeps_best(self) -> bool:
+        """Whether it leaves `best/`, as far as is known."""
+        if self.recipe is None:
+            return self.kind not in TOOLS
+        return getattr(getattr(self.recipe, "train", None), "best", None) is not None
+
+    @property
     def mark(self) -> Path:
         """What it leaves last: it says that the stage has come to its end."""
         return self.folder / TOOLS.get(self.kind, "final")

@@ -24,7 +24,7 @@ class Answering:
     def __init__(self, engine: Engine, limits: Limits, asked: Asking) -> None:
         """Puts it into the queue. Raises Refusal where it cannot be answered."""
         self.engine = engine
-        served = model_of(engine, asked.model)
+        served = ending_as(model_of(engine, asked.model), asked)
         if not served.answers:
             raise Refusal(400, f"{served.name} only scores texts: ask it at /score")
         prompts = _prompts(served, asked)
@@ -48,11 +48,10 @@ class Answering:
         check(self.engine, ids, wanted or 1)
         most = wanted or min(limits.tokens, self.engine.running.room - len(ids))
         sampling, key, requests = asked.sampling(most), asked.key(), list[Asked]()
-        voice = served.voice._replace(ends=frozenset(), stops=()) if asked.ignore_eos else served.voice
         for number, answer in enumerate(answers):
             heard = partial(self._hear, answer)
             first = requests[0] if requests else None
-            requests.append(Asked(heard, voice, ids, sampling, (key, number), asked.top, first))
+            requests.append(Asked(heard, served.voice, ids, sampling, (key, number), asked.top, first))
         return requests
 
     def _hear(self, answer: Answer, said: Said) -> None:
@@ -103,6 +102,12 @@ def model_of(engine: Engine, name: str) -> Served:
     if name not in engine.models:
         raise Refusal(404, f"the model {name[:100]!r} does not exist", "not_found_error")
     return engine.models[name]
+
+
+def ending_as(served: Served, asked: Asking) -> Served:
+    """With what ends its answers to this request."""
+    voice = served.voice._replace(ends=frozenset(), stops=()) if asked.ignore_eos else served.voice
+    return served._replace(voice=voice._replace(ends=voice.ends.union(asked.stop_token_ids or ())))
 
 
 def check(engine: Engine, ids: np.ndarray, more: int) -> None:

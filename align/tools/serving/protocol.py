@@ -88,6 +88,7 @@ class Asking(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     seed: int | None = None
     stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MOST_STOPS)] | None = None
     ignore_eos: bool = False
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None

@@ -27,8 +27,7 @@ class Answer:
 
     def __init__(self, index: int, served: Served, asked: Asking, prompt: list[int]) -> None:
         self.index, self.asked, self.prompt, self.tokenizer = index, asked, prompt, served.voice.tokenizer
-        ends, turn_stops = (frozenset(), ()) if asked.ignore_eos else (served.voice.ends, served.voice.stops)
-        self.words = Words(self.tokenizer, prompt, ends, asked.stops, turn_stops)
+        self.words = Words(self.tokenizer, prompt, served.voice.ends, asked.stops, served.voice.stops)
         self.pieces: list[Piece] = []
         self.letters = 0  # of the text so far
         self.reason: str | None = None

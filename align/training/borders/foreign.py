@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from align.recipe.errors import UserError
+from align.recipe.errors import UserError, reason
 from align.training.borders.stops import Stopped
 
 T = TypeVar("T")
@@ -68,12 +68,3 @@ def foreign(name: str, function: Callable[[], T]) -> T:
         for value, (read, put) in zip(before, SHARED, strict=True):
             if read() != value:
                 put(value)
-
-
-def reason(error: BaseException) -> str:
-    """An exception in a line: its type and the first line of what it says."""
-    try:
-        said = str(error).strip().splitlines()
-    except BaseException:  # it cannot even say so
-        said = []
-    return f"{type(error).__name__}: {said[0][:300]}" if said else type(error).__name__

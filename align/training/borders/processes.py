@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from align.recipe.errors import UserError
@@ -66,15 +66,21 @@ def first_then_others(accelerator: Accelerator, function: Callable[[], T]) -> T:
 
 
 def gathered(function: Callable[[], T]) -> list[T]:
-    """What `function` gives in each process, in all; where it raises Stopped in one, all raise it."""
+    """What `function` gives in each process, in all; where it raises Stopped or UserError in one, all raise it."""
     try:
-        own: list = [(function(),)]
+        own: list = [("given", function())]
     except Stopped:
-        own = [None]
+        own = [("stopped", None)]
+    except UserError as error:
+        own = [("refused", error.problems)]
     parts = gather_object(own)
-    if None in parts:
+    kinds = [kind for kind, _ in parts]
+    if "stopped" in kinds:
         raise Stopped
-    return [part for (part,) in parts]
+    if "refused" in kinds:
+        problems = dict.fromkeys(problem for kind, told in parts if kind == "refused" for problem in told)
+        raise UserError(*problems) if PartialState().is_main_process else FirstRefused(*problems)
+    return [value for _, value in parts]
 
 
 def any_asked(accelerator: Accelerator, asked: bool) -> bool:

@@ -45,8 +45,8 @@ from align.recipe.paths import expanded, location
 from align.recipe.records import to_json
 from align.recipe.schema import Model
 from align.training.borders.border import Parser, border
+from align.training.heap import keep_freed_memory
 from align.training.labelling.measures import softmax
-from align.training.launch import keep_freed_memory
 from align.training.plan import row_budget
 
 WINDOW = 4096  # texts that are read and sorted into rows at once

@@ -28,6 +28,29 @@ class Load(NamedTuple):
     passes: int = 1  # over the step's examples
 
 
+class Drawn(NamedTuple):
+    """Responses that a process samples."""
+
+    prompt: int  # tokens of the longest prompt
+    answer: int  # most tokens of a response
+    episodes: int  # responses in all
+    samples: int  # to one prompt
+
+
+def answering_of(recipe: BaseRecipe) -> Any:
+    """`train.generate` of a recipe; None where it has none."""
+    return getattr(recipe.train, "generate", None)
+
+
+def answered(recipe: BaseRecipe, processes: int, length: int | None = None) -> Drawn | None:
+    """What an evaluation samples by `train.generate`; prompts have `length` tokens, default: the most."""
+    section = answering_of(recipe)
+    if section is None:
+        return None
+    episodes = ceil(section.max_rows / processes) * section.samples
+    return Drawn(length or recipe.data.max_length, section.generation.max_new, episodes, section.samples)
+
+
 def sampling_of(recipe: BaseRecipe) -> Any:
     """The section of a stage that samples, such as PPO's; None of others."""
     section = getattr(recipe, recipe.stage, None)

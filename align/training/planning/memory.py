@@ -11,7 +11,7 @@ import torch
 
 from align.models.memory import MOST_PROMPTS, Budgets, budgets, cached_token_bytes
 from align.training.planning.activations import Row, row
-from align.training.planning.load import Load, expected, sampling_of
+from align.training.planning.load import Drawn, Load, answered, expected, sampling_of
 from align.training.planning.parts import (
     Part,
     Setting,
@@ -68,10 +68,13 @@ def memory(at: Setting, length: int | None = None, load: Load | None = None) -> 
     moments = [_loading(at), Moment("update", (*always, *moments_of_adam(at), gradients(at)))]
     moments += _learning(at, always, load, one, limits)
     if at.device.type == "cpu":  # elsewhere the copy lies in the host's memory
-        copy = Part("the checkpoint's copy", 12 * trained(at) // (1 if at.adapted else at.shards))
+        copy = Part("the checkpoint's copy", 12 * trained(at))  # whole in the first process
         moments.append(Moment("saving", (*always, *moments_of_adam(at), copy)))
     if load.episodes:
-        moments.append(_sampling(at, always, load, limits))
+        drawn = Drawn(load.prompt, load.answer, load.episodes, sampling_of(at.recipe).samples)
+        moments.append(_sampling("sampling", at, always, drawn, limits))
+    if drawn := answered(at.recipe, at.processes, length):
+        moments.append(_sampling("answering", at, always, drawn, limits))
     return Memory(tuple(moments), one, load, limits.cache_tokens)
 
 
@@ -161,14 +164,13 @@ def _budgets(at: Setting, room: int) -> Budgets:
     return found.asked(at.recipe.batch.cache_tokens)
 
 
-def _sampling(at: Setting, always: list[Part], load: Load, limits: Budgets) -> Moment:
+def _sampling(name: str, at: Setting, always: list[Part], drawn: Drawn, limits: Budgets) -> Moment:
     """Keys and values of the responses that are sampled at once."""
-    longest = load.prompt + load.answer
-    samples = sampling_of(at.recipe).samples
-    at_once = min(load.episodes, max(limits.cache_tokens // longest, samples))
+    longest = drawn.prompt + drawn.answer
+    at_once = min(drawn.episodes, max(limits.cache_tokens // longest, drawn.samples))
     token = cached_token_bytes(at.skeleton.text, at.dtype)
-    prompts = min(MOST_PROMPTS, load.prompt * at_once // samples)
-    one = row(at.skeleton, at.way, max(prompts, 1), load.prompt)
+    prompts = min(MOST_PROMPTS, drawn.prompt * at_once // drawn.samples)
+    one = row(at.skeleton, at.way, max(prompts, 1), drawn.prompt)
     recorded = prompts * token + one.forward
     parts = [*always, *moments_of_adam(at), Part("keys and values", max(at_once * longest * token, recorded))]
     if at.shards > 1:
@@ -176,4 +178,4 @@ def _sampling(at: Setting, always: list[Part], load: Load, limits: Budgets) -> M
     if at.way.kernels:
         parts.append(Part("weights prepared for sampling", at.skeleton.sizes.matrices * at.dtype.itemsize))
     logits = FEW_LOGITS * at_once * at.skeleton.sizes.vocabulary * 4
-    return Moment("sampling", (*parts, Part("logits", logits), *unpacked(at)))
+    return Moment(name, (*parts, Part("logits", logits), *unpacked(at)))

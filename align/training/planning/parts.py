@@ -11,7 +11,7 @@ from align.models.base import compute_dtype
 from align.recipe.schema import BaseRecipe, Model
 from align.training.planning.activations import Way
 from align.training.planning.devices import Device
-from align.training.planning.load import sampling_of
+from align.training.planning.load import answering_of, sampling_of
 from align.training.planning.skeleton import Skeleton, joined
 
 PACKED = {"4bit": 0.5 + 1 / 64 + 4 / 64 / 256, "8bit": 1.0}  # bytes a weight: NF4 with double quantisation; int8
@@ -75,8 +75,8 @@ def setting(recipe: BaseRecipe, device: Device, processes: int) -> Setting:
 
 
 def rewards_of(recipe: BaseRecipe) -> Sequence[Any]:
-    """The parts of a reward, where a stage has one."""
-    return getattr(sampling_of(recipe), "rewards", ())
+    """The parts of a reward, where a stage has one, and what scores the answers of `train.generate`."""
+    return [*getattr(sampling_of(recipe), "rewards", ()), *getattr(answering_of(recipe), "scores", ())]
 
 
 def trained(at: Setting) -> int:
@@ -118,8 +118,6 @@ def held(at: Setting) -> list[Part]:
     parts = [Part("trunk", trunk_bytes(at) // at.shards)]
     if at.shards > 1:
         parts.append(Part("layers that are gathered", _gathered(at)))
-        if at.device.type == "cpu":  # the C library keeps what the whole weights took, in pieces too small for a row
-            parts.append(Part("where the whole weights lay", trunk_bytes(at)))
     if at.adapted:
         roles = policies(at) + sum(part.adapter is not None for part in rewards_of(recipe))
         if recipe.stage == "distill":

@@ -9,16 +9,15 @@ Reads what is there of
 - data.json: `{"train" | "eval": {"examples", "tokens", "trained_tokens", "lengths": {"edges", "counts"}},
   "summary": [line, …]}`; ledger.jsonl: `{"file", "line", "action", "reason"}`;
 - classification.json: a classifier's held-out rows, as `classification_plots.py` draws them;
-- episodes.jsonl: PPO's responses, as `rollout_plots.py` shows them;
+- episodes.jsonl: PPO's responses, as `rollout_plots.py` shows them; answers.jsonl: answers, as `answered.py` does;
 - samples.jsonl: `{"step", "prompt", "response"}`, step 0 before training and the last step after.
 
-The same folder gives the same page, byte for byte.
+The same folder, with the same sentence on its state, gives the same page, byte for byte.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -29,16 +28,19 @@ import numpy as np
 import yaml
 
 from align.training.meters import SPIKE_SIGMAS, SPIKE_WINDOW, SPREAD_STEPS, loss_stability
+from align.training.report.answered import answers_section
 from align.training.report.classification_plots import classification_section
-from align.training.report.panels import Metrics, curves, distributions, records
+from align.training.report.panels import ANSWERS, Metrics, curves, distributions, panel_title, records
 from align.training.report.plots import Curve, amount, change, duration, pages, percent, size, value
 from align.training.report.rollout_plots import rollout_section
+from align.training.runs.checkpoint import write_atomic
 
 LEDGER_ROWS = 50
 
 
-def write_report(run: Path) -> Path:
-    """Write `run`/report.html from whatever the run has left so far; a reader never sees half a page."""
+def write_report(run: Path, state: str = "") -> Path:
+    """Write `run`/report.html from whatever the run has left so far; a reader never sees half a page. `state`: a
+    sentence on how far it is. Raises UserError where the disk refuses."""
     metrics = Metrics.read(run / "metrics.jsonl")
     data = _json(run / "data.json")
     recipe = _text(run / "recipe.yaml")
@@ -46,6 +48,7 @@ def write_report(run: Path) -> Path:
     template.filters["plain"] = plain
     html = template.get_template("page.html.jinja").render(
         name=run.resolve().name,
+        state=state,
         settings=_settings(recipe),
         facts=facts(metrics, _json(run / "summary.json")),
         words=words(metrics),
@@ -53,6 +56,7 @@ def write_report(run: Path) -> Path:
         distributions=distributions(metrics, data),
         classification=classification_section(_json(run / "classification.json")),
         rollout=rollout_section(metrics, run / "episodes.jsonl", recipe),
+        answers=answers_section(run / "answers.jsonl"),
         data=data,
         sides={name: side for name, side in data.items() if isinstance(side, dict) and side.get("examples")},
         ledger=Ledger.read(run / "ledger.jsonl"),
@@ -61,9 +65,8 @@ def write_report(run: Path) -> Path:
         recipe=recipe,
         environment=_json(run / "environment.json"),
     )
-    target, beside = run / "report.html", run / "report.html.new"
-    beside.write_bytes(html.encode("utf-8", "replace"))  # JSON can hold half a surrogate pair, UTF-8 cannot
-    os.replace(beside, target)
+    target = run / "report.html"
+    write_atomic(target, html.encode("utf-8", "replace"))  # JSON can hold half a surrogate pair, UTF-8 cannot
     return target
 
 
@@ -93,6 +96,7 @@ def facts(metrics: Metrics, summary: dict[str, Any]) -> list[Fact]:
     if all(len(curve.steps) for curve in held):
         course = " → ".join(value(score) for score in held[1].values[[0, -1]])
         shown.append(Fact("Held-out score", course, f"at KL {value(metrics.curve('eval', 'kl').values[-1])} nats"))
+    shown += _answers(metrics)
     kl = metrics.curve("eval", "kl_per_token").finite
     if len(kl.steps):
         shown.append(Fact("KL to the reference", value(kl.values[-1]), f"nats per token, eval; step {kl.steps[-1]}"))
@@ -114,6 +118,20 @@ def facts(metrics: Metrics, summary: dict[str, Any]) -> list[Fact]:
         if isinstance(summary.get(name), int | float):
             shown.append(Fact(label, show(summary[name])))
     return shown
+
+
+def _answers(metrics: Metrics) -> Iterator[Fact]:
+    """The figures of answers to held-out prompts, but for lengths and ends."""
+    names = [name for name in metrics.names() if name.startswith(ANSWERS)]
+    for name in [name for name in names if name.removeprefix(ANSWERS) not in ("response_tokens", "ended")][:3]:
+        curve = metrics.curve("eval", name).finite
+        if not len(curve.steps):
+            continue
+        course = " → ".join(map(value, curve.values[[0, -1]] if len(curve.steps) > 1 else curve.values))
+        note = f"step {curve.steps[-1]}"
+        if curve.band is not None and np.isfinite(curve.band[-1]).all():
+            note = f"95 % interval {' to '.join(map(value, curve.band[-1]))}; {note}"
+        yield Fact(panel_title(name), course, note)
 
 
 def words(metrics: Metrics) -> list[str]:

@@ -2,7 +2,7 @@
 
 A metric may be a number or a list of numbers. Some names belong together:
 
-- `a/b` and `a/c` share one plot;
+- `a/b` and `a/c` share one plot, but for figures of answers, `generate/b`;
 - `x_low` and `x_high` are the 95 % interval of `x`;
 - `x_share`, a list, holds the share of rows in each bin of `x`, between the `x_edges` of the same record: the first bin
   lies below the first edge, the last one from the last edge on;
@@ -27,8 +27,10 @@ TITLES = {  # in the order of the page
     "loss": "Loss",
     "perplexity": "Perplexity",
     "accuracy": "Accuracy",
+    "generate": "Answers",
     "margin": "Margin",
     "score": "Scores",
+    "failures": "Responses without a score",
     "rewards": "Rewards",
     "nll_per_token": "Negative log-likelihood per token",
     "reward": "Score less the KL penalty",
@@ -48,6 +50,7 @@ TITLES = {  # in the order of the page
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second per device",
 }
+ANSWERS = "generate/"  # before the names of figures of answers, each of which has a plot of its own
 NOT_DRAWN = {"step", "split", "epoch", "tokens", "tokens_seen", "updates", "sampled_tokens_per_second"}
 
 
@@ -112,12 +115,12 @@ def curves(metrics: Metrics) -> list[Panel]:
     """One plot per metric, or per prefix before "/", with its curves of every split."""
     groups: dict[str, list[Curve]] = {}
     for name in metrics.names():
-        group, _, short = name.partition("/")
+        group, _, short = name.partition("/") if not name.startswith(ANSWERS) else (name, "", "")
         for split in ("train", "eval"):
             curve = metrics.curve(split, name, f"{short}, {split}" if short else split)
             if len(curve.steps):
                 groups.setdefault(group, []).append(curve)
-    return [curves_panel(_title(group), found) for group, found in groups.items()]
+    return [curves_panel(panel_title(group), found) for group, found in groups.items()]
 
 
 def distributions(metrics: Metrics, data: dict[str, Any]) -> list[Panel]:
@@ -132,7 +135,7 @@ def _shares(metrics: Metrics) -> Iterator[Panel]:
         same = {step: share for step, (share, own) in ends if np.array_equal(own, edges)}
         fits = {step: share for step, share in same.items() if len(share) == len(edges) + 1 >= 2}
         if fits:
-            yield shares_panel(f"{_title(bare)}: shares of the eval rows", edges, fits)
+            yield shares_panel(f"{panel_title(bare)}: shares of the eval rows", edges, fits)
 
 
 def _calibrations(metrics: Metrics) -> Iterator[Panel]:
@@ -140,7 +143,7 @@ def _calibrations(metrics: Metrics) -> Iterator[Panel]:
         ends = metrics.ends("eval", f"{bare}_confidence", f"{bare}_accuracy")
         points = {step: np.stack(both, 1) for step, both in ends if len(both[0]) == len(both[1])}
         if points:
-            yield calibration_panel(f"{_title(bare)}: how often right, by how sure", points)
+            yield calibration_panel(f"{panel_title(bare)}: how often right, by how sure", points)
 
 
 def _lengths(data: dict[str, Any]) -> Iterator[Panel]:
@@ -157,7 +160,10 @@ def _names(by_split: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     return list(dict.fromkeys(name for steps in by_split.values() for row in steps.values() for name in row))
 
 
-def _title(name: str) -> str:
+def panel_title(name: str) -> str:
+    """What the plot of a metric, or of those with a common prefix, is called."""
+    if name.startswith(ANSWERS):
+        return f"{TITLES['generate']}: {name.removeprefix(ANSWERS).replace('_', ' ')}"
     return TITLES.get(name, name.replace("_", " ").capitalize())
 
 

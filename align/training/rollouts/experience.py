@@ -12,20 +12,44 @@ import numpy as np
 from torch import Tensor
 
 from align.data.examples import Examples
+from align.data.mixture import Prepared
 from align.models.roles import Entropy, Roles
 from align.training.loop import Loop
 from align.training.meters import mean_interval
+from align.training.rollouts.engine import engine_of
 from align.training.rollouts.rewards import Rewards
-from align.training.rollouts.rollout import Episodes, Rollout, figures, read, sampled, score_figures, scored
+from align.training.rollouts.rollout import Episodes, Rollout, figures, read, score_figures, scored
 from align.training.rollouts.sections import Rewarded
 from align.training.rollouts.watch import Watch
+from align.training.session import Session
+from align.training.sources import titled, with_sources
+
+
+class FromRewards:
+    """What PPO and GRPO put into the loop alike."""
+
+    labels = None
+    experience: Experience
+
+    def may_be_best(self, figures: dict[str, Any]) -> bool:
+        """Whether the actor is within its budget."""
+        return self.experience.section.affords(figures["kl"])
+
+    def described(self, loop: Loop, last: bool) -> dict[str, Any]:
+        """What the result's align.json tells besides."""
+        return {}
 
 
 class Experience:
     """Sampled by the actor, judged by the rewards, read by the roles."""
 
-    def __init__(self, roles: Roles, rewards: Rewards, watch: Watch, section: Rewarded) -> None:
-        self.roles, self.rewards, self.watch, self.section = roles, rewards, watch, section
+    def __init__(
+        self, session: Session, data: Prepared, roles: Roles, rewards: Rewards, section: Rewarded, name: str
+    ) -> None:
+        """`name`: the stage's `section`. Raises UserError where its engine cannot be had."""
+        self.roles, self.rewards, self.section = roles, rewards, section
+        self.watch = Watch(rewards, roles.trunk)
+        self.engine = engine_of(session, roles.trunk, data, section.generation, f"{name}.generation.engine")
 
     def sampled(
         self, loop: Loop, examples: Examples, chosen: np.ndarray, key: tuple[int, ...], samples: int
@@ -34,22 +58,39 @@ class Experience:
         loop.screen.phase("sampling")
         stems = [examples.tree(int(i)).segments[0] for i in chosen]
         keys = [(*key, place) for place in range(len(chosen))]
-        how, heed = self.section.generation.sampling, loop.session.signals.heed
-        return sampled(loop.trunk, loop.batches, stems, keys, how, samples, heed)
+        return self.engine.sampled(loop, stems, keys, samples)
 
     def parts(
         self, loop: Loop, examples: Examples, chosen: np.ndarray, episodes: Episodes, groups: Sequence[np.ndarray]
     ) -> dict[str, Tensor]:
-        """Every part of the reward by name, (E,) each; `groups` as in `scored`. Raises Stopped on a signal."""
+        """Every part of the reward by name, (E,) each; `groups` as in `scored`. Raises Stopped on a signal, and
+        UserError where a function fails, with the state before this step on disk."""
         loop.screen.phase("scoring")
         on_trunk = scored(self.roles, loop.batches, episodes, groups, [*self.rewards.scorers], loop.screen)
         texts = self.watch.texts(examples, chosen, episodes) if self.rewards.read_texts else []
-        signals = loop.session.signals
-        return on_trunk | self.rewards.of_texts(texts, loop.batches.rank, loop.batches.world, signals)
+        known_before = {*self.rewards.failed}
+        with loop.leaving_off():
+            read = self.rewards.of_texts(texts, loop.batches.rank, loop.batches.world, loop.session.signals)
+        for title in self.rewards.failed.keys() - known_before:
+            why = self.rewards.failed[title]
+            loop.session.say(f"the reward function of {title} {why}; such responses are left out, and counted")
+        return on_trunk | read
 
     def score(self, parts: dict[str, Tensor], episodes: Episodes) -> Tensor:
-        """(E,): the sum of the parts less the penalties."""
+        """(E,): the sum of the parts less the penalties; nan for responses that are left out."""
         return self.rewards.total(parts) - self.section.penalty(episodes.said, episodes.ended)
+
+    def known(self, loop: Loop, score: Tensor) -> Tensor:
+        """Which responses of a step have a score, like `score` bool. Raises UserError where none has one, with the
+        state before this step on disk."""
+        known = ~score.isnan()
+        with loop.leaving_off():
+            self.rewards.check_known(known)
+        return known
+
+    def figures(self, parts: dict[str, Tensor], score: Tensor, episodes: Episodes) -> dict[str, float | None]:
+        """Means of scores and lengths, and how many scores there are not; `parts` and `score` (E,) each."""
+        return score_figures(parts, score, episodes) | self.rewards.failures(parts)
 
     def read(
         self,
@@ -63,7 +104,7 @@ class Experience:
         loop.screen.phase("scoring")
         found = read(self.roles, loop.batches, episodes, groups, loop.screen, to_learn, reference)
         loop.screen.phase("learning")
-        return found
+        return self.engine.weighed(loop, found)
 
     def evaluated(self, loop: Loop, key: tuple[int, ...], kl_coef: float) -> dict[str, Any]:
         """Scores of responses to the held-out prompts, and how far the actor has gone."""
@@ -71,8 +112,35 @@ class Experience:
         episodes = self.sampled(loop, examples, everyone, key, self.section.eval_samples)
         parts = self.parts(loop, examples, everyone, episodes, [everyone])
         rollout, score = self.read(loop, episodes, [everyone]), self.score(parts, episodes)
-        found = score_figures(parts, score, episodes)
-        found |= figures(rollout, kl_coef, found["score"])
-        self.watch.evaluated(loop, episodes, score, found, self.section.kl_budget)
-        low, high = mean_interval(score.view(len(everyone), -1).mean(1))  # over prompts, which are independent
-        return found | {"score_low": low, "score_high": high} if len(everyone) > 1 else found
+        self.known(loop, score)
+        found = self.figures(parts, score, episodes)
+        found |= figures(rollout, kl_coef, found["score"]) | _interval(score, episodes, everyone)
+        self.watch.evaluated(loop, episodes, score, found)
+        by_source = {
+            title: _of_source(rollout, score, episodes, chosen) for title, chosen in titled(examples).items() if title
+        }
+        return with_sources(found, by_source)
+
+
+def _interval(score: Tensor, episodes: Episodes, chosen: np.ndarray) -> dict[str, float]:
+    """That of the mean score (E,) over prompts, (k,) int64, which are independent; nothing for fewer than
+    two with a score."""
+    of_prompts = score[episodes.numbers(chosen)].view(len(chosen), -1).nanmean(1)  # nan where no response has a score
+    known = of_prompts[~of_prompts.isnan()]
+    if len(known) < 2:
+        return {}
+    low, high = mean_interval(known)
+    return {"score_low": low, "score_high": high}
+
+
+def _of_source(rollout: Rollout, score: Tensor, episodes: Episodes, chosen: np.ndarray) -> dict[str, float | None]:
+    """Means over the responses to some prompts, (k,) int64; None where none of them has a score."""
+    numbers = episodes.numbers(chosen)
+    kl, known = (rollout.logprobs - rollout.ref_logprobs)[numbers].sum(1), ~score[numbers].isnan()
+    return {
+        "score": float(score[numbers][known].mean()) if known.any() else None,
+        **_interval(score, episodes, chosen),
+        "kl": float(kl.mean()),
+        "response_tokens": float(episodes.said[numbers].double().mean()),
+        "ended": float(episodes.ended[numbers].double().mean()),
+    }

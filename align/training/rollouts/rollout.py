@@ -9,7 +9,9 @@ k + 1 steps: before each token, and after the last. n labels, P paths and S = n 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
+from types import MappingProxyType
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -21,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from align.data.templates.texts import decoded
 from align.data.trees import Forest, Tree
-from align.models.roles import Entropy, Roles, Said
+from align.models.roles import Entropy, Roles, Said, Scorers
 from align.models.sampling.choice import Sampling
 from align.models.sampling.decode import Heed, Response, sample
 from align.models.trunk import Trunk
@@ -63,13 +65,14 @@ class Episodes:
     """Prompts with their responses, as examples of which rows are made: one tree a prompt."""
 
     def __init__(self, prompts: Sequence[np.ndarray], responses: Sequence[Sequence[Response]]) -> None:
-        """Prompts (l,) int32; of each as many responses, which are numbered prompt by prompt."""
+        """Prompts (l,) int32; of each one response or more, which are numbered prompt by prompt."""
         self.prompts, self.responses = prompts, responses
-        self.samples = len(responses[0])
+        self.samples = len(responses[0])  # to each prompt, where none is left out
         said = [[len(response.tokens) for response in own] for own in responses]
         self.lengths = np.array([len(p) + sum(k) for p, k in zip(prompts, said, strict=True)], np.int64)
         self.longest = np.array([len(p) + max(k) for p, k in zip(prompts, said, strict=True)], np.int64)
-        self.paths = np.full(len(prompts), self.samples, np.int64)
+        self.paths = np.array([len(own) for own in responses], np.int64)
+        self.firsts = np.cumsum(self.paths) - self.paths  # the number of each prompt's first response
         self.room = self.lengths + self.paths - 1
         self.flat = [response for own in responses for response in own]  # by number
         self.said = torch.tensor([len(response.tokens) for response in self.flat])  # (E,) int64
@@ -78,13 +81,23 @@ class Episodes:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def numbers(self, group: np.ndarray) -> np.ndarray:
-        """The episodes of a group of prompts, (k,) -> (k * samples,) int64."""
-        return (group[:, None] * self.samples + np.arange(self.samples)).ravel()
+    @property
+    def engine_logprobs(self) -> Tensor | None:
+        """(E, T) float32, 0 behind each end; None where the own engine drew them."""
+        told = [response.logprobs for response in self.flat]
+        if any(logprobs is None for logprobs in told):
+            return None
+        return pad_sequence([torch.from_numpy(logprobs) for logprobs in told], batch_first=True)
 
-    def part(self, group: np.ndarray) -> Episodes:
-        """Those of some prompts, (k,) int64, one or more."""
-        return Episodes([self.prompts[i] for i in group], [self.responses[i] for i in group])
+    def numbers(self, group: np.ndarray) -> np.ndarray:
+        """The episodes of a group of prompts, (k,) -> (e,) int64."""
+        return np.concatenate([self.firsts[i] + np.arange(self.paths[i]) for i in group])
+
+    def kept(self, chosen: Tensor) -> Episodes:
+        """Some of the episodes, (E,) bool, and their prompts."""
+        flags = np.split(chosen.numpy(), self.firsts[1:])
+        left = [list(compress(own, flag)) for own, flag in zip(self.responses, flags, strict=True)]
+        return Episodes([*compress(self.prompts, left)], [*filter(None, left)])
 
     def replaced(self, group: np.ndarray, anew: Episodes) -> Episodes:
         """With other responses to some prompts, (k,) int64."""
@@ -97,7 +110,7 @@ class Episodes:
         """Prompt `i` with its responses as branches, all of their tokens labels; targets are episodes' numbers."""
         stem, branches = self.prompts[i], [response.tokens for response in self.responses[i]]
         marks = (np.zeros(len(stem), bool), *(np.ones(len(branch), bool) for branch in branches))
-        return Tree((stem, *branches), marks, tuple(float(i * self.samples + s) for s in range(self.samples)))
+        return Tree((stem, *branches), marks, tuple(float(number) for number in self.numbers(np.array([i]))))
 
 
 class Rollout(NamedTuple):
@@ -111,6 +124,9 @@ class Rollout(NamedTuple):
     steps: Tensor  # (E, T + 1) bool, the values' mask: one longer
     lengths: Tensor  # (E,) int64, tokens of each
     said: Said | None = None  # of the only row there is, with its graph: nothing has to be said again to learn from it
+    engine_logprobs: Tensor | None = None  # (E, T) of the engine that drew the tokens, where it is not this one
+    importance: Tensor | None = None  # (E, T) what the policy loss of each token is multiplied by: 1 of the own engine
+    mismatch: Mapping[str, float] = MappingProxyType({})  # figures of both engines, beside each other
 
 
 def check_samples(trunk: Trunk) -> None:
@@ -155,7 +171,7 @@ def texts(trunk: Trunk, episodes: Episodes) -> list[tuple[str, str]]:
 
 
 def scored(
-    roles: Roles,
+    roles: Roles | Scorers,
     batches: Batches,
     episodes: Episodes,
     groups: Sequence[np.ndarray],
@@ -207,10 +223,11 @@ def read(
     columns = _by_episode(batches, episodes, groups, screen, numbers)
     logprobs, entropies, values, *bare = (pad_sequence(column, batch_first=True) for column in columns)
     steps = torch.arange(logprobs.shape[1] + 1) <= episodes.said[:, None]
-    ref_logprobs = bare[0] if bare else None
+    tokens, ref_logprobs = steps[:, 1:], bare[0] if bare else None
     return Rollout(
-        logprobs, ref_logprobs, entropies, values, steps[:, 1:], steps, episodes.said, kept[0] if kept else None
-    )
+        logprobs, ref_logprobs, entropies, values, tokens, steps, episodes.said, kept[0] if kept else None,
+        episodes.engine_logprobs, tokens.float(),
+    )  # fmt: skip
 
 
 def _by_episode(
@@ -237,11 +254,16 @@ def minibatches(prompts: int, count: int, key: Sequence[int]) -> list[np.ndarray
     return np.array_split(np.random.default_rng(list(key)).permutation(prompts), min(count, prompts))
 
 
-def score_figures(parts: dict[str, Tensor], score: Tensor, episodes: Episodes) -> dict[str, float]:
-    """Means over episodes; `parts` and `score` (E,) each."""
+def score_figures(parts: dict[str, Tensor], score: Tensor, episodes: Episodes) -> dict[str, float | None]:
+    """Means over episodes, of scores over those that are known; `parts` and `score` (E,) each."""
+
+    def mean(of: Tensor) -> float | None:
+        known = of[~of.isnan()]
+        return float(known.mean()) if len(known) else None
+
     return {
-        "score": float(score.mean()),
-        **{f"score/{name}": float(part.mean()) for name, part in parts.items()},
+        "score": mean(score),
+        **{f"score/{name}": mean(part) for name, part in parts.items()},
         "response_tokens": float(episodes.said.sum()) / len(score),
         "ended": float(episodes.ended.float().mean()),
     }
@@ -256,7 +278,7 @@ def figures(rollout: Rollout, kl_coef: float, score: float) -> dict[str, float]:
         kl = float((rollout.logprobs - rollout.ref_logprobs).sum())
         found |= {"kl": kl / count, "kl_per_token": kl / tokens, "kl_coef": kl_coef}
         found["reward"] = score - kl_coef * kl / count
-    return found
+    return found | rollout.mismatch
 
 
 def explained(rollout: Rollout, returns: Tensor) -> dict[str, float | None]:

@@ -9,9 +9,19 @@ from torch import Tensor
 
 from align.models.roles import Entropy
 from align.recipe.schema import BaseRecipe, PositiveInt, Section
+from align.recipe.train import Best
+from align.training.answers.section import AnsweringTrain
+from align.training.rollouts.engine import Drawing
+from align.training.rollouts.parts import RewardPart
 from align.training.rollouts.pretraining import Ptx
-from align.training.rollouts.rewards import RewardPart
-from align.training.rollouts.rollout import Generation
+
+
+class RewardedTrain(AnsweringTrain):
+    """How long, and how often to look and to save."""
+
+    best: Best | None = Best(metric="score", goal="greatest")
+    """Keep the weights with the best evaluation in `best/`, which loads as `final/` does. The evaluation before the
+    first step does not count. Default: that with the greatest score."""
 
 
 class Rewarded(Section):
@@ -19,7 +29,7 @@ class Rewarded(Section):
 
     rewards: list[RewardPart] = Field(min_length=1)
     """The parts of the reward: their weighted sum is the score."""
-    generation: Generation = Field(default_factory=Generation)
+    generation: Drawing = Field(default_factory=Drawing)
     """How responses are drawn."""
     minibatches: PositiveInt = 1
     """Optimizer steps in one pass over a step's responses."""
@@ -36,7 +46,11 @@ class Rewarded(Section):
     eval_samples: PositiveInt = 1
     """Responses to each held-out prompt in an evaluation, drawn from the same random numbers each time."""
     kl_budget: Annotated[float | None, Field(gt=0)] = None
-    """`best/` keeps the actor with the best held-out score whose KL is at most this. Default: whatever its KL."""
+    """`best/` keeps the best actor (`train.best`) whose KL is at most this. Default: whatever its KL."""
+
+    def affords(self, kl: float) -> bool:
+        """Whether an actor that has gone so far is within the budget."""
+        return self.kl_budget is None or kl <= self.kl_budget
 
     @property
     def entropy(self) -> Entropy | None:

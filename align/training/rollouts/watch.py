@@ -1,5 +1,4 @@
-"""What is seen of a run that samples, beside its metrics: responses over time, the best actor so far, and warnings in
-words."""
+"""What is seen of a run that samples, beside its metrics: responses over time, and warnings in words."""
 
 from __future__ import annotations
 
@@ -13,7 +12,8 @@ from align.data.formats.prompts import Asked, asked
 from align.models.trunk import Trunk
 from align.training.loop import Loop
 from align.training.rollouts.diagnosis import RECENT, diagnose
-from align.training.rollouts.rewards import Answered, Rewards
+from align.training.rollouts.parts import Answered
+from align.training.rollouts.rewards import Rewards
 from align.training.rollouts.rollout import Episodes, texts
 
 KEPT = 8  # held-out prompts whose responses are kept, evaluation after evaluation
@@ -34,24 +34,16 @@ class Watch:
         rows = self._rows.setdefault(id(examples), [])
         if not rows:
             rows += asked(examples)
-        asked_of = (rows[int(i)] for i in chosen for _ in range(episodes.samples))
+        asked_of = (rows[int(i)] for i, own in zip(chosen, episodes.responses, strict=True) for _ in own)
         return [Answered(row, *text) for row, text in zip(asked_of, texts(self.trunk, episodes), strict=True)]
 
-    def evaluated(
-        self, loop: Loop, episodes: Episodes, score: Tensor, figures: dict[str, float], budget: float | None
-    ) -> None:
-        """Note some responses; put the actor in `best/` if it is; warn."""
-        best = loop.memory.get("best")
-        within = budget is None or figures["kl"] <= budget
-        if loop.step and within and (best is None or figures["score"] > best["score"]):
-            best = {"step": loop.step, "score": figures["score"], "kl": figures["kl"]}
-            loop.memory["best"] = best
-            loop.publish(loop.run.folder / "best", best)
+    def evaluated(self, loop: Loop, episodes: Episodes, score: Tensor, figures: dict[str, float]) -> None:
+        """Note some responses; warn."""
         if not loop.session.first:
             return
-        few = Episodes(episodes.prompts[:KEPT], episodes.responses[:KEPT])
-        for i, (prompt, response) in enumerate(texts(self.trunk, few)[:: few.samples]):
-            of = {"prompt": prompt, "response": response, "score": float(score[i * few.samples])}
+        few = Episodes(episodes.prompts[:KEPT], [own[:1] for own in episodes.responses[:KEPT]])
+        for (prompt, response), first in zip(texts(self.trunk, few), episodes.firsts, strict=False):
+            of = {"prompt": prompt, "response": response, "score": float(score[first])}
             loop.run.append(FILE, {"step": loop.step, **of})
         self._warn(loop, loop.step, "eval", figures)
 

@@ -129,11 +129,14 @@ class CheckpointWriter:
 
 
 def snapshot(tensors: Tensors) -> Tensors:
-    """Contiguous copies on the CPU that share no storage: with each other, or with the originals."""
+    """Contiguous copies on the CPU that share no storage: with each other, or with the originals.
+
+    Each original is taken out of `tensors` as it is copied: what was gathered from shards for this is held once.
+    """
     return {
         part: {
-            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, tensor in named.items()
+            name: named.pop(name).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name in list(named)
         }
         for part, named in tensors.items()
     }

@@ -31,11 +31,13 @@ def identity_of(
     sides: Mapping[str, Examples],
     results: Mapping[str, str] | None = None,
     records: bool = False,
+    answered: str | None = None,
 ) -> Identity:
     """What the run with these `sides`, by name, is.
 
     `results`: recipe key -> folder of another result that it uses, such as a reward. With `records` the rows count as
-    their files have them, because something reads more of them than their tokens.
+    their files have them, because something reads more of them than their tokens. `answered`: a hash of the prompts
+    that it answers.
     """
     writer = writer_of(tokenizer)
     folder = base_folder(recipe.model)
@@ -48,7 +50,7 @@ def identity_of(
         "tokenizer": _hash(writer),
         "base": _base(folder, recipe.model.init == "random"),
         "results": {key: _result(Path(name)) for key, name in folders.items()},
-    }
+    } | ({"answered": answered} if answered else {})
 
 
 def changes(there: Identity, here: Identity) -> list[str]:
@@ -61,6 +63,8 @@ def changes(there: Identity, here: Identity) -> list[str]:
         found += _side_changes(side, there["sides"].get(side, NONE), here["sides"].get(side, NONE), bool(found))
     if there["base"] != here["base"]:
         found.append(f"the weights of model.base have changed (fingerprint {there['base']} there, {here['base']} here)")
+    if there.get("answered") != here.get("answered"):
+        found.append("the prompts of train.generate, or the answers that their rows have, have changed")
     for key in dict.fromkeys([*there["results"], *here["results"]]):
         if there["results"].get(key) != here["results"].get(key):
             found.append(f"{key}: its weights or its configuration have changed")

@@ -20,8 +20,8 @@ from align.training.runs.checkpoint import sync
 RECIPE, ASIDE = "recipe.yaml", ".old-run"
 HEADER = "# The resolved recipe of a run of align. This folder is the run's own: --fresh deletes what it wrote here.\n"
 OWN = (
-    "environment.json", "metrics.jsonl", "ledger.jsonl", "data.json", "samples.jsonl", "episodes.jsonl", "summary.json",
-    "report.html", "classification.json", "tensorboard", "checkpoints", "best", "final",
+    "environment.json", "metrics.jsonl", "ledger.jsonl", "data.json", "samples.jsonl", "episodes.jsonl", "answers.jsonl",
+    "summary.json", "report.html", "classification.json", "tensorboard", "checkpoints", "best", "final", "engine",
 )  # fmt: skip
 CHECKPOINT = re.compile(r"(\.old-|\.writing-)?step-[0-9]{6,}")
 

@@ -15,20 +15,27 @@ from accelerate.utils import LoggerType
 
 from align.data.examples import Examples
 from align.data.mixture import Prepared
+from align.recipe.engine import PLACES
 from align.recipe.errors import UserError
 from align.recipe.load import load_recipe
 from align.recipe.records import parsed, read_lines, to_json
 from align.recipe.schema import BaseRecipe
+from align.training.rollouts.parts import CALLING
 from align.training.runs.checkpoint import load_state, newest_checkpoint, speaking, tidy_checkpoints, write_atomic
 from align.training.runs.identity import Identity, changes
+from align.training.best import patience_end
 from align.training.meters import environment
 from align.training.plan import Plan, learning_rate
 from align.training.runs.removal import finish_removal, forget_removal, is_free, is_run, remove_run, run_recipe, tidy
 from align.training.runs.state import state_of
 
 # What may change between one start and the next: none of it touches the numbers.
-FREE = {"run": ..., "log": ..., "train": {"save_every", "keep", "shard"}}
-LENGTH = ("train.epochs", "train.steps")  # what --extend may change
+FREE: dict[str, Any] = {"run": ..., "log": ..., "train": {"save_every", "keep", "shard"}}
+FREE |= {stage: {"generation": {"engine": PLACES}} for stage in ("ppo", "grpo", "distill")}
+for stage in ("ppo", "grpo"):
+    FREE[stage]["rewards"] = {"__all__": {*CALLING}}
+LENGTH = ("train.epochs", "train.steps", "train.patience")  # what --extend may change
+OF_EVALUATIONS = ("episodes.jsonl", "answers.jsonl")  # a line for each response, where a run has them
 LINES = {"metrics.jsonl": {"step": int, "split": str}}  # what every line of a file has to have
 
 
@@ -39,6 +46,7 @@ class Standing(NamedTuple):
     step: int = 0
     place: int = 0  # examples of the plan's stream that are done
     evaluated: bool = False  # whether metrics.jsonl has an evaluation of this step
+    ended: bool = False  # whether the run has a result of this step
     finished: bool = False
     said: tuple[str, ...] = ()
 
@@ -106,11 +114,12 @@ class Run:
         state = state_of(point, load_state(point)) if point else {}
         self._check_same(identity, state)
         step, place = state.get("step", 0), state.get("place", 0)
-        end = self._end()
+        end, terms = self._end()
         plan = Plan(self.recipe, examples, step, place)
         if place > plan.total or step > plan.steps:
             raise UserError(f"--extend: {step:,} steps are done; train.steps or train.epochs asks for fewer")
         finished = end is not None and end in (plan.steps, -1)
+        finished |= terms is not None and terms == patience_end(self.recipe.train.patience, plan.steps)
         if end is not None and not finished and point is None:
             raise UserError(
                 f"--extend: {self.checkpoints} has no whole checkpoint to go on from; to go on from the result's "
@@ -123,7 +132,7 @@ class Run:
         records = self.records("metrics.jsonl")
         evaluated = any(record["step"] == step and record["split"] == "eval" for record in records)
         said = (*passed_over, *self._extended(examples, plan))
-        return Standing(point, step, place, evaluated, finished, said)
+        return Standing(point, step, place, evaluated, end == step, finished, said)
 
     def _check_same(self, identity: Identity, state: dict[str, Any]) -> None:
         """UserError, with what changed and the ways on, where the run was trained on something else."""
@@ -145,13 +154,14 @@ class Run:
         found = parsed(file.read_bytes()) if file.is_file() else None
         return (found or {}).get("identity")
 
-    def _end(self) -> int | None:
-        """The step that the result is of; None without one, -1 where it does not say."""
+    def _end(self) -> tuple[int | None, dict[str, int] | None]:
+        """The step that the result is of, None without one, -1 where it does not say; and under which terms the run
+        ended there, where it ended early."""
         file = self.final / "align.json"
         if not self.final.is_dir():
-            return None
-        about = parsed(file.read_bytes()) if file.is_file() else None
-        return (about or {}).get("step", -1)
+            return None, None
+        about = (parsed(file.read_bytes()) if file.is_file() else None) or {}
+        return about.get("step", -1), about.get("ended_by")
 
     def _extended(self, examples: Examples, plan: Plan) -> list[str]:
         """What there is to say of a run that now ends later than it was planned to."""
@@ -180,28 +190,28 @@ class Run:
         sides = {"train": _described(data.train), "eval": _described(data.eval)}
         about = {**sides, "summary": data.summary, "identity": self.identity}
         write_atomic(self.folder / "data.json", to_json(about, indent=1))
-        for name in ("metrics.jsonl", "episodes.jsonl", "samples.jsonl"):
-            if name == "episodes.jsonl" and not (self.folder / name).is_file():
-                continue  # PPO's alone
+        for name in ("metrics.jsonl", "samples.jsonl", *OF_EVALUATIONS):
+            if name in OF_EVALUATIONS and not (self.folder / name).is_file():
+                continue  # not every run has them
             kept = [record for record in self.records(name, say) if self._stays(name, record, steps)]
             write_atomic(self.folder / name, "".join(to_json(record) + "\n" for record in kept))
 
     def _stays(self, name: str, record: dict[str, Any], steps: int) -> bool:
         """A checkpoint comes after its step's training, and before all else at that step, which is done again: an
-        evaluation now, the rest at the end."""
+        evaluation now, the rest at the end; but for what an earlier end of the run, which has its result, left."""
         step, split = record["step"], record.get("split")
         if step != self.standing.step or not step:
             return step < self.standing.step
         if split == "train":
             return True
-        return step < steps and split != "eval" and name != "episodes.jsonl"
+        return self.standing.ended and step < steps and split != "eval" and name not in OF_EVALUATIONS
 
-    def append(self, name: str, record: dict[str, Any]) -> None:
-        """Add a line to a JSONL file."""
-        line = (to_json(record) + "\n").encode()
+    def append(self, name: str, *records: dict[str, Any]) -> None:
+        """Add lines to a JSONL file."""
+        lines = "".join(to_json(record) + "\n" for record in records).encode()
         path = self.folder / name
-        with speaking(path, len(line)), path.open("ab") as file:
-            file.write(line)
+        with speaking(path, len(lines)), path.open("ab") as file:
+            file.write(lines)
             file.flush()
             os.fsync(file.fileno())  # before the checkpoint that relies on it
 

@@ -116,6 +116,14 @@ def restore(path: Path, named: Named, optimizer: torch.optim.Optimizer, fingerpr
     return state
 
 
+def kept_portions(now: dict[str, int], before: dict[str, int]) -> tuple[dict[str, int], str]:
+    """The portions of before, but for what there is no room for now; and what there is to say of that."""
+    kept = {name: min(value, before.get(name, value)) for name, value in now.items()}
+    less = [name for name in kept if kept[name] < before.get(name, 0)]
+    told = ", ".join(f"{name} {kept[name]:,} in place of {before[name]:,}" for name in less)
+    return kept, f"less memory is free than before ({told}): the last digits may differ" if less else ""
+
+
 def put_back(
     path: Path,
     weights: dict[str, Tensor],

@@ -9,21 +9,8 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from align.tools.comparison.statistics import (
-    Draws,
-    Estimate,
-    best_of,
-    best_of_kl,
-    duel,
-    estimate,
-    fit,
-    holm,
-    mean,
-    mean_of,
-    p_value,
-    per_prompt,
-    resamples,
-)
+from align.tools.comparison.statistics import best_of, best_of_kl, duel, fit, holm, p_value
+from align.training.bootstrap import Draws, Estimate, estimate, mean, mean_of, per_prompt, resamples
 
 DRAWS = Draws(400, 3)
 

@@ -10,10 +10,10 @@ import pytest
 
 from align.data.formats.prompts import Asked
 from align.recipe.errors import UserError
-from align.tools.comparison.statistics import Draws
 from align.tools.evaluation.drawn_pairs import check_conversations, drawn_pairs
 from align.tools.evaluation.generation import Responses
-from align.training.rollouts.rewards import Answered
+from align.training.bootstrap import Draws
+from align.training.rollouts.parts import Answered
 
 
 def given(scores, texts=None, ended=None, **record) -> tuple[list[Asked], list[str], Responses]:

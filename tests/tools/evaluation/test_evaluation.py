@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from align.tools.comparison.statistics import Draws, Estimate
 from align.tools.evaluation.folder import identities, in_words, source_names
 from align.tools.evaluation.harness import figures
 from align.tools.evaluation.measures import distinct, ratio, repetition
-from align.training.rollouts.rewards import RewardPart
+from align.training.bootstrap import Draws, Estimate
+from align.training.rollouts.parts import RewardPart
 
 
 def test_variety_and_repetition():

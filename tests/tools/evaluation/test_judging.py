@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from align.recipe.errors import UserError
-from align.tools.comparison.statistics import Draws
 from align.tools.evaluation.judging import LOST, Endpoint, EndpointJudge, Pair
+from align.training.bootstrap import Draws
 from align.training.borders.stops import Signals, Stopped
 
 OVER = threading.Event()  # the test, for which a slow answer waits

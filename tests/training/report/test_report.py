@@ -7,6 +7,7 @@ import re
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from align.recipe.records import to_json
 from align.training.report.page import write_report
 from align.training.report.panels import Metrics
 from align.training.report.plots import amount, change, duration, running_mean, size, thinned, value
+from align.training.telling import Page as Page_
 
 EVIL = "<script>alert('row')</script><img src=x onerror=alert(1)>"
 
@@ -121,6 +123,57 @@ def test_every_other_metric_is_drawn_and_told(run):
     assert "eval: 3 at step 0 → 2 at step 2" in labels[0]
     assert "chosen, eval: 1.5 at step 2. rejected, eval: -1.25 at step 2" in labels[6]
     assert "42 examples of 0 to 128 tokens; most, 30, have 0 to 64" in labels[7]
+
+
+def test_how_far_a_run_is_stands_on_its_page(run):
+    """A page of a run that goes on is written anew only after a while; later ones say how it ended."""
+    assert "goes on" not in report(run).text
+    loop = SimpleNamespace(
+        session=SimpleNamespace(first=True), run=SimpleNamespace(folder=run), step=3, plan=SimpleNamespace(steps=9)
+    )
+    page = Page_()
+    page.refresh(loop)
+    assert "goes on" not in (run / "report.html").read_text("utf-8"), "a moment has not passed"
+    page.written -= 100
+    page.refresh(loop)
+    assert "This run goes on: this page is of step 3 of 9, 20" in (run / "report.html").read_text("utf-8")
+    loop.step = 4
+    page.refresh(loop)
+    assert "of step 3 of 9" in (run / "report.html").read_text("utf-8")
+    page.write(loop, "The run is finished: 9 steps.")
+    text = (run / "report.html").read_text("utf-8")
+    assert "The run is finished: 9 steps." in text
+    assert "goes on" not in text
+    assert {path.name for path in run.iterdir()} >= {"report.html"}
+    assert not list(run.glob(".writing-*"))
+
+
+def test_answers_to_held_out_prompts_are_shown_before_and_after(run):
+    """The first answer to each prompt, with the row's own and its scores; each figure of answers has a plot."""
+    rows = [
+        {"step": step, "prompt": f"Q{i} {EVIL}", "sample": sample, "response": f"A{i}-{step}-{sample}"}
+        | {"reference": f"R{i}" if i else None, "scores": {"exact_match": 0.125 * step, "gold": None}}
+        for step in (0, 2, 4)
+        for i in range(25)
+        for sample in (0, 1)
+    ]
+    lines(run / "answers.jsonl", [*rows, {"step": 4}, {"prompt": 3, "step": 4}])
+    figures = {"generate/exact_match": 0.25, "generate/exact_match_low": 0.125, "generate/exact_match_high": 0.5}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(evaluation(4, **figures, **{"generate/response_tokens": 7.0})) + "\n")
+    page = report(run)
+    assert "The first 20 of 25 prompts" in page.text
+    for shown in ("A0-0-0", "A19-4-0", "R19", "Before training", "After step 4", "exact_match 0.5", "gold –"):
+        assert shown in page.text, shown
+    for hidden in ("A0-2-0", "A0-0-1", "A20-0-0"):
+        assert hidden not in page.text, hidden
+    assert "script" not in [tag for tag, _ in page.tags]
+    assert "Answers: exact match 0.25 95 % interval 0.125 to 0.5; step 4" in page.text
+    labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
+    assert [label for label in labels if label.startswith("Answers: ")] == [
+        "Answers: exact match by step. eval: 0.25 at step 4; 95 % interval at the end 0.125 to 0.5",
+        "Answers: response tokens by step. eval: 7 at step 4",
+    ]
 
 
 def preferred(step: int, **metrics) -> dict:

@@ -15,9 +15,11 @@ from align.data.formats.prompts import Asked
 from align.models.roles import CRITIC, Roles, Scorer
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora
+from align.training import rules
 from align.training.borders.foreign import SHARED
 from align.training.borders.stops import Signals, Stopped
-from align.training.rollouts.rewards import Answered, RewardPart, Rewards
+from align.training.rollouts.parts import Answered, RewardPart
+from align.training.rollouts.rewards import Rewards
 from align.training.rules import VALENCES, exact_answer, one_sentence, sentiment
 
 
@@ -156,7 +158,8 @@ def test_every_process_scores_its_share(trunk, mine):
         ("return [1.0, float('nan')]", "gave nan for the response 'no'"),
         ("return [float('-inf'), 1.0]", "gave -inf for the response 'yes'"),
         ("return [1.0, 'good']", "failed (TypeError: it returned the text 'good' among its scores"),
-        ("return None", "failed (TypeError: "),
+        ("return None", "failed (TypeError: it returned nothing, not a list of numbers"),
+        ("return [1.0, None]", "gave no score for the response 'no'; on_failure: leave_out goes on without"),
         ("return [[1.0], [2.0]]", "failed (TypeError: "),
     ],
 )
@@ -303,6 +306,10 @@ def test_two_parts_of_one_name(trunk):
         ({"function": "b.c"}, "expected package.module:function, found 'b.c'"),
         ({"function": ":c"}, "expected package.module:function"),
         ({"adapter": "a", "label": "happy"}, "`label` goes with `model`"),
+        ({"adapter": "a", "timeout": 1.0}, "`timeout` goes with `function`"),
+        ({"model": "a", "on_failure": "leave_out"}, "`on_failure` goes with `function`"),
+        ({"function": "a:b", "timeout": 0.0}, "greater than 0"),
+        ({"function": "a:b", "processes": -1}, "greater than or equal to 0"),
         ({"function": "a:b", "std": 0.0}, "greater than 0"),
         ({"adapter": "a", "name": "critic"}, "`name`: critic is another role on the trunk"),
         ({"adapter": "a", "name": "v1.5"}, "should match pattern"),
@@ -347,6 +354,35 @@ def test_one_sentence(response, score):
 def test_exact_answer(response, answer, score):
     row = {} if answer is None else {"answer": answer}
     assert exact_answer(["q"], [response], [row]) == [score]
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "score"),
+    [
+        ("It is 1/2.", "0.5", 1),
+        (r"The answer is $\frac{1}{2}$.", "So it is a half.\n#### 0.5", 1),
+        (r"\boxed{\{1, 2\}}", r"$\{2, 1\}$", 1),
+        ("The answer is 7, not 8.", "7", 1),
+        ("$x^2$", "$x^3$", 0),
+        ("ten", "ten", 0),
+        pytest.param("$9^{9^{9^9}}$", "5", 0, marks=pytest.mark.slow),  # which nobody can compute, nor in 2 s
+    ],
+)
+def test_exact_answer_as_mathematics(response, answer, score):
+    pytest.importorskip("math_verify")
+    assert exact_answer(["q"], [response], [{"answer": answer}]) == [score]
+
+
+def test_exact_answer_without_math_verify(monkeypatch, capsys):
+    """Numbers alone are compared, as is said once, by the first process."""
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    for rank, lines in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        rules._verifier.cache_clear()
+        for _ in range(2):
+            assert exact_answer(["q"] * 2, ["1/2", "so 7"], [{"answer": "0.5"}, {"answer": 7}]) == [0, 1]
+        assert capsys.readouterr().err.count("pip install math-verify") == lines
+    rules._verifier.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -196,10 +196,15 @@ def test_a_minibatch_finds_the_numbers_of_its_episodes():
 
 def test_parts_of_episodes_and_others_in_their_place():
     episodes = written()
-    part = episodes.part(np.array([2, 1]))
-    assert [len(prompt) for prompt in part.prompts] == [12, 3]
-    assert part.said.tolist() == [1, 3, 7, 2]
-    other = episodes.replaced(np.array([1]), episodes.part(np.array([3])))
+    kept = episodes.kept(torch.tensor([False, True, False, False, True, True, True, False]))
+    assert [len(prompt) for prompt in kept.prompts] == [7, 12, 5], "a prompt without responses is left out"
+    assert kept.said.tolist() == [1, 1, 3, 5]
+    assert kept.numbers(np.array([2, 1])).tolist() == [3, 1, 2]
+    assert [kept.tree(i).targets for i in range(3)] == [(0.0,), (1.0, 2.0), (3.0,)]
+    assert kept.lengths.tolist() == [7 + 1, 12 + 1 + 3, 5 + 5]
+    whole = episodes.kept(torch.ones(8, dtype=torch.bool))
+    assert (whole.said.tolist(), len(whole)) == (episodes.said.tolist(), 4)
+    other = episodes.replaced(np.array([1]), episodes.kept(torch.arange(8) > 5))
     assert other.said.tolist() == [4, 1, 5, 5, 1, 3, 5, 5]
     assert other.prompts[1] is episodes.prompts[1]
     assert episodes.said.tolist() == [4, 1, 7, 2, 1, 3, 5, 5], "the first are as they were"

@@ -1,0 +1,1 @@
+"""Rows of any format, cleaned: filtered, made private, deduplicated, mixed and split, in steps."""

@@ -1,0 +1,1 @@
+"""Set steps that find rows, and parts of rows, which repeat earlier ones."""

@@ -1,0 +1,1 @@
+"""Row steps that drop rows for what stands in them."""

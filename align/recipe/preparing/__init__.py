@@ -1,0 +1,1 @@
+"""The sections of preparation, which `align.prepare` and the stages' recipes share."""

@@ -1,0 +1,1 @@
+"""Answers to held-out prompts, drawn and measured while a run trains."""

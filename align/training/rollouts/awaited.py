@@ -1,0 +1,71 @@
+"""Reward functions that are `async`: all of a batch's calls are awaited together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from threading import Thread
+from typing import Any, NamedTuple
+
+from align.recipe.errors import reason
+from align.training.rollouts.given import Verdict, late, numbers, pause, verdicts
+
+
+class Await(NamedTuple):
+    """A call with all responses of a batch."""
+
+    begin: Callable[[], Awaitable[Any]]
+    responses: Sequence[str]
+    timeout: float | None
+    retries: int
+
+
+def together(calls: Sequence[Await]) -> list[list[Verdict]]:
+    """What each call says of its responses. A signal is raised here at once, and cancels them."""
+
+    async def all_of_them() -> list[list[Verdict]]:
+        return await asyncio.gather(*map(_tried, calls))
+
+    found = asyncio.run_coroutine_threadsafe(all_of_them(), _loop())
+    try:
+        return found.result()
+    finally:
+        found.cancel()
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One for all calls, so that a client that a function keeps stays usable; in a thread of its own, since a signal
+    that arrives in one of a loop's callbacks is only logged there."""
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        asyncio.set_event_loop(loop)
+        while True:
+            with suppress(BaseException):  # a task that a function has left behind calls sys.exit
+                loop.run_forever()
+
+    Thread(target=run, name="reward functions", daemon=True).start()
+    return loop
+
+
+async def _tried(call: Await) -> list[Verdict]:
+    for attempt in range(call.retries + 1):
+        await asyncio.sleep(pause(attempt) if attempt else 0)
+        task = asyncio.ensure_future(_said(call))
+        try:
+            await asyncio.wait({task}, timeout=call.timeout)
+        finally:
+            task.cancel()  # where it has not ended; and it is not waited for, as it may not want to
+        if isinstance(said := task.result() if task.done() else late(call.timeout), list):
+            return verdicts(said, call.responses)
+    return [said] * len(call.responses)
+
+
+async def _said(call: Await) -> list[float | None] | str:
+    try:
+        return numbers(await call.begin(), len(call.responses))
+    except BaseException as error:
+        return f"failed ({reason(error)})"

@@ -1,0 +1,47 @@
+"""The engine of several processes: order, faults, and a worker that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from align.data.preparing.engine import local
+from align.recipe.errors import UserError
+
+
+class Squares:
+    """Work that takes longer for some tasks than for others."""
+
+    def __init__(self, told: str) -> None:
+        self.told = told
+
+    def __call__(self, task: int) -> tuple[int, int]:
+        if task == -1:
+            raise UserError(f"{self.told}: first", "second")
+        if task == -2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01 * (task % 3))
+        return task * task, os.getpid()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_come_in_the_order_of_their_tasks(workers):
+    found = list(local(workers)(Squares, ("here",), iter(range(12))))
+    assert [square for square, _ in found] == [i * i for i in range(12)]
+    assert len({process for _, process in found}) == workers
+    with pytest.raises(UserError) as error:
+        list(local(workers)(Squares, ("here",), [1, 2, -1, 3]))
+    assert error.value.problems == ("here: first", "second")
+
+
+def test_one_task_needs_no_other_process():
+    assert list(local(4)(Squares, ("",), [3])) == [(9, os.getpid())]
+    assert list(local(4)(Squares, ("",), [])) == []
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    with pytest.raises(UserError, match="give fewer `workers`"):
+        list(local(2)(Squares, ("",), [1, -2, 3, 4]))

