@@ -77,10 +77,10 @@ class Classify(Section):
     label_smoothing: Fraction = 0.0
     """This share of each target is spread over all classes (Szegedy et al. 2016, arXiv 1512.00567)."""
     test: Eval = Field(default_factory=Eval)
-    """Rows that are looked at once, after training: a share of all rows, or sources of their own."""
+    """Rows to test on once, after training: a share of all rows, or sources of their own."""
     precision: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Of two classes: the precision wanted of the positive one. Its threshold is chosen on the eval rows, with as much
-    recall as there can be, is tested and saved, and `--predict` goes by it."""
+    """Of two classes: the precision wanted of the positive one. The threshold with the most recall at that precision on
+    the eval rows is saved, tested, and used by `--predict`."""
     threshold: Literal["best_f1"] | None = None
     """Of two classes, in place of `precision`: the threshold with the best F1 of the positive one on the eval rows."""
 

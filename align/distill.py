@@ -77,7 +77,7 @@ class Distill(Section):
     """What the student learns of the teacher, and on which texts."""
 
     teacher: Taught
-    """Whom the student learns from."""
+    """The model that the student learns from."""
     divergence: Literal["reverse", "forward", "jsd"] = "reverse"
     """`reverse`, KL(student, teacher), settles on what the teacher finds likely; `forward`, KL(teacher, student),
     covers all of it; `jsd` lies between them."""

@@ -52,7 +52,7 @@ class Dpo(Section):
     """`sigmoid` (DPO), `robust` (arXiv 2403.00409), `ipo` (arXiv 2310.12036), `hinge` (SLiC, arXiv 2305.10425); without
     a reference `simpo` (arXiv 2405.14734), `orpo` (arXiv 2403.07691); on labelled answers `kto` (arXiv 2402.01306)."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """How strongly the reference holds; the weight of the odds ratio in `orpo`."""
+    """How strongly the policy is held to the reference; in `orpo` the weight of the odds ratio."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of pairs taken to be labelled the wrong way round; of `sigmoid` and `robust`."""
     length_normalized: bool = False

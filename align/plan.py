@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def planned(asked: argparse.Namespace) -> Report:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
     with border(MEMORY, result=True):
         asked = arguments(sys.argv[1:] if argv is None else argv)
         report = planned(asked)

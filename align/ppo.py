@@ -74,11 +74,11 @@ class Ppo(Rewarded):
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount of later rewards."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """Between the critic's word alone (0) and the rewards' alone (1) (arXiv 1506.02438)."""
+    """Lambda of GAE: 0 trusts the critic alone, 1 the rewards alone (arXiv 1506.02438)."""
     whiten: bool = True
     """Shift and scale a step's advantages to mean 0 and variance 1, over all its tokens."""
     clip_range: Annotated[float, Field(gt=0)] = 0.2
-    """How far p/p_old may count."""
+    """p/p_old is clipped to this distance from 1."""
     dual_clip: Annotated[float | None, Field(gt=1)] = None
     """Bound of the loss of tokens with a negative advantage (arXiv 1912.09729). Default: none."""
     value_clip_range: Annotated[float, Field(gt=0)] = 0.2

@@ -28,10 +28,10 @@ class Model(Section):
     """Branch, tag or commit of a hub id."""
     adapter: Location | list[Location] | None = None
     """`final/` folder of an earlier run: its LoRA is merged into the base, in float32, when the model is loaded, or
-    kept beside a quantised one. A list is taken in its order, that of training: `[runs/sft/final, runs/dpo/final]`."""
+    kept beside a quantised one. A list is in the order of training: `[runs/sft/final, runs/dpo/final]`."""
     add_tokens: list[str] = Field(default_factory=list)
-    """Tokens whose embedding rows train beside the LoRA. What the tokenizer does not have is added to it, and a row for
-    what has none."""
+    """Tokens whose embedding rows train beside the LoRA. Those that the tokenizer does not have are added to it; those
+    without a row get one."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only the base's config and tokenizer and starts from new weights: training from scratch."""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -40,8 +40,8 @@ class Model(Section):
     """Of the frozen trunk: `auto` is bfloat16 where the device computes it natively, else float32. What trains is
     float32. `float16` is for tools that train nothing."""
     quantize: Literal["8bit", "4bit"] | None = None
-    """Hold the frozen trunk's linear layers in so many bits: `4bit` is NF4 with double quantisation (QLoRA, Dettmers et
-    al. 2023, arXiv 2305.14314). Needs bitsandbytes and a LoRA."""
+    """Store the frozen trunk's linear layers in 8 or 4 bits a weight: `4bit` is NF4 with double quantisation (QLoRA,
+    Dettmers et al. 2023, arXiv 2305.14314). Needs bitsandbytes and a LoRA."""
     layout: Literal["auto", "tree", "padded"] = "auto"
     """How batches are laid out. `auto` tries the packed tree layout on the loaded model and keeps it if it is exact."""
     gradient_checkpointing: bool = False

@@ -1,0 +1,64 @@
+"""Run every command of docs/tutorial.md for real, in order, and write what each prints below it.
+
+    python benchmarks/tutorial.py CLONE [--from N]
+
+CLONE is a fresh clone of this repository; results stay in it. `--from` begins at the N-th block of commands. A block
+of commands that is followed by a block of output gets the standard output, a long one without its middle. Commands
+that serve are left out, since only their reader ends them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import time
+from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+HEAD, TAIL = 14, 5  # lines of a long output that stay
+WIDTH = 100
+
+
+def shown(output: str) -> str:
+    """What the page shows of a standard output."""
+    lines = [line.rstrip()[:WIDTH] for line in output.strip().splitlines()]
+    if len(lines) > HEAD + TAIL + 1:
+        lines = [*lines[:HEAD], "…", *lines[-TAIL:]]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def run(commands: str, clone: Path) -> str:
+    """The standard output of a block of commands; SystemExit with all that was said where one fails."""
+    script = commands if commands.startswith("make ") else f"set -e\n. .venv/bin/activate\n{commands}"
+    began = time.monotonic()
+    told = subprocess.run(["bash", "-c", script], cwd=clone, capture_output=True, text=True)
+    seconds = time.monotonic() - began
+    print(f"{commands.splitlines()[-1][:80]}: status {told.returncode}, {seconds:.0f} s", flush=True)
+    if told.returncode:
+        raise SystemExit(told.stdout + told.stderr)
+    return told.stdout
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("clone", type=Path)
+    parser.add_argument("--from", dest="first", type=int, default=0)
+    asked = parser.parse_args()
+    fences = list(FENCE.finditer(PAGE.read_text("utf-8")))
+    blocks = [number for number, fence in enumerate(fences) if fence[1] == "sh"]
+    for number in blocks[asked.first :]:
+        commands = fences[number][2]
+        if "align.serve" in commands:
+            continue
+        output = run(commands, asked.clone)
+        after = fences[number + 1] if number + 1 < len(fences) else None
+        if after and after[1] in ("", "text"):
+            page = list(FENCE.finditer(text := PAGE.read_text("utf-8")))[number + 1]
+            PAGE.write_text(text[: page.start(2)] + shown(output) + text[page.end(2) :], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""A real base, fine-tuned and merged: plain transformers answer with the merged checkpoint as with the adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from world import align
+
+from align import merge
+from align.models.demo import NAMES, cache_folder, demo_model
+from align.recipe.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+ASKED = [
+    "How do I keep cut flowers fresh for longer?",
+    "Why is the sky blue?",
+    "Name a planet.",
+    "怎样养成早睡的习惯？",
+]
+
+
+def answers(model: PreTrainedModel, folder: Path) -> list[str]:
+    """Greedy answers by transformers' own `generate`."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    said = []
+    for text in ASKED:
+        talk = [{"role": "user", "content": text}]
+        chat = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        ids = model.eval().generate(**chat, max_new_tokens=48, do_sample=False)[0, chat["input_ids"].shape[1] :]
+        said.append(tokenizer.decode(ids))
+    return said
+
+
+@pytest.mark.slow
+def test_a_merged_smollm2_answers_as_base_and_adapter(tmp_path, monkeypatch):
+    try:
+        demo_model(NAMES[0])
+    except UserError as error:
+        pytest.skip(f"no demo model in {cache_folder()}, and none can be fetched: {error.problems[0]}")
+    monkeypatch.chdir(ROOT)
+    short = ["train.steps=4", "train.eval_every=4", "data.eval.max_rows=2", "log.samples=[]", "log.trackers=[]"]
+    told = align("recipes/chat.yaml", f"run={tmp_path / 'chat'}", "model.dtype=float32", *short)
+    assert told.status == 0, told.err
+    final, out = tmp_path / "chat" / "final", tmp_path / "merged"
+    told = align(tmp_path / "chat", out, stage=merge)
+    assert told.status == 0, told.err
+
+    unmerged = AutoPeftModelForCausalLM.from_pretrained(final, dtype=torch.float32)
+    base = unmerged.get_base_model()
+    said = answers(unmerged, final)
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert merged.dtype == torch.float32
+    assert answers(merged, out) == said
+    with unmerged.disable_adapter():
+        assert answers(base, final) != said  # four steps are enough to tell them apart

@@ -1,0 +1,132 @@
+"""The tutorial, command by command in its order: on a tiny base, with recipes cut to a few steps."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from test_processes import free_port
+from world import align
+
+ROOT = Path(__file__).parents[1]
+FENCE = re.compile(r"^```(sh|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^cat > (?P<file>\S+) <<'END'\n(?P<rows>.*?)^END$|^(?P<line>\S[^\n]*)$", re.MULTILINE | re.DOTALL)
+PYTHON = re.compile(r'(?:echo "(?P<said>[^"]+)" \| )?python -m align\.(?P<module>\w+) (?P<words>.*)')
+SHORTER = {  # in recipes: what a tiny base does not need
+    r"max_length: \d+": "max_length: 2048",
+    r"eval: \{fraction: 0.[12]\}": "eval: {fraction: 0.1, max_rows: 2}",
+    r"max_new: \d+": "max_new: 8",
+    r"^train: \{.*": "train: {steps: 2, eval_every: 2}",
+    r"batch: \{examples: \d+\}": "batch: {examples: 4}",
+    r"^log:$": "log:\n  sample_tokens: 8",
+}
+WAIT = 240  # seconds for a server that has to start on a machine with much other work
+
+
+def shorter(recipe: str, base: Path) -> str:
+    """A recipe for the tiny base."""
+    for pattern, short in SHORTER.items():
+        recipe = re.sub(pattern, short, recipe, flags=re.MULTILINE)
+    return recipe.replace("demo/smollm2-135m", str(base))
+
+
+@pytest.fixture
+def clone(world, here, monkeypatch) -> Path:
+    """What a reader has: recipes and data. The working folder is there."""
+    base, folder = here / "base", here / "clone"
+    shutil.copytree(world.base, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    for name in ("data_templates", "recipes"):
+        shutil.copytree(ROOT / name, folder / name)
+    for recipe in (folder / "recipes").glob("*.yaml"):
+        recipe.write_text(shorter(recipe.read_text("utf-8"), base), encoding="utf-8")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def form(text: str) -> list[str]:
+    """Lines without numbers and names of bases: what outputs of two models have in common."""
+    lines = [re.sub(r"\S*/base\b|demo/smollm2-135m", "BASE", line) for line in text.splitlines()]
+    return [re.sub(r"[-+]?\d[\d,.]*", "0", line).split("(")[0].strip() for line in lines if line not in ("", "…")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_command_runs_and_prints_what_the_page_shows(clone, monkeypatch):
+    said = ""
+    for kind, body in FENCE.findall((ROOT / "docs" / "tutorial.md").read_text("utf-8")):
+        if kind == "text":
+            assert [line for line in form(body) if line not in form(said)] == [], said
+            continue
+        said = ""
+        for command in COMMAND.finditer(body):
+            if command["file"]:
+                Path(command["file"]).write_text(shorter(command["rows"], clone.parent / "base"), encoding="utf-8")
+            elif "align.serve" in command["line"]:
+                serve(command["line"])
+            else:
+                said += run(command["line"], monkeypatch)
+
+
+def run(line: str, monkeypatch) -> str:
+    """The standard output of a command, run in this process."""
+    if line == ". .venv/bin/activate":
+        return ""
+    if line == "make chat":
+        (line,) = re.findall(r"^chat:.*\n\t\.venv/bin/accelerate launch (.*)$", (ROOT / "Makefile").read_text(), re.M)
+        line = f"python {line}"
+    command = PYTHON.fullmatch(line)
+    assert command, f"the test cannot run: {line}"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((command["said"] or "").encode())))
+    words = shlex.split(command["words"].replace("demo/smollm2-135m", "../base"))
+    if "train.epochs" in line:
+        words += ["train.steps=null"]
+    told = align(*words, stage=import_module(f"align.{command['module']}"))
+    assert told.status == 0, f"{line}\n{told.out}\n{told.err}"
+    return told.out
+
+
+def serve(line: str) -> None:
+    """Start it, open its page, ask it once, end it as Ctrl-C does."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    words = [sys.executable, *shlex.split(line)[1:], "--port", str(port)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            deadline = time.monotonic() + WAIT
+            while (page := fetched(f"{url}/")) is None:
+                assert server.poll() is None, server.stdout.read()
+                assert time.monotonic() < deadline, "it does not listen"
+                time.sleep(0.2)
+            assert "<html" in page
+            for model in json.loads(fetched(f"{url}/v1/models"))["data"]:
+                talk = {"model": model["id"], "max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}]}
+                assert json.loads(fetched(f"{url}/v1/chat/completions", talk))["choices"]
+        finally:
+            server.send_signal(signal.SIGINT)
+            told, _ = server.communicate(timeout=WAIT)
+    assert server.returncode == 0, told
+
+
+def fetched(url: str, body: dict | None = None) -> str | None:
+    """What an address gives; None where nobody listens."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=WAIT) as reply:
+            return reply.read().decode()
+    except urllib.error.HTTPError:
+        raise
+    except OSError:
+        return None
