@@ -2,7 +2,7 @@
 
     python benchmarks/verifiable.py [--task sentence | sums] [--seeds 0 1 2] [--steps 60]
 
-`sentence` gives beginnings of sentences and rewards those that come to an end within 12 tokens; `sums` asks for
+`sentence` gives beginnings of sentences and rewards those that come to an end within 7 tokens; `sums` asks for
 one-digit sums in words and rewards the right number. A fifth of the prompts is held out. Prints, for each seed, the
 share of responses to held-out prompts that are right before and after, with its 95 % interval over prompts, the KL to
 the reference, and the time.
@@ -58,7 +58,7 @@ THINGS = [
     "a forest",
 ]
 RULES = {"sums": "exact_answer", "sentence": "one_sentence"}
-GENERATION = {"sums": {"max_new": 12}, "sentence": {"max_new": 12, "stop": [".", "!", "?"]}}
+GENERATION = {"sums": {"max_new": 12}, "sentence": {"max_new": 7, "stop": [".", "!", "?"]}}
 
 
 def main() -> None:
