@@ -143,8 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             given.trust_remote_code,
         )  # fmt: skip
         limits = Limits(given.max_body, given.max_tokens, given.timeout, waiting=given.max_waiting)
-        more = [] if votes is None else routes(votes, limits)
-        app = build_app(engine, limits, key, local, adapters, more)
+        app = build_app(engine, limits, key, local, adapters, routes(votes, limits))
         for remark in engine.shelf.trunk.remarks:
             print(printable(remark), file=sys.stderr)
         if not local:

@@ -90,7 +90,7 @@ def serving(
     limits = limits or Limits()
     engine = make_engine([str(path) for path in models], None, "float32", rows, tokens, limits.waiting, False)
     listener = bound("127.0.0.1", 0)
-    more = [] if votes is None else routes(Votes(votes), limits)
+    more = routes(votes and Votes(votes), limits)
     server = listening(build_app(engine, limits, key, True, adapters, more), 2)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     engine.start()
