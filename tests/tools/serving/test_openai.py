@@ -28,14 +28,14 @@ class Place(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(request):
     if URL:
         key = os.environ.get("ALIGN_SERVE_KEY", "none")
         yield Place(openai.OpenAI(base_url=f"{URL}/v1", api_key=key, max_retries=0), MODEL)
         return
-    from serving import make_shop, serving
+    from serving import serving
 
-    shop = make_shop(tmp_path_factory.mktemp("shop"))
+    shop = request.getfixturevalue("shop")
     with serving([shop["red"], shop["green"]], key="secret") as service:
         yield Place(openai.OpenAI(base_url=f"{service.url}/v1", api_key="secret", max_retries=0), "red")
 
