@@ -139,8 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         loaded = load_models(given.models, given.base, given.dtype, given.trust_remote_code)
         engine = make_engine(loaded, given.max_rows, given.cache_tokens, given.max_waiting)
         limits = Limits(given.max_body, given.max_tokens, given.timeout, waiting=given.max_waiting)
-        more = [] if votes is None else routes(votes, limits)
-        app = build_app(engine, limits, key, local, adapters, more)
+        app = build_app(engine, limits, key, local, adapters, routes(votes, limits))
         for remark in engine.shelf.trunk.remarks:
             print(printable(remark), file=sys.stderr)
         if not local:

@@ -96,7 +96,7 @@ def serving(
     loaded = _idle.pop(tuple(models), None) or load_models([*map(str, models)], None, "float32")
     engine = make_engine(loaded, rows, tokens, limits.waiting)
     listener = bound("127.0.0.1", 0)
-    more = [] if votes is None else routes(Votes(votes), limits)
+    more = routes(votes and Votes(votes), limits)
     server = listening(build_app(engine, limits, key, True, adapters, more), 2)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     engine.start()

@@ -49,12 +49,8 @@ export async function models() {
 
 /** How many votes have been kept, and where; null where the server takes none. */
 export async function votes() {
-  try {
-    return await (await request("votes")).json();
-  } catch (error) {
-    if (error.status === 404) return null;
-    throw error;
-  }
+  const kept = await (await request("votes")).json();
+  return kept.file ? kept : null;
 }
 
 /** Keep a vote; the counts after it. */

@@ -242,6 +242,7 @@ $("export").addEventListener("click", save);
 $("theme").addEventListener("click", recolour);
 $("options").addEventListener("click", () => open($("settings").hidden));
 $("shade").addEventListener("change", () => talk.classList.toggle("shaded", $("shade").checked));
+$("settings").addEventListener("submit", (event) => event.preventDefault());
 $("key").addEventListener("change", () => {
   useKey($("key").value);
   load();
