@@ -1,10 +1,11 @@
 """Whether GRPO teaches the embedded model a task whose answers can be checked, on prompts that it has not seen.
 
-    python benchmarks/verifiable.py [--task sums | sentence] [--seeds 0 1 2] [--steps 60]
+    python benchmarks/verifiable.py [--task sentence | sums] [--seeds 0 1 2] [--steps 60]
 
-`sums` asks for one-digit sums in words and rewards the right number; `sentence` asks for things and rewards one whole
-sentence of at most 25 words. A fifth of the prompts is held out. Prints, for each seed, the share of held-out prompts
-that are answered rightly before and after, with its 95 % interval over prompts, the KL to the reference, and the time.
+`sentence` gives beginnings of sentences and rewards those that come to an end within 12 tokens; `sums` asks for
+one-digit sums in words and rewards the right number. A fifth of the prompts is held out. Prints, for each seed, the
+share of responses to held-out prompts that are right before and after, with its 95 % interval over prompts, the KL to
+the reference, and the time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ import yaml
 from align import grpo
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-ASKED = ["Tell me about {}.", "What is {}?", "Why do people like {}?", "How would you explain {} to a child?"]
+BEGUN = [
+    "Everybody in our street likes {} because",
+    "The first thing that I remember about {} is",
+    "When I think of {}, I",
+    "My sister wrote about {} and",
+]
 THINGS = [
     "bread",
     "rain",
@@ -52,12 +58,12 @@ THINGS = [
     "a forest",
 ]
 RULES = {"sums": "exact_answer", "sentence": "one_sentence"}
-MOST = {"sums": 12, "sentence": 40}
+GENERATION = {"sums": {"max_new": 12}, "sentence": {"max_new": 12, "stop": [".", "!", "?"]}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=RULES, default="sums")
+    parser.add_argument("--task", choices=RULES, default="sentence")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
@@ -85,7 +91,7 @@ def write_prompts(task: str, folder: Path) -> None:
             for j, b in enumerate(NUMBERS)
         ]
     else:
-        rows = [{"prompt": asked.format(thing)} for asked in ASKED for thing in THINGS]
+        rows = [{"text": begun.format(thing)} for begun in BEGUN for thing in THINGS]
     random.Random(0).shuffle(rows)
     held = len(rows) // 5
     for name, part in (("held", rows[:held]), ("train", rows[held:])):
@@ -107,7 +113,7 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict:
         "log": {"trackers": []},
         "grpo": {
             "rewards": [{"function": f"align.training.rules:{RULES[args.task]}", "name": "right"}],
-            "samples": 8, "generation": {"max_new": MOST[args.task]}, "kl_coef": args.kl_coef, "eval_samples": 4,
+            "samples": 8, "generation": GENERATION[args.task], "kl_coef": args.kl_coef, "eval_samples": 4,
         },
     }  # fmt: skip
     path = folder / f"{seed}.yaml"

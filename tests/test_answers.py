@@ -133,6 +133,7 @@ def test_the_report_shows_answers_and_says_that_the_run_is_finished(whole):
     assert "After step 12" in page
 
 
+@pytest.mark.slow  # sampling stages are, with answers and a best one, in the default run
 def test_killed_and_gone_on_with_it_ends_equal(whole, here):
     reference, recipe, _ = whole
     run = here / "run"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
 
 import pytest
 from policies import make_policy
 from test_chat import by_hand
-from world import Child, align, lines, talk, tree, write_rows
+from world import Child, align, talk, tree, write_rows
 
 from align import chat, sft
 from align.models.sampling.choice import Sampling
@@ -19,6 +20,11 @@ WARM = ("--temperature", 1.5, "--top-p", 0.9, "--max-new", 12, "--seed", 5, "--d
 @pytest.fixture(scope="module")
 def model(world, tmp_path_factory):
     return make_policy(world.base, tmp_path_factory.mktemp("policy"))
+
+
+def lines(path) -> list[dict]:
+    """What a model says may hold U+2028 and the like, at which str.splitlines would break a line."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def answered(model, file, *argv, status=0):
@@ -127,7 +133,7 @@ def test_it_goes_on_where_it_was_ended(model, here):
 
 @pytest.mark.slow
 def test_after_a_kill_nothing_is_missing_and_nothing_twice(model, here):
-    write_rows(here / "rows.jsonl", [{"prompt": f"Hi {n}"} for n in range(900)])
+    write_rows(here / "rows.jsonl", [{"prompt": f"Hi {n}"} for n in range(600)])
     words = (model, "--prompts", "rows.jsonl", "--output", "out.jsonl", *WARM, "--temperature", 0)
     for written in (0, 1):  # before the first rows are written, and after
         child = Child(here, *words, stage=chat)
@@ -141,7 +147,7 @@ def test_after_a_kill_nothing_is_missing_and_nothing_twice(model, here):
         child.process.join()
     told = align(*words, stage=chat)
     assert told.status == 0, told.err
-    assert [row["line"] for row in lines(here / "out.jsonl")] == [*range(1, 901)]
+    assert [row["line"] for row in lines(here / "out.jsonl")] == [*range(1, 601)]
     assert all(row["response"] is not None for row in lines(here / "out.jsonl"))
 
 

@@ -15,6 +15,7 @@ import pytest
 import samplers
 import torch
 from ppo_start import UNEVALUATED, make_start, wordy
+from test_processes import free_port
 from world import Child, align, alive, lines, metrics, weights
 
 from align import grpo, ppo
@@ -44,6 +45,14 @@ def flaky(prompts, responses, rows):
     """While a file `down` is there, fails from the second call on."""
     calls.append(len(responses))
     if len(calls) > 1 and Path("down").exists():
+        raise ConnectionError("down")
+    return wordy(prompts, responses, rows)
+
+
+def elsewhere(prompts, responses, rows):
+    """Fails in the second process, from its second call on, where the file `down` is."""
+    calls.append(len(responses))
+    if os.environ["RANK"] == "1" and len(calls) > 1 and Path("down").exists():
         raise ConnectionError("down")
     return wordy(prompts, responses, rows)
 
@@ -129,3 +138,23 @@ def test_what_a_killed_run_has_started_is_gone(world, start, here):
     while alive(*numbers) and time.monotonic() < end:
         time.sleep(0.05)
     assert not alive(*numbers)
+
+
+@pytest.mark.slow
+def test_what_fails_in_one_process_ends_all_with_the_state_saved(world, start, here):
+    """And with `leave_out` the other process's responses are still learnt from, and both count the same."""
+    rewards = [{"function": "test_left_out:elsewhere"}]
+    train = {"steps": 2, "eval_every": None, "save_every": None}
+    recipe = recipe_of(world, start, here / "run.yaml", grpo, {"rewards": rewards}, data=UNEVALUATED, train=train)
+    (here / "down").touch()
+    told = [child.wait() for child in Child.pair(here, free_port(), recipe, stage=grpo)]
+    assert [one.status for one in told] == [2, 2]
+    assert all(
+        "test_left_out:elsewhere failed (ConnectionError: down); the state after step 1 is" in t.err for t in told
+    )
+    assert (here / "run" / "checkpoints" / "step-000001" / "manifest.json").exists()
+    children = Child.pair(here, free_port(), recipe, "grpo.rewards.0.on_failure=leave_out", "--fresh", stage=grpo)
+    assert [child.wait().status for child in children] == [0, 0]
+    first, second = metrics(here / "run", "train")
+    assert first["failures/elsewhere"] == 0
+    assert second["failures/elsewhere"] == 4, "of nine"

@@ -161,7 +161,8 @@ def test_a_function_that_fails_in_the_middle(world, start, here):
     recipe = recipe_of(world, start, here / "run.yaml", data={"eval": {"sources": []}}, train=train, **few)
     told = align(recipe, stage=ppo)
     assert (told.status, told.err) == (
-        2, "the reward function test_ppo_input:failing failed (ValueError: no network)\n",
+        2, "the reward function test_ppo_input:failing failed (ValueError: no network); the state after step 2 is "
+        "saved: run the same command again to resume\n",
     )  # fmt: skip
     told = align(recipe, stage=ppo)
     assert told.status == 0, told.err

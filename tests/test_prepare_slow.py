@@ -83,17 +83,15 @@ def test_kill_9_at_any_time(rows, whole, here, workers):
     assert files_of(here / "set") == whole
 
 
-def test_rows_of_50_mb(here):
+def test_a_row_of_50_mb(here):
     words = "the harbour lay still in the morning light and nobody came to see it " * 750_000
-    small = [{"text": f"a small row of some words, number {i}"} for i in range(5)]
-    write_rows(here / "rows.jsonl", [*small, {"text": words}, {"text": words + "end"}, *small[:2]])
+    small = [{"text": " ".join(f"w{i * k}" for k in range(1, 20))} for i in range(1, 6)]
+    write_rows(here / "rows.jsonl", [*small, {"text": words}, *small[:2]])
     path = recipe(here, here / "rows.jsonl", prepare={"deduplicate": {"near": {}}}, output={"format": "jsonl"})
     told = align(path, stage=prepare)
     assert told.status == 0, told.err
     kept = [len(row["text"]) for row in lines(here / "set" / "train" / "text-00000.jsonl")]
-    assert kept[-1] == len(words.rstrip()) or kept[-1] == len(words)
-    assert len(kept) == 6
-    assert "1 nearly the same" in told.out
+    assert (len(kept), max(kept)) == (6, len(words))
 
 
 def test_planted_copies_are_found(here):

@@ -88,12 +88,13 @@ def test_two_processes_ask_for_their_shares(finished, here):
 
 
 def test_a_killed_server_ends_the_run_and_the_same_command_goes_on(world, start, server, here):
-    """The state after the last step is there; a server that lost its adapters gets them again."""
-    rewards = {"rewards": [{"function": "test_rollout_server:meddled"}]}
-    engine = {"url": server.url, "patience": 0.2}
+    """The state after the last step is there. Then the server is started again while equal groups of the last step wait
+    to be sampled anew: it has lost the adapter, and loads it within the step."""
+    own = {"rewards": [{"function": "test_rollout_server:meddled"}], "resample": 1}
     train = {"steps": 3, "eval_every": None, "save_every": None}
-    recipe = written(world, start, here / "run.yaml", engine, rewards, data=UNEVALUATED, train=train)
-    meddling[:] = [None, server.kill]
+    engine = {"url": server.url, "patience": 0.2}
+    recipe = written(world, start, here / "run.yaml", engine, own, data=UNEVALUATED, train=train)
+    meddling[:] = [None, None, None, server.kill]  # two samplings a step
     told = align(recipe, stage=grpo)
     assert told.status == 2
     assert f"grpo.generation.engine: {server.url} does not answer" in told.err
@@ -106,28 +107,20 @@ def test_a_killed_server_ends_the_run_and_the_same_command_goes_on(world, start,
     assert (run / "report.html").is_file()
 
     server.start()
+    meddling[:] = [lambda: server.kill() or server.start()]
     told = align(recipe, "grpo.generation.engine.patience=60.0", stage=grpo)
     assert (told.status, told.err) == (0, ""), told.err
+    assert not meddling
     assert "going on from" in told.out
     assert [record["step"] for record in lines(run / "metrics.jsonl")] == [1, 2, 3]
     assert not (run / "engine").exists()
-
-
-def test_a_server_that_lost_the_adapter_loads_it_again_within_the_step(world, start, server, here):
-    """It is started again while equal groups wait to be sampled anew, and asks whether it still agrees."""
-    own = {"rewards": [{"function": "test_rollout_server:meddled"}], "resample": 1}
-    recipe = written(world, start, here / "run.yaml", {"url": server.url}, own, data=UNEVALUATED)
-    meddling[:] = [lambda: server.kill() or server.start()]
-    told = align(recipe, stage=grpo)
-    assert (told.status, told.err) == (0, ""), told.err
-    assert not meddling
     assert server.models() == ["base"]
 
 
 @pytest.mark.parametrize(
     ("engine", "section", "said"),
     [
-        ({}, {"model": "another"}, "has another trunk: the log-probabilities of its model base are"),
+        ({}, {"model": "another"}, "was trained on a trunk with fingerprint"),
         ({"adapters_there": "/nowhere"}, {}, "does not load the adapter /nowhere/run-"),
         ({"api_key_env": "NO_SUCH_KEY"}, {}, "api_key_env: the environment variable NO_SUCH_KEY is not set"),
         ({"url": "http://127.0.0.1:9", "patience": 0.0}, {}, "does not answer"),

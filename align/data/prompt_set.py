@@ -14,7 +14,7 @@ from align.data.examples import Examples, Ledger
 from align.data.fitting import counted
 from align.data.formats.formats import read_records
 from align.data.formats.prompts import Asked, prompts
-from align.data.formats.references import ANSWERABLE
+from align.data.formats.references import ANSWERABLE, answerable
 from align.data.formats.rows import Fault, Row
 from align.data.store import BATCH, Progress
 from align.recipe.errors import UserError
@@ -69,7 +69,7 @@ def prompt_set(
     for path, record, row in _of_sources(sources) if own else _of_examples(held):
         read.append((record, row))
         if progress and len(read) % BATCH == 0:
-            progress(path, len(read))
+            progress(f"reading {path}", len(read))
     faults = [row for _, row in read if isinstance(row, Fault)]
     chosen, total = _distinct([(record, row) for record, row in read if isinstance(row, Row)], most, seed)
     trees = prompts().render([row for _, row in chosen], tokenizer)
@@ -112,7 +112,10 @@ def _of_examples(held: Examples) -> Iterator[tuple[str, dict[str, Any], Row | Fa
     for part in held.parts:
         learnt = {part.store.place(row): bool(part.store.labels[row]) for row in part.rows}
         changed = {} if part.source.format in ANSWERABLE else {"format": "auto"}
-        for record, row in read_records(part.source.model_copy(update=changed), ANSWERABLE):
+        source = part.source.model_copy(update=changed)
+        left = part.left.records() if part.left else ()
+        read = ((record, answerable(record, row)) for record, row in left)
+        for record, row in read if part.left else read_records(source, ANSWERABLE):
             if (row.file, row.line) not in learnt:
                 continue
             whole = isinstance(row, Row) and row.messages is None and learnt[row.file, row.line]

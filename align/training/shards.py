@@ -103,6 +103,7 @@ def whole(trunk: Trunk, part: nn.Module | None = None) -> Iterator[None]:
         for m in parts:
             m.reshard()
             m.set_reshard_after_forward(m is not trunk, recurse=False)  # torch's own choice: a root is needed again
+        give_back()
 
 
 def let_go(trunk: Trunk) -> None:

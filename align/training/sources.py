@@ -34,8 +34,6 @@ def with_sources(figures: Mapping[str, Any], by_source: Mapping[str, Mapping[str
             ending = next((ending for ending in FIGURES if name.endswith(ending)), "")
             full = f"{name.removesuffix(ending)}/{title}{ending}"
             if full in found:
-                raise UserError(
-                    f"data: the source title {title!r} would give two figures the name {full!r}; take another"
-                )
+                raise UserError(f"data: the title {title!r} would give two figures the name {full!r}; take another")
             found[full] = value
     return found

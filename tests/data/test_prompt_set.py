@@ -7,12 +7,15 @@ from data.voices import SMOLLM, tiny_tokenizer
 from world import pair, talk, write_rows
 
 from align.data.examples import Examples, Ledger, Part
+from align.data.formats.prompts import prompts
 from align.data.formats.references import reference
 from align.data.mixture import prepare
 from align.data.prompt_set import prompt_set
-from align.data.templates.preferences import preferences
+from align.data.templates.preferences import labelled, preferences
 from align.data.templates.render import conversations
 from align.recipe.errors import UserError
+from align.recipe.preparing.preparation import Preparation
+from align.recipe.preparing.privacy import Privacy
 from align.recipe.schema import Data, Source
 
 TOKENIZER = tiny_tokenizer(SMOLLM)
@@ -128,3 +131,27 @@ def test_texts_that_are_learnt_ask_for_nothing(tmp_path):
     with pytest.raises(UserError, match=r"no row of data\.eval has a prompt .* give rows with prompts in train\.gen"):
         prompt_set([], prepared.eval, section, 10, 0, TOKENIZER, Ledger())
     assert isinstance(prepared.eval.parts[0], Part)
+
+
+@pytest.mark.parametrize("reading", [conversations("assistant"), prompts(), labelled()], ids=["sft", "ppo", "kto"])
+def test_rows_that_were_prepared_are_asked_as_the_steps_left_them(tmp_path, reading):
+    """A mail address is masked in prompt and reference; of KTO's rows, only good answers are references."""
+    rows = [
+        {
+            "prompt": f"Who is person {i}, mike{i}@example.org?",
+            "completion": f"Mike {i}, mike{i}@example.org.",
+            "label": i % 2 == 0,
+        }
+        if reading.name.startswith("labelled")
+        else {"prompt": f"Who is person {i}, mike{i}@example.org?", "completion": f"Mike {i}, mike{i}@example.org."}
+        for i in range(12)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    section = data(path, eval={"fraction": 0.5}, prepare=Preparation(privacy=Privacy()))
+    prepared = prepare(section, TOKENIZER, reading, 1, tmp_path / "cache")
+    found = prompt_set([], prepared.eval, section, 100, 1, TOKENIZER, Ledger())
+    assert len(found.stems) == len(prepared.eval) == 6
+    for where, said, row, stem in zip(found.where, found.references, found.rows, found.stems, strict=True):
+        number = int(where.rpartition(":")[2]) - 1
+        assert "example.org" not in f"{said} {row.record} {TOKENIZER.decode(stem)}"
+        assert said is None if number % 2 and "label" in row.record else said.startswith(f"Mike {number}, ")

@@ -50,20 +50,28 @@ def test_sms_has_403_duplicate_lines(here):
 def test_sharegpt_zh_has_seven_that_end_on_the_human_and_one_empty_value(here):
     card, _, page, ledger = prepared(here, {"path": str(DATA / "sharegpt_zh/sharegpt_zh_1K_format.jsonl")})
     cut = [entry for entry in ledger if "after the last assistant turn" in entry["reason"]]
-    assert len(cut) == 7
-    assert sum(count for words, count in card["read"]["repairs"].items() if "last assistant turn" in words) == 7
-    assert card["read"]["invalid"] == 1
+    alone = [entry for entry in ledger if "expected an assistant turn to learn from" in entry["reason"]]
+    assert len(cut) + len(alone) == 7, "one of them has no other turn"
+    assert sum(count for words, count in card["read"]["repairs"].items() if "last assistant turn" in words) == len(cut)
+    assert [entry["line"] for entry in ledger if "found an empty text" in entry["reason"]] == [59]
+    assert card["read"]["faults"] == {
+        "conversations: expected an assistant turn to learn from, found none": 1,
+        "conversations[N].value: expected text, found an empty text": 1,
+    }
     assert card["read"]["languages"]["zh"] > 800
     assert "after the last assistant turn" in page
 
 
 @pytest.mark.parametrize(
-    ("file", "rows", "equal"),
-    [("ultrafeedback/train_clean.jsonl", 1000, 4), ("instruction/instruction-data-with-preference.json", 1100, 6)],
+    ("file", "rows", "equal", "empty"),
+    [
+        ("ultrafeedback/train_clean.jsonl", 1000, 4, 2),
+        ("instruction/instruction-data-with-preference.json", 1100, 6, 0),
+    ],
 )
-def test_pairs_whose_answers_are_equal(here, file, rows, equal):
+def test_pairs_whose_answers_are_equal(here, file, rows, equal, empty):
     card, _, page, ledger = prepared(here, {"path": str(DATA / file)})
-    assert (card["read"]["rows"], card["read"]["invalid"]) == (rows - equal, equal)
+    assert (card["read"]["rows"], card["read"]["invalid"]) == (rows - equal - empty, equal + empty)
     assert sum("expected another answer than" in entry["reason"] for entry in ledger) == equal
     assert "expected another answer than" in page
 

@@ -30,6 +30,7 @@ FILE = "answers.jsonl"
 KEY = "train.generate.scores"
 STREAM = 8  # tells this stream of random numbers apart
 RESAMPLES = 2000
+SHARES = ("exact_match", "contains", "multiple_choice", "math", "ended")  # of prompts, where each has one answer
 
 
 class Answers:
@@ -72,10 +73,13 @@ class Answers:
         columns["ended"] = episodes.ended.double().numpy().reshape(-1, section.samples)
         figures: dict[str, float] = {}
         for name, column in columns.items():
-            found = estimated(per_prompt(column), self.seed)
+            found = estimated(per_prompt(column), self.seed, share=name in SHARES)
             figures[PREFIX + name] = found.value
             if np.isfinite(found.low):
                 figures |= {f"{PREFIX}{name}_low": found.low, f"{PREFIX}{name}_high": found.high}
+        for part in self.section.scores:
+            if part.on_failure == "leave_out":
+                figures[f"{PREFIX}failures/{part.title}"] = float(np.isnan(columns[part.title]).sum())
         return figures
 
     def _columns(self, loop: Loop, episodes: Episodes, answered: list[Answered]) -> dict[str, np.ndarray]:
@@ -94,7 +98,8 @@ class Answers:
         every = [np.arange(len(episodes))]
         scores = scored(self.scorers, loop.batches, episodes, every, [*self.rewards.scorers], loop.screen)
         read = answered if self.rewards.read_texts else []
-        scores |= self.rewards.of_texts(read, loop.batches.rank, loop.batches.world, loop.session.signals)
+        with loop.leaving_off():
+            scores |= self.rewards.of_texts(read, loop.batches.rank, loop.batches.world, loop.session.signals)
         found |= {name: scores[name].tolist() for name in self.rewards.parts}
         return {name: np.array(column, np.float64).reshape(shape) for name, column in found.items()}
 
@@ -118,10 +123,11 @@ class Answers:
         ]
 
 
-def estimated(each: np.ndarray, seed: int) -> Estimate:
-    """The mean of (n,) figures, one a prompt, with its 95 % interval over prompts: Wilson's where each is right or
-    wrong, else the bootstrap's. A nan counts nowhere."""
+def estimated(each: np.ndarray, seed: int, share: bool) -> Estimate:
+    """The mean of (n,) figures, one a prompt, with its 95 % interval over prompts: Wilson's of a share of prompts,
+    where each is 0 or 1, else the bootstrap's. A nan counts nowhere; figures that are all equal have no interval."""
     there = each[np.isfinite(each)]
-    if len(there) > 1 and np.isin(there, (0.0, 1.0)).all():
+    if share and len(there) > 1 and np.isin(there, (0.0, 1.0)).all():
         return Estimate(float(there.mean()), *interval(float(there.sum()), len(there)), len(there))
-    return mean(each, Draws(RESAMPLES, seed))
+    found = mean(each, Draws(RESAMPLES, seed))
+    return found if np.ptp(there if len(there) else 0.0) else found._replace(low=np.nan, high=np.nan)

@@ -17,7 +17,7 @@ from align.recipe.errors import UserError
 from align.training.borders.foreign import foreign
 
 Measure = Literal["exact_match", "contains", "multiple_choice", "rouge_l", "math"]
-LIBRARIES = {"rouge_l": ("rouge_score", "rouge-score"), "math": ("math_verify", "math-verify")}  # module, package
+LIBRARIES = {"rouge_l": ("rouge_score", "rouge"), "math": ("math_verify", "math")}  # module, extra
 SECONDS = 5  # that math-verify may take for one expression
 EACH = "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"  # letters that are words by themselves
 WORD = re.compile(rf"{EACH}|(?:(?!{EACH})[^\W_])+")
@@ -33,8 +33,8 @@ SAID = (  # where a choice stands in an answer, the surest first
 def check_measures(measures: Sequence[Measure], prompts: PromptSet) -> None:
     """UserError for measures whose library is missing, and for rows without an answer to compare with."""
     problems = [
-        f"train.generate.measures: {name} needs {package}: pip install {package}"
-        for name, (module, package) in LIBRARIES.items()
+        f"train.generate.measures: {name} needs {module.replace('_', '-')}; run: pip install 'align[{extra}]'"
+        for name, (module, extra) in LIBRARIES.items()
         if name in measures and find_spec(module) is None
     ]
     without = [where for where, found in zip(prompts.where, prompts.references, strict=True) if found is None]

@@ -90,19 +90,20 @@ def test_a_library_that_is_missing_is_one_message(monkeypatch):
     with pytest.raises(UserError) as caught:
         check_measures(["rouge_l", "math", "contains"], prompts("a"))
     assert caught.value.problems == (
-        "train.generate.measures: rouge_l needs rouge-score: pip install rouge-score",
-        "train.generate.measures: math needs math-verify: pip install math-verify",
+        "train.generate.measures: rouge_l needs rouge-score; run: pip install 'align[rouge]'",
+        "train.generate.measures: math needs math-verify; run: pip install 'align[math]'",
     )
 
 
 def test_intervals_are_wilsons_of_right_and_wrong_and_the_bootstraps_of_all_else():
     right = np.array([1.0, 0.0, 1.0, 1.0, np.nan])
-    found = estimated(right, seed=0)
-    assert found == (0.75, *interval(3, 4), 4)
-    assert estimated(np.ones(20), 0).low == pytest.approx(20 / (20 + 1.959964**2))  # n / (n + z²)
+    assert estimated(right, 0, share=True) == (0.75, *interval(3, 4), 4)
+    assert estimated(right, 0, share=False)[1:3] != interval(3, 4), "a score may be 0 and 1 by chance"
+    assert estimated(np.ones(20), 0, share=True).low == pytest.approx(20 / (20 + 1.959964**2))  # n / (n + z²)
+    assert np.isnan(estimated(np.ones(20), 0, share=False).low), "equal scores say nothing of their spread"
     scores = np.random.default_rng(0).normal(2, 1, 400)
-    found = estimated(scores, 0)
+    found = estimated(scores, 0, share=False)
     reach = 1.96 * scores.std(ddof=1) / 20
     assert (found.low, found.high) == pytest.approx((scores.mean() - reach, scores.mean() + reach), abs=0.02)
-    assert np.isnan(estimated(np.array([0.3]), 0).low)
-    assert np.isnan(estimated(np.array([np.nan, np.nan]), 0).value)
+    assert np.isnan(estimated(np.array([0.3]), 0, share=False).low)
+    assert np.isnan(estimated(np.array([np.nan, np.nan]), 0, share=True).value)
