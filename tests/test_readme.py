@@ -73,7 +73,7 @@ def defaults(recipe: type[Section]) -> dict[str, str]:
     written = {}
     for section, kind in sections(recipe):
         within = section.startswith("data.")
-        skipped = section.endswith(".engine") or section.startswith("data.prepare")  # docs/prepare.md tells of these
+        skipped = section.endswith(".engine") or section.startswith("data.prepare")  # pages of their own
         if section == "data.eval.sources.0" or (kind is Source and not within) or skipped:
             continue
         for key, field in kind.model_fields.items():

@@ -43,8 +43,9 @@ def test_tasks_are_taken_as_they_are_needed(workers):
 
     def tasks():
         nonlocal taken
-        for taken in range(1000):
-            yield taken
+        for number in range(1000):
+            taken = number
+            yield number
 
     results = local(workers)(Squares, ("",), tasks())
     assert next(results)[0] == 0
