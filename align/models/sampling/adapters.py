@@ -1,7 +1,9 @@
-"""Adapters of different rows in one forward pass: the trunk's own product for all rows, each adapter's for its rows.
+"""Adapters of different rows in one forward pass: the trunk's product for all rows, each adapter's for its own.
 
-Rows of one adapter stand side by side. So an adapter is two small products on a part of a layer's input, and nothing is
-computed that no row needs (Chen et al. 2023, "Punica", arXiv 2310.18547, has one kernel for it).
+Where an adapter has many rows, they are a part of the layer's input, for which it is two small products. Where it has
+few, calls take longer than their work: then all adapters of the pass are one, their As stacked and their Bs side by
+side, and between the two what is not a row's own is set to 0 (Chen et al. 2023, "Punica", arXiv 2310.18547, has a
+kernel for this).
 
 What acts is a chain: adapters in the order of training, each on the trunk with those before it. The update of a chain
 is their As stacked and their Bs side by side. DoRA scales what a layer computes, so it scales the Bs before it as well.
@@ -27,6 +29,8 @@ from align.recipe.errors import UserError
 
 PEFT = "base_model.model."  # what peft puts before the name of a layer
 BARE = 0  # the number of the trunk itself
+FEW = 64  # tokens of an adapter, on average, up to which those of a pass are one
+MOST_TOGETHER = 4  # of such sets that are kept: each is a copy of its adapters
 
 
 class Update(NamedTuple):
@@ -114,10 +118,13 @@ class Adapters:
 
     def __init__(self, trunk: Trunk) -> None:
         assert not trunk.adapted or trunk.acts_as is None, "the trunk's own adapter is off"
-        self.trunk, self.segments = trunk, list[tuple[int, int, int]]()
+        self.trunk = trunk
         self.known: set[int] = set()
         self.updates: dict[str, dict[int, Update]] = {}  # by layer, then by number
         self.hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self.segments: list[Segment] = []  # of the pass
+        self.together: Together | None = None  # where they are one
+        self._known_together: dict[tuple[int, ...], Together] = {}
         self._next = BARE + 1
 
     def add(self, chain: Chain) -> int:
@@ -136,24 +143,74 @@ class Adapters:
     def remove(self, number: int) -> None:
         """No row has it any more."""
         self.known.discard(number)
+        self._known_together.clear()
         for name in [name for name, updates in self.updates.items() if updates.pop(number, None) and not updates]:
             del self.updates[name]
             self.hooks.pop(name).remove()
 
     @contextmanager
     def acting(self, numbers: Sequence[int], counts: Sequence[int]) -> Iterator[None]:
-        """Within this, the tokens of a pass are so many of each of these, side by side. Once for each is fastest."""
-        self.segments, first = [], 0
+        """Within this, the tokens of a pass are so many of each of these, in rising order."""
+        first = 0
         for number, count in zip(numbers, counts, strict=True):
-            if number != BARE and self.segments and self.segments[-1][1:] == (first, number):
-                self.segments[-1] = (self.segments[-1][0], first + count, number)
+            if number != BARE and self.segments and self.segments[-1].number == number:
+                self.segments[-1] = self.segments[-1]._replace(last=first + count)
             elif number != BARE:
-                self.segments.append((first, first + count, number))
+                self.segments.append(Segment(number, first, first + count))
             first += count
+        if len(self.segments) > 1 and first - self.segments[0].first <= FEW * len(self.segments):
+            self.together = self._together(tuple(segment.number for segment in self.segments))
+            self.together.mark(self.segments)
         try:
             yield
         finally:
-            self.segments = []
+            self.segments, self.together = [], None
+
+    def _together(self, numbers: tuple[int, ...]) -> Together:
+        """These as one, kept for the next passes; the longest unused goes where there are many."""
+        found = self._known_together.pop(numbers, None) or Together(self.updates, numbers)
+        self._known_together[numbers] = found
+        if len(self._known_together) > MOST_TOGETHER:
+            del self._known_together[next(iter(self._known_together))]
+        return found
+
+
+class Segment(NamedTuple):
+    """Tokens of a pass, side by side, that are one adapter's."""
+
+    number: int
+    first: int
+    last: int
+
+
+class Together:
+    """Several adapters as one: in each layer all their columns, and which of them are a token's own."""
+
+    def __init__(self, updates: dict[str, dict[int, Update]], numbers: tuple[int, ...]) -> None:
+        self.layers: dict[str, tuple[Tensor, Tensor, tuple[int, ...]]] = {}  # A (R, i), B (o, R), the rank of each
+        self.masks: dict[tuple[int, ...], Tensor] = {}  # by ranks: (m, R)
+        for name, known in updates.items():
+            parts = [known.get(number) for number in numbers]
+            if any(part is not None and part.gain is not None for part in parts):
+                continue  # what DoRA scales is scaled for its own rows alone
+            there = [part for part in parts if part is not None]
+            if there:
+                ranks = tuple(0 if part is None else len(part.a) for part in parts)
+                a, b = torch.cat([part.a for part in there]), torch.cat([part.b for part in there], 1)
+                self.layers[name] = a, b.T.contiguous(), ranks
+
+    def mark(self, segments: Sequence[Segment]) -> None:
+        """The tokens of a pass."""
+        self.masks.clear()
+        self.counts = [segment.last - segment.first for segment in segments]
+
+    def mask(self, ranks: tuple[int, ...], like: Tensor) -> Tensor:
+        """(m, R), 1 where a column is a token's own; made once a pass for all layers of like ranks."""
+        if ranks not in self.masks:
+            owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+            token = torch.arange(len(ranks)).repeat_interleave(torch.tensor(self.counts))
+            self.masks[ranks] = (token[:, None] == owner).to(like.device, like.dtype)
+        return self.masks[ranks]
 
 
 class _Beside:
@@ -165,11 +222,18 @@ class _Beside:
     @torch.no_grad()
     def __call__(self, _layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         """(…, i) and (…, o), m tokens in all."""
-        segments, updates = self.adapters.segments, self.adapters.updates[self.name]
+        segments, together = self.adapters.segments, self.adapters.together
         if not segments:
             return out
         rows, whole = args[0].reshape(-1, args[0].shape[-1]), out.reshape(-1, out.shape[-1])
-        for first, last, number in segments:
+        if together is not None and (joined := together.layers.get(self.name)) is not None:
+            a, b, ranks = joined
+            first, last = segments[0].first, segments[-1].last
+            low = rows[first:last] @ a.T
+            whole[first:last].addmm_(low.mul_(together.mask(ranks, low)), b)
+            return whole.view(out.shape)
+        updates = self.adapters.updates[self.name]
+        for number, first, last in segments:
             if (update := updates.get(number)) is None:
                 continue
             part = whole[first:last]

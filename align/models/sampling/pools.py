@@ -197,7 +197,6 @@ class Part(NamedTuple):
     places: Tensor  # (b,) int64 in the batch
     slots: Tensor  # (b,) int64 in the pool
     lengths: Tensor  # (n,) int64 of all rows of the pool, the newest tokens not counted
-    longest: int  # tokens of the longest of the step's, its newest one counted
 
 
 class Stepping:
@@ -211,13 +210,12 @@ class Stepping:
             chosen = sorted((row.slot, place) for place, row in enumerate(rows) if row.pool is pool)
             lengths = [row.length for row in pool.rows]
             numbers = ([place for _, place in chosen], [slot for slot, _ in chosen], lengths)
-            tensors = (torch.tensor(part, device=device) for part in numbers)
-            self.parts.append(Part(pool, *tensors, max(lengths[slot] for slot, _ in chosen) + 1))
+            self.parts.append(Part(pool, *(torch.tensor(part, device=device) for part in numbers)))
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_more: object) -> tuple[Tensor, Tensor]:
         """(B, G, 1, D) of the newest tokens."""
         self.layer = layer
-        for pool, places, slots, lengths, _ in self.parts:
+        for pool, places, slots, lengths in self.parts:
             for kept, newest in zip(pool.hold(layer, (key, value)), (key, value), strict=True):
                 kept[slots, :, lengths[slots]] = newest[places, :, 0]
         return key, value
@@ -225,8 +223,9 @@ class Stepping:
     def attend(self, query: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
         """(B, H, 1, D) -> (B, 1, H, D), each row over its own length."""
         out = query.new_empty(len(query), query.shape[1], query.shape[3])
-        for number, (pool, places, slots, lengths, longest) in enumerate(self.parts):
-            keys, values = (part[: len(pool.rows), :, :longest] for part in pool.layers[self.layer])
+        for number, (pool, places, slots, _) in enumerate(self.parts):
+            # The whole room: a product with a part of it would copy that part first.
+            keys, values = (part[: len(pool.rows)] for part in pool.layers[self.layer])
             asked = query[places, :, 0]
             if len(slots) < len(pool.rows):  # a row that is still being filled is asked nothing
                 asked = asked.new_zeros(len(pool.rows), *asked.shape[1:]).index_copy_(0, slots, asked)
@@ -235,15 +234,16 @@ class Stepping:
             scores = scores.float() * scale
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
-            shares = scores.masked_fill_(self._unseen(number, lengths, longest, window), -torch.inf).softmax(-1)
+            shares = scores.masked_fill_(self._unseen(number, window), -torch.inf).softmax(-1)
             found = (shares.to(values.dtype) @ values).view(rows, heads, size)
             out[places] = found if len(slots) == rows else found[slots]
         return out[:, None]
 
-    def _unseen(self, number: int, lengths: Tensor, longest: int, window: int | None) -> Tensor:
+    def _unseen(self, number: int, window: int | None) -> Tensor:
         """(n, 1, 1, T) bool, True where a row has no token, or one that lies more than a window back."""
         if (number, window) not in self.masks:
-            place = torch.arange(longest, device=lengths.device)[None]
+            pool, _, _, lengths = self.parts[number]
+            place = torch.arange(pool.room, device=lengths.device)[None]
             unseen = place > lengths[:, None]
             if window is not None:
                 unseen |= place <= lengths[:, None] - window

@@ -100,6 +100,10 @@ class Running:
             self._remove_retired()
         return events
 
+    def close(self) -> None:
+        """Nothing is computed any more."""
+        self.settled.close()
+
     def clear(self) -> list[Request]:
         """All rows leave at once, after a fault; which they were."""
         rows = [*self.waiting, *self.filling, *self.going]

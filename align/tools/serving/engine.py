@@ -101,6 +101,8 @@ class Engine:
             self._news.notify()
         if self._thread.ident is not None:
             self._thread.join(seconds)
+        if not self._thread.is_alive():
+            self.running.close()
 
     @property
     def alive(self) -> bool:
