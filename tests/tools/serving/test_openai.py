@@ -163,9 +163,9 @@ def test_errors_are_those_of_openai(place):
         chat(place, messages=[])
     with pytest.raises(openai.BadRequestError):
         chat(place, top_p=0)
-    with pytest.raises(openai.BadRequestError, match="maximum context length|max_model_len"):
+    with pytest.raises(openai.BadRequestError, match=r"maximum context length|max_model_len"):
         complete(place, max_tokens=4000 if not URL else 10**7)
-    with pytest.raises(openai.BadRequestError, match="maximum context length|max_model_len"):
+    with pytest.raises(openai.BadRequestError, match=r"maximum context length|max_model_len"):
         complete(place, [5] * 3000 if not URL else [5] * 10**6)
 
 
