@@ -19,12 +19,12 @@ PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
 COMMANDS = re.compile(r"^```sh\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 OUTPUT = re.compile(r"\n(?:```(?:text)?\n.*?^```$|\*Output: not written yet\.\*$)", re.MULTILINE | re.DOTALL)
 HEAD, TAIL = 14, 5  # lines of a long output that stay
-WIDTH = 100
+PROGRESS = re.compile(r"[\w ]+: \d+ of \d+$|\.venv/bin/accelerate ")  # what takes long on a slow machine; make's echo
 
 
 def shown(output: str) -> str:
     """What the page shows of a standard output."""
-    lines = [line.rstrip()[:WIDTH] for line in output.strip().splitlines()]
+    lines = [line.rstrip() for line in output.strip().splitlines() if not PROGRESS.match(line)]
     if len(lines) > HEAD + TAIL + 1:
         lines = [*lines[:HEAD], "…", *lines[-TAIL:]]
     return "".join(f"{line}\n" for line in lines)
