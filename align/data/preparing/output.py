@@ -65,7 +65,7 @@ class Writer:
                 ledger.append(entry(whole.row.file, whole.row.line, action, f"{step}: {words}"))
                 (cut if item is not None else lost)[step] += 1
             if item is not None:
-                items.append(item)
+                items += [item] * times
                 rows += [as_row(item, self.output.keep)] * times
         data = as_jsonl(rows)
         if self.output.format == "parquet":
