@@ -24,5 +24,5 @@ def truncated_importance(logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor
     if cap is None:
         return mask.to(logprobs.dtype)
     assert cap > 0, cap
-    log_ratio = (logprobs - engine_logprobs).clamp(max=math.log(cap))  # before exp: far apart it would be infinite
-    return log_ratio.exp().masked_fill(~mask, 0)
+    log_ratio = (logprobs - engine_logprobs).clamp(max=math.log(cap) + 1)  # far apart, exp would be infinite
+    return log_ratio.exp().clamp(max=cap).masked_fill(~mask, 0)

@@ -148,7 +148,9 @@ def test_weights_of_tokens():
     assert torch.equal(truncated_importance(own, engine, mask, None), mask.float())
     assert torch.equal(truncated_importance(own, own, mask, 2.0), mask.float())
     far = torch.full((2, 3), -1000.0)
-    assert truncated_importance(torch.zeros(2, 3), far, mask, 1.5).max() == 1.5
+    for cap in (0.3, 1.5, 2.0, 7.1):
+        found = truncated_importance(torch.zeros(2, 3), far, mask, cap)
+        assert torch.equal(found, mask * torch.tensor(cap)), "the cap itself, which is how it is counted"
 
 
 def test_the_mean_over_what_an_engine_drew_becomes_that_over_the_actor():
