@@ -1,10 +1,10 @@
 """Run every command of docs/tutorial.md for real, in order, and write what each prints below it.
 
-    python benchmarks/tutorial.py CLONE [--from N]
+    python benchmarks/tutorial.py CLONE [--from N] [--to N]
 
-CLONE is a fresh clone of this repository; results stay in it. `--from` begins at the N-th block of commands. A block
-of commands that is followed by a block of output gets the standard output, a long one without its middle. Commands
-that serve are left out, since only their reader ends them.
+CLONE is a fresh clone of this repository; results stay in it. `--from` and `--to` are numbers of blocks of commands.
+A block of commands that is followed by a block of output, or by the words that it is not written yet, gets the
+standard output, a long one without its middle. Commands that serve are left out, since only their reader ends them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import time
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMANDS = re.compile(r"^```sh\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
+OUTPUT = re.compile(r"\n(?:```(?:text)?\n.*?^```$|\*Output: not written yet\.\*$)", re.MULTILINE | re.DOTALL)
 HEAD, TAIL = 14, 5  # lines of a long output that stay
-WIDTH = 100
+PROGRESS = re.compile(r"[\w ]+: \d+ of \d+$|\.venv/bin/accelerate ")  # what takes long on a slow machine; make's echo
 
 
 def shown(output: str) -> str:
     """What the page shows of a standard output."""
-    lines = [line.rstrip()[:WIDTH] for line in output.strip().splitlines()]
+    lines = [line.rstrip() for line in output.strip().splitlines() if not PROGRESS.match(line)]
     if len(lines) > HEAD + TAIL + 1:
         lines = [*lines[:HEAD], "…", *lines[-TAIL:]]
     return "".join(f"{line}\n" for line in lines)
@@ -46,18 +47,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("clone", type=Path)
     parser.add_argument("--from", dest="first", type=int, default=0)
+    parser.add_argument("--to", dest="last", type=int)
     asked = parser.parse_args()
-    fences = list(FENCE.finditer(PAGE.read_text("utf-8")))
-    blocks = [number for number, fence in enumerate(fences) if fence[1] == "sh"]
-    for number in blocks[asked.first :]:
-        commands = fences[number][2]
+    for commands in COMMANDS.findall(PAGE.read_text("utf-8"))[asked.first : asked.last]:
         if "align.serve" in commands:
             continue
-        output = run(commands, asked.clone)
-        after = fences[number + 1] if number + 1 < len(fences) else None
-        if after and after[1] in ("", "text"):
-            page = list(FENCE.finditer(text := PAGE.read_text("utf-8")))[number + 1]
-            PAGE.write_text(text[: page.start(2)] + shown(output) + text[page.end(2) :], encoding="utf-8")
+        output, page = run(commands, asked.clone), PAGE.read_text("utf-8")
+        end = page.index(f"```sh\n{commands}```\n") + len(f"```sh\n{commands}```\n")
+        if there := OUTPUT.match(page, end):
+            free = "align.chat" in commands or "--show" in commands  # words of a model, not of the program
+            block = f"\n```{'' if free else 'text'}\n{shown(output)}```"
+            PAGE.write_text(page[:end] + block + page[there.end() :], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Whether GRPO teaches the embedded model a task whose answers can be checked, on prompts that it has not seen.
 
-    python benchmarks/verifiable.py [--task sentence | sums] [--seeds 0 1 2] [--steps 60]
+    python benchmarks/verifiable.py [--task sentence | sums] [--seeds 0 1 2] [--steps 20]
 
 `sentence` gives beginnings of sentences and rewards those that come to an end within 7 tokens; `sums` asks for
 one-digit sums in words and rewards the right number. A fifth of the prompts is held out. Prints, for each seed, the
@@ -65,8 +65,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=RULES, default="sentence")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--kl-coef", type=float, default=0.01)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
@@ -109,7 +109,7 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict:
         },
         "batch": {"examples": 8},
         "optim": {"learning_rate": args.learning_rate, "warmup": 3, "schedule": "linear"},
-        "train": {"steps": args.steps, "eval_every": 20, "save_every": None},
+        "train": {"steps": args.steps, "eval_every": 10, "save_every": None},
         "log": {"trackers": []},
         "grpo": {
             "rewards": [{"function": f"align.training.rules:{RULES[args.task]}", "name": "right"}],

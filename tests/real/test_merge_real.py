@@ -31,7 +31,7 @@ def answers(model: PreTrainedModel, folder: Path) -> list[str]:
     for text in ASKED:
         talk = [{"role": "user", "content": text}]
         chat = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        ids = model.eval().generate(**chat, max_new_tokens=48, do_sample=False)[0, chat["input_ids"].shape[1] :]
+        ids = model.eval().generate(**chat, max_new_tokens=32, do_sample=False)[0, chat["input_ids"].shape[1] :]
         said.append(tokenizer.decode(ids))
     return said
 
@@ -43,7 +43,7 @@ def test_a_merged_smollm2_answers_as_base_and_adapter(tmp_path, monkeypatch):
     except UserError as error:
         pytest.skip(f"no demo model in {cache_folder()}, and none can be fetched: {error.problems[0]}")
     monkeypatch.chdir(ROOT)
-    short = ["train.steps=4", "train.eval_every=4", "data.eval.max_rows=2", "log.samples=[]", "log.trackers=[]"]
+    short = ["train.steps=4", "batch.examples=2", "optim.learning_rate=2e-3", "data.eval.max_rows=1", "log.samples=[]"]
     told = align("recipes/chat.yaml", f"run={tmp_path / 'chat'}", "model.dtype=float32", *short)
     assert told.status == 0, told.err
     final, out = tmp_path / "chat" / "final", tmp_path / "merged"
