@@ -1,6 +1,6 @@
 """What recipes/frontier.yaml found, in a table and a figure: gold and proxy reward against KL, by method and setting.
 
-    python -m align.pipeline recipes/frontier.yaml          # about an hour on 2 cores
+    python -m align.pipeline recipes/frontier.yaml
     python benchmarks/frontier.py [runs/frontier/compared/compare.json] [--figure docs/frontier.svg]
 
 Each line is the mean over seeds, with the lowest and the highest of them. The last line is JSON.

@@ -82,11 +82,11 @@ def test_the_recipe_in_small_comes_to_its_table_and_figure(tmp_path, capsys, mon
         stage["sweep"] = {key: values[:1] for key, values in stage.get("sweep", {}).items()}
         if "train" in stage:
             kept = {key: value for key, value in stage["train"].items() if key in ("save_every", "start_from")}
-            stage["train"] = kept | {"steps": 20 if name == "base" else 2}
+            stage["train"] = kept | {"steps": 250 if name == "base" else 2}
         if stage["stage"] == "evaluate":
-            stage["evaluate"]["samples"] = 2
+            stage["evaluate"]["samples"] = 4
         for source in stage.get("data", {}).get("train", []):
-            source["limit"] = 400 if name == "base" else 12
+            source["limit"] = 2000 if name == "base" else 12
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     told = align(path, stage=pipeline)
