@@ -31,6 +31,7 @@ from align.tools.serving.limits import Limits, Refusal, body_of
 
 INVALID = "invalid_request_error"
 PAIR = {"prompt": list, "chosen": str, "rejected": str}  # what every line of the file has
+SIDES = ("left", "right")
 TIE = {"prompt": list, "answers": list}
 
 
@@ -40,6 +41,7 @@ class Shown(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     model: str
     content: str
+    sampling: dict[str, int | float | list[str]] = {}  # how it was drawn
 
 
 class Vote(BaseModel):
@@ -49,7 +51,6 @@ class Vote(BaseModel):
     messages: list[dict[str, Any]]  # the conversation up to the answers
     answers: Annotated[list[Shown], Field(min_length=2, max_length=2)]  # left, right
     vote: Literal["left", "right", "tie"]
-    sampling: dict[str, int | float | list[str]] = {}  # how both were drawn
 
 
 class Votes:
@@ -78,8 +79,8 @@ class Votes:
                 raise UserError(f"this vote is no preference pair: {made.reason}")
         row |= {
             "vote": vote.vote,
-            "models": {"left": vote.answers[0].model, "right": vote.answers[1].model},
-            "sampling": vote.sampling,
+            "models": {side: answer.model for side, answer in zip(SIDES, vote.answers, strict=True)},
+            "sampling": {side: answer.sampling for side, answer in zip(SIDES, vote.answers, strict=True)},
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         append(self.ties if vote.vote == "tie" else self.path, [row], "--votes")

@@ -22,8 +22,9 @@ HOST = "http://127.0.0.1:8000"
 
 
 def ballot(vote: str = "left", *texts: str, **more) -> dict:
-    answers = [{"model": name, "content": text} for name, text in zip("ab", texts or ("Yes.", "No"), strict=True)]
-    return {"messages": ASKED, "answers": answers, "vote": vote, "sampling": {"temperature": 0.7}} | more
+    shown = zip("ab", texts or ("Yes.", "No"), (1, 2), strict=True)
+    answers = [{"model": name, "content": text, "sampling": {"seed": seed}} for name, text, seed in shown]
+    return {"messages": ASKED, "answers": answers, "vote": vote} | more
 
 
 @pytest.fixture
@@ -49,6 +50,7 @@ def test_a_vote_is_a_pair_and_a_tie_is_none(client, file):
     assert (first["prompt"], first["chosen"], first["rejected"]) == (ASKED, "Yes.", "No")
     assert (second["chosen"], second["rejected"], second["vote"]) == ("No", "Yes.", "right")
     assert second["models"] == {"left": "a", "right": "b"}
+    assert second["sampling"] == {"left": {"seed": 1}, "right": {"seed": 2}}
     (tie,) = lines(file.with_name("votes.ties.jsonl"))
     assert tie["answers"] == ["Yes.", "No"]
     assert "chosen" not in tie

@@ -19,6 +19,7 @@ export class Answer {
 
   /** Ask for it. `changed` is called whenever there is more to show. */
   async ask(messages, settings, changed) {
+    this.sampling = settings;
     const began = performance.now();
     let pending = []; // tokens that are no whole character yet
     try {
@@ -97,9 +98,9 @@ export class Turn {
   }
 
   /** What the server is told of a vote. */
-  ballot(vote, sampling) {
-    const answers = this.answers.map(({ model, text }) => ({ model, content: text }));
-    return { messages: this.messages, answers, vote, sampling };
+  ballot(vote) {
+    const answers = this.answers.map(({ model, text, sampling }) => ({ model, content: text, sampling }));
+    return { messages: this.messages, answers, vote };
   }
 }
 

@@ -80,7 +80,6 @@ function sampling(again = 0) {
 /** Ask for one answer of a turn, and show it as it comes. */
 async function fill(turn, side, settings) {
   const answer = turn.answers[side];
-  turn.sampling = settings;
   let due = false;
   const show = () => {
     due = false;
@@ -183,7 +182,7 @@ const actions = {
     turn.vote = given;
     views.get(turn).refresh();
     try {
-      voting = await vote(turn.ballot(given, turn.sampling));
+      voting = await vote(turn.ballot(given));
       turn.note = `Kept: ${voting.pairs} pair${voting.pairs === 1 ? "" : "s"}, ${voting.ties} tie${voting.ties === 1 ? "" : "s"}.`;
       if (given !== "tie" && actions.isLast(turn)) turn.kept = VOTES.indexOf(given);
       turn.hidden = false;

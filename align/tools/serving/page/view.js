@@ -141,7 +141,7 @@ function figures(answer) {
   if (answer.first !== null) parts.push(`first token ${seconds(answer.first)}`);
   if (answer.each !== null) parts.push(`${answer.each.toFixed(answer.each < 10 ? 1 : 0)} ms a token`);
   if (answer.tokens) parts.push(`${answer.tokens} token${answer.tokens === 1 ? "" : "s"}`);
-  if (answer.end === "length") parts.push("cut off: no room for more tokens");
+  if (answer.end === "length") parts.push("cut off: most tokens reached");
   if (answer.end === "stopped") parts.push("stopped");
   if (answer.end === "stop" && !answer.text.trim()) parts.push("no answer; this turn is left out from here on");
   return parts.join(" · ");
