@@ -22,7 +22,7 @@ from align.models.sampling.running import Running
 from align.recipe.errors import UserError, printable
 from align.recipe.paths import expanded
 from align.tools.serving.engine import Engine
-from align.tools.serving.models import KEY, load_models
+from align.tools.serving.models import KEY, Opened, load_models
 from align.training.borders.border import Parser, border
 
 KEY_NAME = "ALIGN_API_KEY"
@@ -94,16 +94,14 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def make_engine(
-    models: Sequence[str], base: str | None, dtype: str, rows: int | None, tokens: int | None, waiting: int, trust: bool
-) -> Engine:
-    """All models on their trunk, not started yet. Raises UserError."""
-    shelf, name, results = load_models(models, base, dtype, trust)
+def make_engine(loaded: Opened, rows: int | None = None, tokens: int | None = None, waiting: int = 1024) -> Engine:
+    """All models on their trunk, not started yet; `loaded` is of `load_models`. Raises UserError."""
+    shelf, name, results = loaded
     engine = Engine(shelf, Running(shelf.trunk, rows, tokens), waiting)
     engine.models = {name: shelf.base(name)}
     for each, folder in results:
-        loaded = shelf.read(each, folder)
-        engine.models[each] = shelf.served(loaded, engine.running.adapters.add(loaded.chain))
+        result = shelf.read(each, folder)
+        engine.models[each] = shelf.served(result, engine.running.adapters.add(result.chain))
     return engine
 
 
@@ -138,13 +136,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--adapters: {given.adapters} is no folder")
         votes = None if given.votes is None else Votes(Path(expanded(given.votes)))
         listener = bound(given.host, given.port)
-        engine = make_engine(
-            given.models, given.base, given.dtype, given.max_rows, given.cache_tokens, given.max_waiting,
-            given.trust_remote_code,
-        )  # fmt: skip
+        loaded = load_models(given.models, given.base, given.dtype, given.trust_remote_code)
+        engine = make_engine(loaded, given.max_rows, given.cache_tokens, given.max_waiting)
         limits = Limits(given.max_body, given.max_tokens, given.timeout, waiting=given.max_waiting)
-        more = [] if votes is None else routes(votes, limits)
-        app = build_app(engine, limits, key, local, adapters, more)
+        app = build_app(engine, limits, key, local, adapters, routes(votes, limits))
         for remark in engine.shelf.trunk.remarks:
             print(printable(remark), file=sys.stderr)
         if not local:

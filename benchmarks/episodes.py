@@ -37,7 +37,7 @@ def measured(script: str, spec: dict, environment: dict[str, str] | None = None)
     command = [sys.executable, script, "--arm", json.dumps(spec)]
     done = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+        return {"error": f"exit status {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -1,8 +1,8 @@
 """Whether GRPO teaches the embedded model a task whose answers can be checked, on prompts that it has not seen.
 
-    python benchmarks/verifiable.py [--task sentence | sums] [--seeds 0 1 2] [--steps 60]
+    python benchmarks/verifiable.py [--task sentence | sums] [--seeds 0 1 2] [--steps 20]
 
-`sentence` gives beginnings of sentences and rewards those that come to an end within 12 tokens; `sums` asks for
+`sentence` gives beginnings of sentences and rewards those that come to an end within 7 tokens; `sums` asks for
 one-digit sums in words and rewards the right number. A fifth of the prompts is held out. Prints, for each seed, the
 share of responses to held-out prompts that are right before and after, with its 95 % interval over prompts, the KL to
 the reference, and the time.
@@ -58,15 +58,15 @@ THINGS = [
     "a forest",
 ]
 RULES = {"sums": "exact_answer", "sentence": "one_sentence"}
-GENERATION = {"sums": {"max_new": 12}, "sentence": {"max_new": 12, "stop": [".", "!", "?"]}}
+GENERATION = {"sums": {"max_new": 12}, "sentence": {"max_new": 7, "stop": [".", "!", "?"]}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=RULES, default="sentence")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--kl-coef", type=float, default=0.01)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
@@ -109,7 +109,7 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict:
         },
         "batch": {"examples": 8},
         "optim": {"learning_rate": args.learning_rate, "warmup": 3, "schedule": "linear"},
-        "train": {"steps": args.steps, "eval_every": 20, "save_every": None},
+        "train": {"steps": args.steps, "eval_every": 10, "save_every": None},
         "log": {"trackers": []},
         "grpo": {
             "rewards": [{"function": f"align.training.rules:{RULES[args.task]}", "name": "right"}],

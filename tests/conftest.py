@@ -31,6 +31,14 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def shop(tmp_path_factory):
+    """A tiny base with adapters to be served; see serving.py."""
+    from serving import make_shop
+
+    return make_shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """A cache folder that tests share, so that rows are tokenised once."""
     return tmp_path_factory.mktemp("cache")

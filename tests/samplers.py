@@ -21,7 +21,7 @@ OWN = {
 def recipe_of(world: World, start: Start, path: Path, stage: ModuleType, own: dict[str, Any] | None = None, **sections):
     """A recipe of `stage`, whose own section is merged from `own`; a distillation's teacher stands beside `start`."""
     name = stage.__name__.removeprefix("align.")
-    section = {"generation": {"max_new": MOST}} | OWN[stage]
+    section = {"generation": {"max_new": MOST}} | OWN.get(stage, {})
     if stage is distill:
         section["teacher"] = {"adapter": str(start.base.parent / "teacher" / "final")}
     held = {"sources": [{"path": str(world.held_pairs), "limit": 3}]}

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from align.tools.serving.app import build_app
 from align.tools.serving.engine import Engine
 from align.tools.serving.limits import Limits
 from align.tools.serving.listening import bound, listening
+from align.tools.serving.models import Opened, load_models
 from align.tools.serving.votes import Votes, routes
 
 ADAPTERS = ("red", "green", "blue")
@@ -76,6 +78,9 @@ class Service(NamedTuple):
             return status, text
 
 
+_idle: dict[tuple[Path, ...], Opened] = {}  # trunks that no server uses now
+
+
 @contextmanager
 def serving(
     models: Sequence[Path | str],
@@ -88,9 +93,10 @@ def serving(
 ) -> Iterator[Service]:
     """In a thread of this process."""
     limits = limits or Limits()
-    engine = make_engine([str(path) for path in models], None, "float32", rows, tokens, limits.waiting, False)
+    loaded = _idle.pop(tuple(models), None) or load_models([*map(str, models)], None, "float32")
+    engine = make_engine(loaded, rows, tokens, limits.waiting)
     listener = bound("127.0.0.1", 0)
-    more = [] if votes is None else routes(Votes(votes), limits)
+    more = routes(votes and Votes(votes), limits)
     server = listening(build_app(engine, limits, key, True, adapters, more), 2)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     engine.start()
@@ -102,8 +108,10 @@ def serving(
         thread.join(20)
         engine.stop()
         assert not thread.is_alive()
+        _idle[tuple(models)] = loaded
 
 
+@lru_cache
 def plain_model(base: Path, final: Path | None = None) -> torch.nn.Module:
     """What transformers and peft make of an adapter on its base."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -103,6 +103,7 @@ def test_placeholders_stand_in_every_part_and_are_counted(private):
     assert cards["read"]["duplicates"]["exact"]["rows"] == 1
 
 
+@pytest.mark.slow
 def test_the_whole_labelled_file_goes_through(here):
     texts = [each.text for each in labelled()]
     told, folder = prepared(here, {"texts.jsonl": [{"text": text} for text in texts]}, prepare={"privacy": {}})

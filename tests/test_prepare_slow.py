@@ -16,7 +16,7 @@ from world import Child, align, lines, tree, write_rows
 
 from align import prepare
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 

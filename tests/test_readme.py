@@ -73,7 +73,8 @@ def defaults(recipe: type[Section]) -> dict[str, str]:
     written = {}
     for section, kind in sections(recipe):
         within = section.startswith("data.")
-        if section == "data.eval.sources.0" or (kind is Source and not within) or section.endswith(".engine"):
+        skipped = section.endswith(".engine") or section.startswith("data.prepare")  # pages of their own
+        if section == "data.eval.sources.0" or (kind is Source and not within) or skipped:
             continue
         for key, field in kind.model_fields.items():
             nested = [get_args(arm)[0] if get_origin(arm) is list else arm for arm in arms(field.annotation)]
@@ -131,6 +132,7 @@ def test_every_dependency_has_one_tested_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"].values()
     wanted = [*project["dependencies"], *(package for extra in extras for package in extra)]
+    wanted = [package for package in wanted if not package.startswith(f"{project['name']}[")]
     pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE))
     pinned = {name.lower().replace("_", "-") for name in pins}
     assert [d for d in wanted if re.match(r"[\w-]+", d).group().lower() not in pinned] == []

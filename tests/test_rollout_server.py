@@ -158,6 +158,27 @@ def test_the_other_stages_sample_by_it_too(world, start, server, cache, here, st
 
 
 @pytest.mark.slow
+def test_a_server_with_a_key_and_without_adapters(world, start, here, monkeypatch):
+    """Each refusal is one line with its remedy; the key stands in no file of the run."""
+    (here / "key").write_text("sesame-and-more")
+    server = Ours(here, start.base, "--api-key-file", str(here / "key"))
+    try:
+        for key, said in ((None, "refuses the API key (status 401"), ("wrong", "refuses the API key (status 401")):
+            engine = {"url": server.url} | ({"api_key_env": "THE_KEY"} if key else {})
+            monkeypatch.setenv("THE_KEY", key or "")
+            told = align(written(world, start, here / "run.yaml", engine, data=UNEVALUATED), stage=grpo)
+            assert told.status == 2
+            assert said in told.err
+        monkeypatch.setenv("THE_KEY", "sesame-and-more")
+        told = align(written(world, start, here / "run.yaml", engine, data=UNEVALUATED), stage=grpo)
+        assert told.status == 2
+        assert "cannot load adapters while it runs; start vLLM with --enable-lora" in told.err
+        assert not any(b"sesame" in content for name, content in tree(here).items() if name != "key")
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", ["signal", "patience"])
 def test_a_server_that_hangs_holds_up_neither_a_signal_nor_the_end(world, start, server, here, asked):
     """It takes requests and answers none."""

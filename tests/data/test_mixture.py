@@ -187,7 +187,7 @@ def test_a_cache_hit_tokenises_nothing_and_gives_the_same(folder, tokenizer):
     data = _data("bad.jsonl", "chat.jsonl", invalid="drop", eval={"fraction": 0.2})
     told = []
     first = _prepare(data, tokenizer, folder, progress=lambda source, rows: told.append((source, rows)))
-    assert told == [("bad.jsonl", 3), ("chat.jsonl", 80)]
+    assert told == [("tokenising bad.jsonl", 3), ("tokenising chat.jsonl", 80)]
     other_limits = data.model_copy(update={"max_length": 399, "overlong": "drop"})
     for same in (data, other_limits):
         again = _prepare(same, tokenizer, folder, progress=lambda *_: told.append("again"))

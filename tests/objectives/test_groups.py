@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
@@ -54,6 +54,7 @@ def test_equal_scores_are_found_in_spite_of_rounding():
 NAN = float("nan")
 
 
+@settings(max_examples=40)
 @given(GROUPS, st.data())
 def test_responses_without_a_score_are_no_part_of_their_group(scores, draw):
     """Advantages of the others are as if it had not been sampled; alone they are 0."""

@@ -171,7 +171,7 @@ def test_every_problem_at_once_in_the_order_of_the_file(problems):
         ("train.learning_rate=1", "unknown key 'learning_rate' in train; it belongs in `optim`"),
         ("train.seed=1", "unknown key 'seed' in train; it belongs in the top level"),
         ("optim.path=1", "unknown key 'path' in optim; it belongs in `data.train.0` or "
-                         "`data.eval.sources.0`"),
+                         "`data.eval.sources.0` or `data.prepare.decontaminate.against.0`"),
         ("data.train.2.path=x", "data.train is a list of 1: give an index from 0 to 1 (1 appends), "
                                 "found '2'"),
         ("data.train.path=x", "data.train is a list of 1: give an index from 0 to 1 (1 appends), "

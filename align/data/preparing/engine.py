@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from align.recipe.errors import UserError
@@ -36,7 +36,7 @@ def local(workers: int) -> Engine:
         first = list(islice(tasks, 2))
         if workers == 1 or len(first) < 2:  # nothing that a second process would take over
             work = make(*given)
-            yield from (work(task) for task in (*first, *tasks))
+            yield from (work(task) for task in chain(first, tasks))
             return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([make.__module__])
@@ -56,7 +56,7 @@ def local(workers: int) -> Engine:
 
 def _ordered(pool: ProcessPoolExecutor, first: list[T], rest: Iterator[T], window: int) -> Iterator[R]:
     waiting: deque[Future] = deque()
-    for task in (*first, *rest):
+    for task in chain(first, rest):
         waiting.append(pool.submit(_do, task))
         if len(waiting) > window:
             yield waiting.popleft().result()

@@ -1,9 +1,9 @@
-"""Adapters of different rows in one forward pass: the trunk's own product for all rows, each adapter's for its rows.
+"""Adapters of different rows in one forward pass: the trunk's product for all rows, each adapter's for its own.
 
 Where an adapter has many rows, they are a part of the layer's input, for which it is two small products. Where it has
 few, calls take longer than their work: then all adapters of the pass are one, their As stacked and their Bs side by
-side, and what is not a row's own is set to 0 between the two (Chen et al. 2023, "Punica", arXiv 2310.18547, has a
-kernel for both).
+side, and between the two what is not a row's own is set to 0 (Chen et al. 2023, "Punica", arXiv 2310.18547, has a
+kernel for this).
 
 What acts is a chain: adapters in the order of training, each on the trunk with those before it. The update of a chain
 is their As stacked and their Bs side by side. DoRA scales what a layer computes, so it scales the Bs before it as well.
@@ -166,7 +166,7 @@ class Adapters:
         finally:
             self.segments, self.together = [], None
 
-    def _together(self, numbers: tuple[int, ...]) -> Together | None:
+    def _together(self, numbers: tuple[int, ...]) -> Together:
         """These as one, kept for the next passes; the longest unused goes where there are many."""
         found = self._known_together.pop(numbers, None) or Together(self.updates, numbers)
         self._known_together[numbers] = found

@@ -16,6 +16,7 @@ from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.serve import make_engine
 from align.tools.chat.talker import load_talker
+from align.tools.serving.models import load_models
 
 
 class Speaker:
@@ -47,7 +48,7 @@ def load_speaker(name: str, adapters: Sequence[str], dtype: str, trust: bool, dr
 def load_speakers(names: Sequence[str], dtype: str, trust: bool) -> list[Speaker]:
     """Several models: on one trunk and in one batch, where all stand on the same base."""
     try:
-        engine = make_engine([f"m{i}={name}" for i, name in enumerate(names)], None, dtype, None, None, 1, trust)
+        engine = make_engine(load_models([f"m{i}={name}" for i, name in enumerate(names)], None, dtype, trust))
     except UserError:  # several bases, or a result that needs a trunk of its own; or one that is not there, told next
         return [load_speaker(name, [], dtype, trust) for name in names]
     voices = [engine.models[f"m{i}"].voice for i in range(len(names))]

@@ -145,9 +145,10 @@ def named(given: str) -> tuple[str, str]:
     return name, model
 
 
-def load_models(
-    given: Sequence[str], base: str | None, dtype: str, trust: bool = False
-) -> tuple[Shelf, str, list[tuple[str, str]]]:
+Opened = tuple[Shelf, str, list[tuple[str, str]]]  # the trunk, the base's name, the results by name and folder
+
+
+def load_models(given: Sequence[str], base: str | None, dtype: str, trust: bool = False) -> Opened:
     """The trunk that the command line's models stand on, the base's name, and the results by name and folder.
 
     Raises UserError for what is not there, or cannot be served.

@@ -86,21 +86,26 @@ class Votes:
         self.counts["ties" if vote.vote == "tie" else "pairs"] += 1
 
 
-def routes(votes: Votes, limits: Limits) -> list[Route]:
+def routes(votes: Votes | None, limits: Limits) -> list[Route]:
     """GET and POST /votes, for behind the server's door, which looks at key and origin."""
 
-    async def handle(request: Request) -> Response:
+    async def tell(_request: Request) -> Response:
+        return JSONResponse({"file": votes.path.name, **votes.counts} if votes else {"file": None})
+
+    if votes is None:
+        return [Route("/votes", tell)]
+
+    async def take(request: Request) -> Response:
         try:
-            if request.method == "POST":
-                await run_in_threadpool(votes.add, _read(request, await body_of(request, limits)))
+            await run_in_threadpool(votes.add, _read(request, await body_of(request, limits)))
         except Refusal as refusal:
             return refusal.reply()
         except UserError as error:
             full = isinstance(error.__cause__, OSError)
             return Refusal(507 if full else 400, error.problems[0], "server_error" if full else INVALID).reply()
-        return JSONResponse({"file": votes.path.name, **votes.counts})
+        return await tell(request)
 
-    return [Route("/votes", handle, methods=["GET", "POST"])]
+    return [Route("/votes", tell), Route("/votes", take, methods=["POST"])]
 
 
 def _read(request: Request, body: bytes) -> Vote:

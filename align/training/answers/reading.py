@@ -46,4 +46,10 @@ def with_prompts(session: Session, data: Prepared, tokenizer: PreTrainedTokenize
     ]
     if problems:
         raise UserError(*problems[:NAMED])
+    longest = max(map(len, found.stems)) + room
+    if limits.reach and longest > limits.reach:
+        session.say(
+            f"a held-out prompt and {key}={room:,} take {longest:,} positions; {limits.name} was trained on "
+            f"{limits.reach:,}, and may be worse beyond them"
+        )
     return data._replace(prompts=found, summary=[*data.summary, *found.said])

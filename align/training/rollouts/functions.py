@@ -25,7 +25,7 @@ class Function:
     """One of them: what is called, and how."""
 
     def __init__(self, part: RewardPart, function: RewardFunction, key: str) -> None:
-        """Raises UserError, which names the recipe's `key`, for a time-out that nothing can hold it to."""
+        """Raises UserError, which names the recipe's `key`, for a time-out that cannot be kept."""
         self.part, self.function = part, function
         self.pool = Pool(part.function, part.processes, part.timeout, part.retries) if part.processes else None
         self.awaited = is_async(function) and self.pool is None

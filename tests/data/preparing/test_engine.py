@@ -37,6 +37,22 @@ def test_results_come_in_the_order_of_their_tasks(workers):
     assert error.value.problems == ("here: first", "second")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tasks_are_taken_as_they_are_needed(workers):
+    taken = 0
+
+    def tasks():
+        nonlocal taken
+        while taken < 1000:
+            taken += 1
+            yield taken
+
+    results = local(workers)(Squares, ("",), tasks())
+    assert next(results)[0] == 1
+    assert taken < 10
+    results.close()
+
+
 def test_one_task_needs_no_other_process():
     assert list(local(4)(Squares, ("",), [3])) == [(9, os.getpid())]
     assert list(local(4)(Squares, ("",), [])) == []

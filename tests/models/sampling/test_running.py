@@ -5,12 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from models.tiny import SPECIAL, VOCABULARY, save_base, tiny_trunk
 from plain import Scorer
 from policies import make_policy
 from results import KINDS, save_result
 from serving import generated, plain_model
 
+from align.models.base import load_base
+from align.models.checkpoints.results import read_result
+from align.models.sampling import adapters
 from align.models.sampling.adapters import BARE, chain_of
 from align.models.sampling.choice import Sampling
 from align.models.sampling.decode import sample
@@ -18,6 +22,7 @@ from align.models.sampling.pools import Pools
 from align.models.sampling.prefixes import Prefixes
 from align.models.sampling.requests import Request, Voice
 from align.models.sampling.running import Running
+from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
 from align.tools.evaluation.policy import load_policy
@@ -45,29 +50,48 @@ def answers(running: Running, requests: list[Request], every: int = 2) -> list[l
     return [request.said for request in requests]
 
 
-def asked(running: Running, how: Sampling = GREEDY, adapters=(BARE,), **more) -> list[Request]:
+def asked(running: Running, how: Sampling = GREEDY, speakers=(BARE,), **more) -> list[Request]:
     return [
-        Request(voice(running, adapters[i % len(adapters)]), prompt, how, (5, i, 0), **more)
+        Request(voice(running, speakers[i % len(speakers)]), prompt, how, (5, i, 0), **more)
         for i, prompt in enumerate(PROMPTS)
     ]
 
 
+@pytest.fixture(scope="module")
+def served(shop):
+    """Two policies and a reward model on one trunk, their running batch and their numbers."""
+    shelf, _, pairs = load_models([str(shop[name]) for name in ("red", "green", "reward")], None, "float32")
+    running = Running(shelf.trunk)
+    loaded = [shelf.read(*pair) for pair in pairs]
+    return shelf, running, loaded, [running.adapters.add(each.chain) for each in loaded]
+
+
+@pytest.mark.parametrize("few", [0, 64])
+def test_greedy_answers_are_those_of_generate(few, served, shop, monkeypatch):
+    """Rows of two adapters beside rows of none, which are computed one by one or as one; in float32."""
+    monkeypatch.setattr(adapters, "FEW", few)
+    _, running, _, (red, green, _) = served
+    requests = asked(running, speakers=[BARE, red, green])
+    found = answers(running, requests, every=1)
+    plain = {BARE: None, red: shop["red"], green: shop["green"]}
+    for request, said in zip(requests, found, strict=True):
+        assert said == generated(plain_model(shop["base"], plain[request.voice.adapter]), request.prompt, 20)
+    assert found != answers(running, asked(running)), "the adapters change something"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gemma3"])
-def test_greedy_answers_are_those_of_generate(family, tmp_path):
-    """With windows, soft caps and learned positions; with an adapter beside rows without one; in float32."""
+def test_other_families_too(family, tmp_path):
+    """Windows, soft caps, learned positions, layers that are stored the other way round."""
     base = save_base(tmp_path / "base", family)
     final = make_policy(base, tmp_path / "run")
-    shelf, _, ((name, folder),) = load_models([str(final)], None, "float32")
+    shelf, _, (pair,) = load_models([str(final)], None, "float32")
     running = Running(shelf.trunk)
-    number = running.adapters.add(shelf.read(name, folder).chain)
-    plain, adapted = plain_model(base), plain_model(base, final)
-    requests = asked(running, adapters=(BARE, number)) + asked(running, adapters=(number, BARE))
-    found = answers(running, requests)
-    for request, said in zip(requests, found, strict=True):
-        model = plain if request.voice.adapter == BARE else adapted
+    number = running.adapters.add(shelf.read(*pair).chain)
+    requests = asked(running, speakers=[number, BARE])
+    for request, said in zip(requests, answers(running, requests), strict=True):
+        model = plain_model(base, final if request.voice.adapter == number else None)
         assert said == generated(model, request.prompt, 20)
-    swapped = zip(found, found[len(PROMPTS) :], strict=False)
-    assert any(a != b for a, b in swapped), "the adapter changes something"
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +215,7 @@ def test_an_answer_ends_with_its_end_token_a_stop_text_or_its_length(running):
     assert (stops.said, reasons[id(stops)]) == (whole[:5], "stop")
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_chain_is_what_merging_gives(dora, tmp_path):
     """SFT, then DPO on base + SFT, both served beside the bare base: no adapter is merged."""
     base = save_base(tmp_path / "base", "qwen2")
@@ -201,22 +225,17 @@ def test_a_chain_is_what_merging_gives(dora, tmp_path):
     shelf, _, pairs = load_models([str(sft), str(dpo)], None, "float32")
     running = Running(shelf.trunk)
     numbers = [running.adapters.add(shelf.read(*pair).chain) for pair in pairs]
-    found = answers(running, asked(running, adapters=[numbers[1]]))
-    from align.models.checkpoints.results import read_result
-
+    found = answers(running, asked(running, speakers=[numbers[1]]))
     merged = load_policy(
         Model(base=str(base), adapter=str(sft), dtype="float32"), read_result(str(dpo), "t"), _cpu(), 0
     )
     expected = sample(merged, PROMPTS, GREEDY, [(i,) for i in range(len(PROMPTS))])
     assert found == [row[0].tokens.tolist() for row in expected]
-    assert found != answers(running, asked(running, adapters=[numbers[0]]))
+    assert found != answers(running, asked(running, speakers=[numbers[0]]))
 
 
 def _on(base, adapter, final, lora):
     """A result on base + adapter."""
-    from align.models.base import load_base
-    from align.models.trunk import Trunk
-
     section = Model(base=str(base), adapter=str(adapter), dtype="float32")
     trunk = Trunk(load_base(section, torch.device("cpu"), frozen=True), section, lora)
     draw = torch.Generator().manual_seed(9)
@@ -228,36 +247,27 @@ def _on(base, adapter, final, lora):
 
 
 def _cpu():
-    from accelerate import Accelerator
-
     return Accelerator(cpu=True, mixed_precision="no")
 
 
-def test_scores_are_those_of_transformers(tmp_path):
+def test_scores_are_those_of_transformers(served, shop):
     """Of a reward model, as rows beside answers."""
-    base = save_base(tmp_path / "base")
-    final = save_result(base, tmp_path / "reward", "reward", *KINDS["reward"], Lora(r=2, alpha=4))
-    shelf, _, (pair,) = load_models([str(final)], None, "float32")
-    loaded, running = shelf.read(*pair), Running(shelf.trunk)
-    number = running.adapters.add(loaded.chain)
+    _, running, (*_, loaded), (*_, number) = served
     scored = [Request(voice(running, number), ids, Sampling(1), (0,), head=loaded.head) for ids in PROMPTS]
     for request in [*scored, *asked(running)]:
         running.join(request)
     scores = {}
     while not running.idle:
         scores |= {id(request): said.scores for request, said in running.step() if said.end == "scored"}
-    plain = Scorer.load(final, base).model
+    plain = Scorer.load(shop["reward"], shop["base"]).model
     with torch.no_grad():
         expected = [plain(torch.tensor(ids[None].astype(np.int64))).logits.item() for ids in PROMPTS]
     assert [scores[id(request)][0] for request in scored] == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_retired_adapter_goes_with_its_last_row(tmp_path):
-    base = save_base(tmp_path / "base")
-    final = make_policy(base, tmp_path / "run")
-    shelf, _, (pair,) = load_models([str(final)], None, "float32")
-    running, chain = Running(shelf.trunk), shelf.read(*pair).chain
-    number = running.adapters.add(chain)
+def test_a_retired_adapter_goes_with_its_last_row(served, shop):
+    _, running, (red, *_), known = served
+    number = running.adapters.add(red.chain)
     request = Request(voice(running, number), PROMPTS[0], GREEDY, (0,))
     running.join(request)
     running.step()
@@ -265,17 +275,13 @@ def test_a_retired_adapter_goes_with_its_last_row(tmp_path):
     while not running.idle:
         assert number in running.adapters.known
         running.step()
-    assert (running.adapters.known, running.adapters.updates, running.adapters.hooks) == (set(), {}, {})
-    assert request.said == generated(plain_model(base, final), PROMPTS[0], 20)
+    assert running.adapters.known == {*known}
+    assert not any(number in updates for updates in running.adapters.updates.values())
+    assert request.said == generated(plain_model(shop["base"], shop["red"]), PROMPTS[0], 20)
 
 
-def test_weights_that_do_not_fit_are_refused(tmp_path):
-    base = save_base(tmp_path / "base")
-    final = make_policy(base, tmp_path / "run")
-    shelf, _, _ = load_models([str(final)], None, "float32")
-    from align.models.checkpoints.results import read_result
-
-    result = read_result(str(final), "it")
+def test_weights_that_do_not_fit_are_refused(served, shop):
+    shelf, result = served[0], read_result(str(shop["red"]), "it")
     (a, *_), others = sorted(result.weights), dict(result.weights)
     for change, told in (
         ({a: others[a][:, :-1]}, "matrices"),

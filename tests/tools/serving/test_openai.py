@@ -28,14 +28,14 @@ class Place(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(request):
     if URL:
         key = os.environ.get("ALIGN_SERVE_KEY", "none")
         yield Place(openai.OpenAI(base_url=f"{URL}/v1", api_key=key, max_retries=0), MODEL)
         return
-    from serving import make_shop, serving
+    from serving import serving
 
-    shop = make_shop(tmp_path_factory.mktemp("shop"))
+    shop = request.getfixturevalue("shop")
     with serving([shop["red"], shop["green"]], key="secret") as service:
         yield Place(openai.OpenAI(base_url=f"{service.url}/v1", api_key="secret", max_retries=0), "red")
 
@@ -97,9 +97,9 @@ def test_completions_of_texts_and_of_tokens(place):
     assert len(choice.prompt_token_ids) == whole.usage.prompt_tokens
     of_ids = complete(place, choice.prompt_token_ids, extra_body={"return_token_ids": True}).choices[0]
     assert (of_ids.text, of_ids.token_ids) == (choice.text, choice.token_ids)
-    several = complete(place, ["The sky is", "The sea is"])
+    several = complete(place, ["The sky is", "The sea is"], max_tokens=4)
     assert [each.index for each in several.choices] == [0, 1]
-    assert several.choices[0].text == choice.text
+    assert choice.text.startswith(several.choices[0].text)
 
 
 def test_stop_texts_end_an_answer_and_are_no_part_of_it(place):
@@ -163,9 +163,9 @@ def test_errors_are_those_of_openai(place):
         chat(place, messages=[])
     with pytest.raises(openai.BadRequestError):
         chat(place, top_p=0)
-    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+    with pytest.raises(openai.BadRequestError, match=r"maximum context length|max_model_len"):
         complete(place, max_tokens=4000 if not URL else 10**7)
-    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+    with pytest.raises(openai.BadRequestError, match=r"maximum context length|max_model_len"):
         complete(place, [5] * 3000 if not URL else [5] * 10**6)
 
 

@@ -16,18 +16,13 @@ import pytest
 from plain import Scorer
 from policies import make_policy
 from results import change
-from serving import ADAPTERS, generated, make_shop, plain_model, serving
+from serving import ADAPTERS, generated, plain_model, serving
 from world import Child, align
 
 from align import serve
 from align.tools.serving.limits import Limits
 
 ASKED = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return make_shop(tmp_path_factory.mktemp("shop"))
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +199,7 @@ def until(condition, seconds: float = 20.0) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_request_whose_client_has_left_leaves_the_batch(shop, stream):
     with serving([shop["red"]]) as service:
         lines = [asking(service, max_tokens=240, n=2, stream=stream) for _ in range(4)]
@@ -217,6 +212,7 @@ def test_a_request_whose_client_has_left_leaves_the_batch(shop, stream):
         assert text(service, "red", [5, 6, 7])
 
 
+@pytest.mark.slow
 def test_more_requests_than_may_wait_are_refused(shop):
     with serving([shop["red"]], limits=Limits(waiting=3), rows=1) as service:
         lines = [asking(service, max_tokens=100) for _ in range(2)]
@@ -233,6 +229,7 @@ def test_more_requests_than_may_wait_are_refused(shop):
         assert text(service, "red", [5, 6, 7])
 
 
+@pytest.mark.slow
 def test_a_request_that_takes_too_long_is_ended(shop):
     with serving([shop["red"]], limits=Limits(seconds=0.05)) as service:
         status, reply = service.post(
@@ -257,6 +254,7 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(service, monkeypatch,
     service.engine.faults = 0
 
 
+@pytest.mark.slow
 def test_the_command_serves_and_ends_when_asked(shop, tmp_path):
     """A process of its own; SIGTERM lets a running request end."""
     child = Child(tmp_path, shop["red"], "--port", 0, "--dtype", "float32", stage=serve)

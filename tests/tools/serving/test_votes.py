@@ -36,7 +36,7 @@ def client(file) -> TestClient:
     return behind_the_door(Votes(file))
 
 
-def behind_the_door(votes: Votes) -> TestClient:
+def behind_the_door(votes: Votes | None) -> TestClient:
     return TestClient(Door(Starlette(routes=routes(votes, Limits(body=100_000))), None, local=True), HOST)
 
 
@@ -54,6 +54,12 @@ def test_a_vote_is_a_pair_and_a_tie_is_none(client, file):
     assert "chosen" not in tie
     again = behind_the_door(Votes(file))
     assert again.get("/votes").json() == told.json(), "counted from the files"
+
+
+def test_a_server_without_votes(file):
+    client = behind_the_door(None)
+    assert client.get("/votes").json() == {"file": None}
+    assert client.post("/votes", json=ballot()).status_code == 405
 
 
 @pytest.mark.parametrize("stage", [reward, dpo])

@@ -23,14 +23,14 @@ def pieces(ids: list[int], prompt=(), stops=(), cut: bool = False) -> list[str]:
     return [words.add(token, last=i + 1 == len(ids)) for i, token in enumerate(ids)]
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(TOKENS | TEXTS, TOKENS)
 def test_pieces_are_the_text_that_is_said(ids, prompt):
     """Of any tokens, halves of characters included, after any prompt."""
     assert "".join(pieces([*ids, END], prompt[:8])) == said(TOKENIZER, prompt[:8], [*ids, END], {END})
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.text(alphabet="ab<", min_size=1, max_size=30), st.sampled_from(["ab", "aab", "<ab", "b"]))
 def test_a_stop_text_and_what_follows_are_never_told(words, stop):
     ids = TOKENIZER.encode(words, add_special_tokens=False)
@@ -39,7 +39,7 @@ def test_a_stop_text_and_what_follows_are_never_told(words, stop):
     assert not any(stop in "".join(told[:i]) for i in range(len(told) + 1))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.text(min_size=1, max_size=20))
 def test_whole_characters_come_as_soon_as_they_are_whole(words):
     """What is held back is less than a character."""

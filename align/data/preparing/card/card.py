@@ -67,11 +67,12 @@ class Card:
             by_source["rows"][item.source] += 1
             by_source["length"][item.source] += length
         measured = [measures(text) for text in texts]
-        longest = sorted(range(len(items)), key=lambda i: (-lengths[i], i))[:LISTED]
+        once = list({(item.row.file, item.row.line): i for i, item in enumerate(items)}.values())
+        longest = sorted(once, key=lambda i: (-lengths[i], i))[:LISTED]
         odd = [
             (name, measured[i][name], i)
             for name in MEASURES
-            for i in sorted(range(len(items)), key=lambda i, name=name: (-measured[i][name], i))[:CANDIDATES]
+            for i in sorted(once, key=lambda i, name=name: (-measured[i][name], i))[:CANDIDATES]
             if measured[i][name] > 0
         ]
         return {
@@ -94,7 +95,7 @@ class Card:
         counts = {name: _added(part[name] for part in parts) for name in (*names, "turns", "lengths")}
         shapes = {name: _added(part["measures"].get(name, {}) for part in parts) for name in MEASURES}
         rows = sum(part["rows"] for part in parts)
-        longest = sorted((row for part in parts for row in part["longest"]), key=_longest_first)[:LISTED]
+        longest = {(row["file"], row["line"]): row for part in parts for row in part["longest"]}.values()
         by_source = [
             {
                 "source": source,
@@ -116,7 +117,7 @@ class Card:
                 "exact": _repeated([part["same"] for part in parts]),
                 "normalised": _repeated([part["alike"] for part in parts]),
             },
-            "longest": longest,
+            "longest": sorted(longest, key=_longest_first)[:LISTED],
             "oddest": oddest([row for part in parts for row in part["odd"]], shapes, LISTED) if rows else [],
             "first_faults": [fault for part in parts for fault in part["first_faults"]][:LISTED],
         }

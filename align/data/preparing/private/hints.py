@@ -20,7 +20,7 @@ _STEMS: dict[Hint, str] = {  # the beginnings of words, in the languages in whic
         "phone telephone tel tél telefon telefoon teléfono telefone téléphone mobile mobil móvil mobiel cell cellphone "
         "celular cellulare cep call dial ring fax whatsapp sms reach contact kontakt contacto hotline helpline handy "
         "anruf ruf durchwahl festnetz portable appel joign llám llam chiam ligue ligar bel telemóvel komórk zadzwo "
-        "puhelin soita gsm natel ringe тел телефон моб звон позвон हेल्पलाइन फोन फ़ोन मोबाइल"
+        "puhelin soita gsm natel ringe bellen тел телефон моб звон позвон हेल्पलाइन फोन फ़ोन मोबाइल"
     ),
     "card": (
         "card visa mastercard amex maestro discover diners jcb credit debit karte kreditkarte carte tarjeta carta "
@@ -43,7 +43,7 @@ _STEMS: dict[Hint, str] = {  # the beginnings of words, in the languages in whic
         "order invoice ticket ref reference receipt tracking shipment parcel isbn issn ean upc gtin sku asin serial "
         "model part article item product batch lot commit hash checksum timestamp unix epoch doi arxiv pmid patent "
         "issue bug case docket policy booking reservation confirmation flight imei iccid vin latitude "
-        "longitude coordinates transaction uuid fedex ups usps dhl zip "
+        "longitude coordinates transaction uuid fedex ups usps dhl siren siret hrb zip "
         "population bestell rechnung kundennummer artikel auftrag sendung "
         "serien aktenzeichen commande facture référence suivi pedido factura referencia seguimiento ordine fattura "
         "riferimento encomenda fatura bestelling factuur zamówien faktur sipariş tilaus ordre заказ счёт счет артикул "

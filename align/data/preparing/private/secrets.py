@@ -37,6 +37,7 @@ _BLOCK = re.compile(  # PEM and PGP; one that is cut off goes as far as its lett
 )
 _IN_URL = re.compile(r"[a-z][a-z0-9+.-]{1,20}://[^\s/:@]{0,64}:(?P<key>[^\s/@]{3,128})@(?=[\w\[])", re.IGNORECASE)
 _HEADER = re.compile(r"\b(?i:bearer|basic|token)\s+(?P<key>(?=[^\s\d]*\d)[A-Za-z0-9+/_.~-]{16,}={0,2})")
+_OPTION = re.compile(r"\s(?:-u|--user)[ =][\w.@-]{1,64}:(?P<key>[^\s'\"]{6,128})")  # of curl and others
 _NAMED = re.compile(  # api_key = "…", "clientSecret": "…", PASSWORD=…, le mot de passe est …
     r"(?P<name>pass(?:word|wd|phrase|code)|pwd|passwort|kennwort|contraseña|mot de passe|senha|wachtwoord|пароль|"
     r"密码|密碼|パスワード|비밀번호|(?:secret|api|access|auth|private|account|client)[_ -]?key|secret|token|credential)"
@@ -59,7 +60,7 @@ def secrets(text: str) -> Iterator[Found]:
     for pattern in (_BLOCK, _KEY):
         for match in pattern.finditer(text):
             yield Found(match.start(), match.end(), "KEY", match[0])
-    for pattern in (_IN_URL, _HEADER):
+    for pattern in (_IN_URL, _HEADER, _OPTION):
         for match in pattern.finditer(text):
             if re.search(r"\w", match["key"]) and not _NO_SECRET.fullmatch(match["key"]):
                 yield Found(*match.span("key"), "KEY", match["key"])

@@ -41,20 +41,16 @@ async function request(path, body, signal) {
   throw new Refused(response.status, typeof told === "string" ? told : `The server answered with status ${response.status}.`);
 }
 
-/** Names of the models that answer chats. */
+/** The models that answer chats, each { id, max_model_len, … }. */
 export async function models() {
   const { data } = await (await request("v1/models")).json();
-  return data.map((model) => model.id);
+  return data.filter((model) => !["reward", "classify"].includes(model.kind)); // those only score
 }
 
 /** How many votes have been kept, and where; null where the server takes none. */
 export async function votes() {
-  try {
-    return await (await request("votes")).json();
-  } catch (error) {
-    if (error.status === 404) return null;
-    throw error;
-  }
+  const kept = await (await request("votes")).json();
+  return kept.file ? kept : null;
 }
 
 /** Keep a vote; the counts after it. */

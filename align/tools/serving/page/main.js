@@ -36,10 +36,20 @@ function open(wide) {
   $("options").setAttribute("aria-expanded", String(wide));
 }
 
+/** Ask for fewer tokens by default where a model has room for few, prompt and answer together. */
+function fit(room) {
+  const field = $("max_tokens");
+  const untouched = field.value === field.defaultValue;
+  field.defaultValue = String(Math.max(1, Math.min(512, Math.floor(room / 4))));
+  if (untouched) field.value = field.defaultValue;
+}
+
 /** Fill the lists of models; keep what was chosen. */
 async function load() {
   try {
-    const names = await models();
+    const found = await models();
+    const names = found.map((model) => model.id);
+    fit(Math.min(...found.map((model) => model.max_model_len ?? Infinity)));
     for (const [list, first] of [[$("left"), []], [$("right"), [""]]]) {
       const before = list.value;
       list.replaceChildren(...[...first, ...names].map((name) => make("option", { value: name }, name || "none")));
@@ -242,6 +252,7 @@ $("export").addEventListener("click", save);
 $("theme").addEventListener("click", recolour);
 $("options").addEventListener("click", () => open($("settings").hidden));
 $("shade").addEventListener("change", () => talk.classList.toggle("shaded", $("shade").checked));
+$("settings").addEventListener("submit", (event) => event.preventDefault());
 $("key").addEventListener("change", () => {
   useKey($("key").value);
   load();

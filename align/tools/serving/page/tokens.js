@@ -76,8 +76,9 @@ function table(token) {
   title.colSpan = 2;
   title.textContent = `${shown(token.token)}  ${percent(token.logprob)}`;
   head.append(title);
+  const body = made.createTBody();
   for (const other of token.top_logprobs ?? []) {
-    const row = made.insertRow();
+    const row = body.insertRow();
     row.classList.toggle("drawn", other.token === token.token);
     row.insertCell().textContent = shown(other.token);
     row.insertCell().textContent = percent(other.logprob);
