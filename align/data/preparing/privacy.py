@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -162,11 +163,13 @@ class _Placeholders:
 
 def _apart(found: Sequence[Found]) -> list[Found]:
     """Without what overlaps a value of an earlier kind, or a longer one of its own; in the order of the text."""
-    kept: list[Found] = []
+    kept: list[Found] = []  # in the order of the text
     for each in sorted(found, key=lambda f: (_RANK.get(f.kind, len(KINDS)), f.start - f.end, f)):
-        if all(each.end <= other.start or other.end <= each.start for other in kept):
-            kept.append(each)
-    return sorted(kept)
+        place = bisect(kept, each)
+        before, after = kept[place - 1] if place else None, kept[place] if place < len(kept) else None
+        if (before is None or before.end <= each.start) and (after is None or each.end <= after.start):
+            kept.insert(place, each)
+    return kept
 
 
 def _everywhere(texts: Sequence[str], found: Sequence[Sequence[Found]], told: Mapping[str, Found]) -> list[list[Found]]:
