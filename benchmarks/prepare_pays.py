@@ -12,11 +12,12 @@ Last, one JSON line.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import random
-import subprocess
-import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,15 @@ def prepared(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def run(path: Path, tool: str, recipe: dict[str, Any]) -> None:
-    """One command."""
+    """One command, in this process."""
     path.write_text(yaml.safe_dump(recipe))
-    done = subprocess.run([sys.executable, "-m", f"align.{tool}", str(path)], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            import_module(f"align.{tool}").main([str(path)])
+    except SystemExit as end:
+        if end.code:
+            raise SystemExit(said.getvalue()[-2000:]) from None
 
 
 def main() -> None:

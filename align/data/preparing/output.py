@@ -6,7 +6,7 @@ Everything stands in a folder beside until it is whole, and is then renamed into
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,12 +152,3 @@ def _cut(times: np.ndarray, sizes: np.ndarray, most: int) -> Iterator[slice]:
             first, rows, size = i, 0, 0
         rows, size = rows + count, size + more
     yield slice(first, len(times))
-
-
-def observed_of(parts: Sequence[dict[str, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """The counts of each observer, batch after batch, by its name."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for part in parts:
-        for name, counts in part.items():
-            found.setdefault(name, []).append(counts)
-    return found

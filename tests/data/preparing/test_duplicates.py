@@ -8,7 +8,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from data.preparing.items import labelled_text, pair, talk, text
-from datasketch import MinHash, MinHashLSH
 
 from align.data.preparing.duplicates.groups import Groups, joined_by
 from align.data.preparing.duplicates.near import NearDuplicates, alike, bands_of
@@ -152,14 +151,15 @@ def test_signatures_estimate_jaccard():
 
 
 def test_near_duplicates_are_those_that_datasketch_finds():
+    datasketch = pytest.importorskip("datasketch")
     rng, rows = random.Random(2), []
     for _ in range(60):
         said = words(rng, 60)
         rows += [" ".join(swapped(rng, said, count)) for count in (0, 1, 2, 6, 15)]
     rows += ["THE " + rows[0].upper().replace(" ", " , "), "too short", "too short"]
-    index, hashed = MinHashLSH(threshold=0.6, num_perm=128), []
+    index, hashed = datasketch.MinHashLSH(threshold=0.6, num_perm=128), []
     for i, said in enumerate(rows):
-        theirs = MinHash(num_perm=128, seed=5)
+        theirs = datasketch.MinHash(num_perm=128, seed=5)
         theirs.update_batch([" ".join(gram).encode() for gram in shingles(said)])
         hashed.append(theirs)
         index.insert(i, theirs)
