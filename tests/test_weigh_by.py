@@ -1,4 +1,4 @@
-"""Sources that a stage mixes by tokens: what is told, that a run goes on exactly, and that another way is another run."""
+"""Sources that a stage mixes by tokens: what is told, exact resume, and that another way of weighing is another run."""
 
 from __future__ import annotations
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 from align.recipe.errors import UserError
@@ -22,7 +22,6 @@ Engine = Callable[[Callable[..., Any], tuple, Iterable[Any]], Iterator[Any]]
 """`engine(make, given, tasks)` yields `make(*given)(task)` for every task, in their order; `make` is called in each
 process that works, and may be a class whose instances are called."""
 
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 AHEAD = 2  # tasks a worker that may wait
 
 _worker: Callable[[Any], Any]
@@ -69,9 +68,15 @@ def _begin(make: Callable[..., Callable[[Any], Any]], given: tuple) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["RAYON_NUM_THREADS"] = "1"  # of rensa: the workers share out the cores
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     _worker = make(*given)
+
+
+def _end_with(parent: Any) -> None:
+    """End where the process that started this one has ended: nobody else would tell, for the fork server lives as long
+    as its workers do."""
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _do(task: Any) -> Any:

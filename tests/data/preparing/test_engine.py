@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from align.data.preparing.engine import local
@@ -56,6 +60,32 @@ def test_tasks_are_taken_as_they_are_needed(workers):
 def test_one_task_needs_no_other_process():
     assert list(local(4)(Squares, ("",), [3])) == [(9, os.getpid())]
     assert list(local(4)(Squares, ("",), [])) == []
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    told = tmp_path / "workers"
+    program = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "from data.preparing.test_engine import Squares\n"
+        "from align.data.preparing.engine import local\n"
+        "found = local(2)(Squares, ('',), iter(range(10**9)))\n"
+        "pids = {next(found)[1] for _ in range(20)}\n"
+        "open(sys.argv[1], 'w').write(' '.join(map(str, pids)) + '\\n')\n"
+        "for _ in found: pass\n"
+    )
+    paths = [str(Path(__file__).parents[level]) for level in (2, 3)]
+    process = subprocess.Popen([sys.executable, "-c", program, str(told), *paths])
+    deadline = time.monotonic() + 120
+    while not (told.exists() and told.read_text().endswith("\n")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = list(map(int, told.read_text().split()))
+    process.kill()
+    process.wait()
+    while any(psutil.pid_exists(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_worker_that_is_killed_is_one_line():
