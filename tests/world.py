@@ -182,7 +182,7 @@ def alive(*pids: int) -> bool:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def metrics(run: Path, split: str | None = None) -> list[dict[str, Any]]:
