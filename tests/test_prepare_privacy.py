@@ -155,3 +155,16 @@ def test_wrong_input_is_told_and_nothing_is_written(here, sections, problem):
     assert problem in told.err
     assert "Traceback" not in told.err
     assert not (folder / "manifest.json").exists()
+
+
+def test_a_row_nested_too_deeply_is_a_fault_and_no_crash(here):
+    deep: dict = {"mail": RAW[0]}
+    for _ in range(300):
+        deep = {"in": deep}
+    call = {"type": "function", "function": {"name": "f", "arguments": deep}}
+    row = {"messages": [{"role": "user", "content": "do"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    told, folder = prepared(here, {"rows.jsonl": [row, talk("a b", "c d")]}, invalid="drop", prepare={"privacy": {}})
+    assert told.status == 0, told.err
+    (entry,) = lines(folder / "ledger.jsonl")
+    assert (entry["line"], entry["action"]) == (1, "dropped")
+    assert "nested at most 100 deep" in entry["reason"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from world import align, metrics
 
 OPTIM = {"learning_rate": 1e-3, "schedule": "constant", "warmup": 0}
 
 
+@pytest.mark.slow
 def test_a_run_weighed_by_tokens_says_its_shares_and_goes_on_exactly(world, here):
     data = {
         "train": [{"path": str(world.talks), "weight": 3}, {"path": str(world.texts), "weight": 1}],

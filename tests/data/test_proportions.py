@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.data.formats.rows import Row
@@ -33,6 +33,7 @@ def test_amounts_by_hand():
     np.testing.assert_allclose(amounts(np.array([1.0, 0]), np.array([5.0, 7])), [5, 0])
 
 
+@settings(max_examples=30)
 @given(WEIGHTS, st.data())
 def test_amounts_keep_within_limits_and_reach_the_total(weights, data):
     shares = tempered(weights, 1)
@@ -57,6 +58,7 @@ def test_how_often_rows_come():
     assert len(times(np.zeros(0, int), 3, np.random.default_rng(0))) == 0
 
 
+@settings(max_examples=30)
 @given(WEIGHTS, st.data())
 def test_passes_give_the_shares_and_an_epoch_as_large_as_the_data(weights, data):
     sizes = data.draw(st.lists(st.integers(0, 10_000), min_size=len(weights), max_size=len(weights)))

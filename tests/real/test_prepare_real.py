@@ -35,6 +35,7 @@ def prepared(here, source, **sections):
     return card, steps, (folder / "report.html").read_text("utf-8"), lines(folder / "ledger.jsonl")
 
 
+@pytest.mark.slow
 def test_sms_has_403_duplicate_lines(here):
     columns = {"label": "column1", "text": "column2"}
     source = {"path": str(DATA / "sms_spam/SMSSpamCollection"), "format": "classes", "columns": columns}
@@ -47,6 +48,7 @@ def test_sms_has_403_duplicate_lines(here):
     assert "403" in page
 
 
+@pytest.mark.slow
 def test_sharegpt_zh_has_seven_that_end_on_the_human_and_one_empty_value(here):
     card, _, page, ledger = prepared(here, {"path": str(DATA / "sharegpt_zh/sharegpt_zh_1K_format.jsonl")})
     cut = [entry for entry in ledger if "after the last assistant turn" in entry["reason"]]
@@ -65,7 +67,7 @@ def test_sharegpt_zh_has_seven_that_end_on_the_human_and_one_empty_value(here):
 @pytest.mark.parametrize(
     ("file", "rows", "equal", "empty"),
     [
-        ("ultrafeedback/train_clean.jsonl", 1000, 4, 2),
+        pytest.param("ultrafeedback/train_clean.jsonl", 1000, 4, 2, marks=pytest.mark.slow),
         ("instruction/instruction-data-with-preference.json", 1100, 6, 0),
     ],
 )
@@ -104,6 +106,7 @@ def reworded(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
+@pytest.mark.slow
 def test_planted_test_questions_are_found_and_little_else(here, questions):
     """50 of the last questions stand for a test set; they are planted in the others, half of them reworded."""
     rng = random.Random(3)
@@ -123,6 +126,7 @@ def test_planted_test_questions_are_found_and_little_else(here, questions):
     assert "test.jsonl" in page
 
 
+@pytest.mark.slow
 def test_other_data_is_not_contaminated_with_school_maths(questions):
     """Nothing of other published sets is taken for one of 7,473 questions."""
     index = Index((Measured(f"q:{i}", normal(text)) for i, text in enumerate(questions)), 6)
@@ -133,6 +137,7 @@ def test_other_data_is_not_contaminated_with_school_maths(questions):
     assert max((match.share for match in shares if match), default=0) < 0.5
 
 
+@pytest.mark.slow
 def test_school_maths_has_no_private_values(questions):
     found = Privacy().find([("", text) for text in questions[:2000]])
     assert [each for finds in found for each in finds] == []

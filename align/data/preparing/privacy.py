@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -27,6 +28,7 @@ _PLACEHOLDER = re.compile(r"<([A-Z]+(?:_[A-Z]+)*)_(\d{1,9})>")
 _CUT = re.compile(r"(?:[\d+][\d .()/-]*|[^\s'\"…]{4,})\s?(?:…|\.\.\.)|^…\s?(?:[\d .()/-]{4,}|[^\s…]{4,})")
 _UNTOUCHED = frozenset(("role", "type", "train"))  # keys of messages and tools whose values are words of the format
 _RANK = {kind: rank for rank, kind in enumerate(KINDS)}
+_SEEN = 64  # rows whose verdict is kept
 _AT_ONCE = 500  # values that are looked for at once
 _LEAST = 6  # letters of a value that is looked for in the other texts of its row too
 
@@ -51,10 +53,12 @@ class Privacy:
     ) -> None:
         assert set(kinds) <= set(KINDS), kinds
         self.kinds, self.countries, self.names = tuple(kinds), countries, names
+        self.seen: dict[int, tuple[Item, Verdict]] = {}  # rows that the card has shown, by their number
 
     def look(self, items: Sequence[Item]) -> list[Verdict]:
         """One verdict an item: as it is, or with placeholders. The example shows the text around the first one."""
-        return [self._verdict(item) for item in items]
+        known = [self.seen.get(item.number, (None, None)) for item in items]
+        return [v if k is item else self._verdict(item) for item, (k, v) in zip(items, known, strict=True)]
 
     def mask(self, value: Any) -> Masked:
         """A value of JSON, of any depth, as one document: a private value has one placeholder in all its texts."""
@@ -80,7 +84,10 @@ class Privacy:
 
     def masked(self, item: Item) -> Item:
         """The item with placeholders."""
-        return self._verdict(item).item
+        verdict = self._verdict(item)
+        self.seen = {number: known for number, known in self.seen.items() if len(self.seen) < _SEEN}
+        self.seen[item.number] = item, verdict
+        return verdict.item
 
     def find(self, texts: Sequence[tuple[str, str]]) -> list[list[Found]]:
         """The private values in each text, in their order and apart from each other.
@@ -162,11 +169,13 @@ class _Placeholders:
 
 def _apart(found: Sequence[Found]) -> list[Found]:
     """Without what overlaps a value of an earlier kind, or a longer one of its own; in the order of the text."""
-    kept: list[Found] = []
+    kept: list[Found] = []  # in the order of the text
     for each in sorted(found, key=lambda f: (_RANK.get(f.kind, len(KINDS)), f.start - f.end, f)):
-        if all(each.end <= other.start or other.end <= each.start for other in kept):
-            kept.append(each)
-    return sorted(kept)
+        place = bisect(kept, each)
+        before, after = kept[place - 1] if place else None, kept[place] if place < len(kept) else None
+        if (before is None or before.end <= each.start) and (after is None or each.end <= after.start):
+            kept.insert(place, each)
+    return kept
 
 
 def _everywhere(texts: Sequence[str], found: Sequence[Sequence[Found]], told: Mapping[str, Found]) -> list[list[Found]]:

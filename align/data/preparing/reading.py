@@ -24,6 +24,7 @@ ALL: Formats = {  # whatever some stage reads, each row as the stage that learns
     "prompts": PROMPTING["prompts"],
 }
 RECORDS = 512  # of a batch at most
+DEPTH = 100  # of lists and objects in a row
 CHARACTERS = 4_000_000  # of the records of a batch at most, unless one alone has more
 
 
@@ -79,7 +80,11 @@ def items_of(
         source = sources[segment.source]
         for line, value in segment.records:
             record, row = converted(value, source, segment.format, segment.file, line, formats)
-            if isinstance(row, Row):
+            if isinstance(row, Row) and is_deep(record):
+                faults.append(
+                    Fault(segment.file, line, f"expected a row nested at most {DEPTH} deep, found a deeper one")
+                )
+            elif isinstance(row, Row):
                 items.append(Item(number, segment.source, kind_of(row), row, _kept(record, value, kept)))
             else:
                 faults.append(row)
@@ -98,11 +103,28 @@ def kind_of(row: Row) -> Kind:
 
 def characters(value: Any) -> int:
     """About how much a record holds."""
-    if isinstance(value, str | bytes | Broken):
-        return len(value if not isinstance(value, Broken) else value.reason)
-    if isinstance(value, dict):
-        return 8 + sum(map(characters, value.values()))
-    return 8 + sum(map(characters, value)) if isinstance(value, list | tuple) else 8
+    total, left = 0, [value]
+    while left:
+        each = left.pop()
+        each = each.reason if isinstance(each, Broken) else each
+        total += len(each) if isinstance(each, str | bytes) else 8
+        left += each.values() if isinstance(each, dict) else each if isinstance(each, list | tuple) else ()
+    return total
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects stand in each other more than DEPTH times: steps walk through rows by recursion."""
+    level = [value]
+    for _ in range(DEPTH):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each if isinstance(each, list | tuple) else ())
+            if isinstance(inner, dict | list | tuple)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _kept(record: Mapping[str, Any], raw: Mapping[str, Any], kept: Sequence[str] | None) -> dict[str, Any]:
