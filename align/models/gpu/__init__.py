@@ -13,7 +13,7 @@ from align.models.gpu.replay import Recorder, Replayed, cuda_graph, never_waitin
 
 
 def _adopt(model: nn.Module, joins: bool = True) -> None:
-    if next(model.parameters()).is_cuda and not pointwise.missing():  # a plan's model computes nothing
+    if not next(model.parameters()).is_meta and not pointwise.missing():  # a plan's model computes nothing
         fused.KERNELS["cuda"] = pointwise
     fused.fuse(model, joins)
 

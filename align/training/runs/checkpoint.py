@@ -100,7 +100,7 @@ class CheckpointWriter:
     def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> float:
         """Copy everything to the CPU, start writing, and return the seconds that training was held up.
 
-        Waits for the previous save first, and raises its error.
+        Takes it out of `tensors`. Waits for the previous save first, and raises its error.
         """
         start = time.perf_counter()
         self.wait()

@@ -129,7 +129,7 @@ def test_texts_that_a_template_has_written_already(tmp_path):
 
 
 def stored_key(source: Source, tokenizer: PreTrainedTokenizerFast) -> str:
-    return _key(source, tokenizer, conversations("assistant"))
+    return _key(source, tokenizer, conversations("assistant"), None)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_round_trip(tmp_path):
         "empty": {},
     }  # fmt: skip
     state = {"step": 3, "rng": [1, 2**63], "lr": 5e-324, "name": "你好", "nothing": None}
-    path = save_checkpoint(tmp_path / "deep" / "er", 3, tensors, state, keep=1)
+    path = save_checkpoint(tmp_path / "deep" / "er", 3, {part: {**own} for part, own in tensors.items()}, state, keep=1)
     assert path == tmp_path / "deep" / "er" / "step-000003"
     assert newest_checkpoint(path.parent) == (path, [])
     loaded, loaded_state = load_checkpoint(path)
@@ -151,8 +151,10 @@ def test_the_writer_snapshots_before_it_returns(tmp_path, monkeypatch):
     writer = CheckpointWriter(tmp_path, keep=3)
     assert writer.wait() == 0
     weights, state = parts(1.0), {"value": 1.0}
+    given = weights["model"]["w"], weights["optimizer"]["m"]
     blocking = writer.save(1, weights, state)
-    weights["model"]["w"].zero_(), weights["optimizer"]["m"].zero_(), state.update(value=0)
+    assert weights == {"model": {}, "optimizer": {}}  # what was gathered for this is let go
+    given[0].zero_(), given[1].zero_(), state.update(value=0)
     assert newest_checkpoint(tmp_path) == (None, [])  # still waiting
     time.sleep(0.05)
     go.set()

@@ -24,7 +24,7 @@ from align.training.meters import interval
 MOST = 6
 GENERATE = {
     "measures": ["exact_match", "contains"],
-    "scores": [{"function": "test_answers:letters"}],
+    "scores": [{"function": "test_generated:letters"}],
     "max_rows": 5,
     "every": 2,
     "generation": {"max_new": MOST},
@@ -215,10 +215,13 @@ def test_an_extended_patience_equals_one_that_was_longer_from_the_start(world, h
         ),
         ({"best": {"metric": "generate/ended", "goal": "greatest"}}, "is a figure of answers: give `generate`"),
         ({"generate": {"samples": 2}}, "at temperature 0 all answers to a prompt are alike"),
-        ({"generate": {"scores": [{"function": "test_answers:letters", "weight": 2.0}]}}, "`scores` are raw"),
+        ({"generate": {"scores": [{"function": "test_generated:letters", "weight": 2.0}]}}, "`scores` are raw"),
         ({"generate": {"measures": ["ended"]}}, "train.generate.measures.0: expected 'exact_match'"),
         ({"generate": {"measures": ["contains", "contains"]}}, "two figures are called contains"),
-        ({"generate": {"scores": [{"function": "test_answers:nothing"}]}}, "test_answers has no function 'nothing'"),
+        (
+            {"generate": {"scores": [{"function": "test_generated:nothing"}]}},
+            "test_generated has no function 'nothing'",
+        ),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:24],
 )
