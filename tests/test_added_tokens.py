@@ -42,6 +42,7 @@ def test_stopped_and_gone_on_with_it_ends_equal(taught, here):
     assert_equal(here / "run", reference)
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_one(taught, here):
     reference, recipe = taught
     for child in Child.pair(here, free_port(), recipe, f"run={here / 'two'}"):

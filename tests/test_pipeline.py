@@ -338,6 +338,7 @@ def test_content_tells_what_has_changed_and_dates_do_not(again):
     assert plan(again, "--fresh")["sft"] == "start over (--fresh)"
 
 
+@pytest.mark.slow
 def test_a_result_that_comes_out_equal_leaves_later_stages_alone(again):
     """And one that is changed is made again, in its own folder."""
     shutil.rmtree("runs/both/sft/final")

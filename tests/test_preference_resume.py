@@ -70,10 +70,10 @@ def test_stopped_then_killed_a_run_ends_equal(whole, here, kind):
     assert_equal(run, reference)
 
 
-MORE = [pytest.param(*one, marks=pytest.mark.slow) for one in (("reward", 1), ("dpo", 1), ("dpo", 5))]
+MORE = [pytest.param(*one, marks=pytest.mark.slow) for one in (("kto", 3), ("reward", 1), ("dpo", 1), ("dpo", 5))]
 
 
-@pytest.mark.parametrize(("kind", "examples"), [("kto", 3), *MORE])
+@pytest.mark.parametrize(("kind", "examples"), MORE)
 def test_two_processes_are_as_one(world, here, kind, examples):
     """With one pair a step, of which the second process has none; accuracy to the last digit, the rest to 1e-4."""
     stage, sections = KINDS[kind]

@@ -84,6 +84,7 @@ def test_two_processes_are_as_one_even_when_stopped_and_gone_on_with(alone, here
     assert metrics(on_one)[: step + 1] == metrics(stopped)[: step + 1]
 
 
+@pytest.mark.slow
 def test_a_real_launcher(world, here):
     """Several rows a step, on processes that torchrun starts (accelerate's own launcher starts one on a CPU)."""
     recipe = world.recipe(here / "recipe.yaml", batch={"examples": 5}, train={"steps": STEPS})

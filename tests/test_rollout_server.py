@@ -76,6 +76,7 @@ def test_the_engines_agree_and_nothing_of_the_server_stays(finished, server):
     assert not any(name.startswith("engine") for name in tree(run))
 
 
+@pytest.mark.slow
 def test_two_processes_ask_for_their_shares(finished, here):
     """With seeds the responses are those of one process, and so are the figures."""
     reference, recipe, _ = finished

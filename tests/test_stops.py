@@ -72,6 +72,7 @@ def test_in_evaluations_and_before_and_after_training(slow, here):
     assert all(torch.equal(t, weights(run)[name]) for name, t in weights(whole).items())
 
 
+@pytest.mark.slow
 def test_while_it_tokenises_and_while_it_scores_demonstrations(world, cache, here):
     """Nothing is there yet, and nothing is left; then all is there but the scores' mean."""
     write_rows(here / "many.jsonl", [{"text": f"{'word ' * 40}{i}"} for i in range(60_000)])
