@@ -28,7 +28,7 @@ torch.set_num_threads(1)  # products this small are fastest so
 CITIES = ["France: Paris", "Italy: Rome", "Japan: Tokyo", "Peru: Lima", "Egypt: Cairo", "Cuba: Havana", "法国: 巴黎"]
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET = 0x00020000, 0x04000000, 0x40000000  # of sched.h
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18  # of mount.h
-WAIT = 120  # seconds after which a process that should have come to something has hung
+WAIT = 280  # seconds: machines are shared and slow at times
 
 
 class Told(NamedTuple):

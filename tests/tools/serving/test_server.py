@@ -255,8 +255,9 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(service, monkeypatch,
 
 
 @pytest.mark.slow
-def test_the_command_serves_and_ends_when_asked(shop, tmp_path):
+def test_the_command_serves_and_ends_when_asked(shop, cache, tmp_path, monkeypatch):
     """A process of its own; SIGTERM lets a running request end."""
+    monkeypatch.setenv("ALIGN_CACHE", str(cache))
     child = Child(tmp_path, shop["red"], "--port", 0, "--dtype", "float32", stage=serve)
     until(lambda: "serving" in child.log.read_text() or child.process.exitcode is not None, 100)
     url = child.log.read_text().split(" at ")[-1].strip()
