@@ -139,7 +139,7 @@ def killed_when(ready: Callable[[], bool], folder: Path, whole: bool = True) -> 
         family[:] = psutil.Process(child.process.pid).children(recursive=True) if ready() else []
         return ready()
 
-    killed = child.send_when(signal.SIGKILL, now)
+    killed = child.send_when(signal.SIGKILL, now, wait=600)  # several stages may come before
     for process in family if whole else ():
         with suppress(psutil.Error):
             process.kill()

@@ -28,7 +28,7 @@ torch.set_num_threads(1)  # products this small are fastest so
 CITIES = ["France: Paris", "Italy: Rome", "Japan: Tokyo", "Peru: Lima", "Egypt: Cairo", "Cuba: Havana", "法国: 巴黎"]
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET = 0x00020000, 0x04000000, 0x40000000  # of sched.h
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18  # of mount.h
-WAIT = 280  # seconds: machines are shared and slow at times
+WAIT = 120  # seconds after which a process that should have come to something has hung
 
 
 class Told(NamedTuple):
@@ -249,9 +249,9 @@ class Child:
         assert self.process.exitcode is not None, f"hung: {self.log.read_text()}"
         return Told(self.process.exitcode, self.log.read_text(), self.log.with_suffix(".err").read_text())
 
-    def send_when(self, number: int, ready: Callable[[], bool]) -> bool:
+    def send_when(self, number: int, ready: Callable[[], bool], wait: float = WAIT) -> bool:
         """Send a signal as soon as `ready()`; False if the process ended before."""
-        deadline = time.monotonic() + WAIT
+        deadline = time.monotonic() + wait
         while not ready():
             assert time.monotonic() < deadline, self.log.read_text()
             if self.process.exitcode is not None:

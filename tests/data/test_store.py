@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from models.tiny import tiny_tokenizer
-from often import REPEATS
 from world import write_rows
 
 from align.data.formats.reading import Reading
@@ -22,7 +21,6 @@ from align.recipe.schema import Source
 CHANCE = random.Random()
 # Not forked off the tests' own process, whose threads would be gone in the child, and what they hold locked for ever.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["align.data.store", "models.tiny", "world"])
 
 
 def ask(folder: Path, distance: float) -> None:
@@ -41,7 +39,7 @@ def ask(folder: Path, distance: float) -> None:
     os._exit(0 if len(store.line) == 5 else 1)
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(10 * REPEATS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("times", [3, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_runs_that_ask_at_once_wait_for_the_first(tmp_path, times):
     for number in range(times):
         folder, distance = tmp_path / str(number), (0, 0.005, 0.03, CHANCE.uniform(0, 0.1))[min(number, 3)]
