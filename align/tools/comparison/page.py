@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from align.recipe.records import to_json
@@ -21,7 +20,7 @@ from align.tools.comparison.summary import answers, details, headlines, notes, s
 from align.tools.comparison.verdict import duel_words
 from align.tools.comparison.words import KLS, number, ranged, rate
 from align.training.bootstrap import Estimate
-from align.training.report.plots import COLOURS, amount, duration, size
+from align.training.report.plots import amount, duration, pages_of, size
 
 SHOWN_PROMPTS = 100  # whose answers the page holds
 SHOWN_TEXT = 4000  # characters of one of them
@@ -32,7 +31,8 @@ def page(c: Comparison, runs: Sequence[Evaluated], recipe: str) -> str:
     """report.html."""
     folders = [_training(run) for run in runs]
     curves, without = training_curves(c, folders)
-    pages = _pages()
+    filters = {"counts": _counts, "ranged": ranged, "number": number, "measured": _measured}
+    pages = pages_of(Path(__file__).parent, **filters)
     script = pages.loader.get_source(pages, "page.js.jinja")[0]
     return pages.get_template("page.html.jinja").render(
         c=c,
@@ -177,16 +177,3 @@ def _counts(found: dict[str, Any]) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
-def _pages() -> Environment:
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
-        autoescape=True,  # names, prompts and answers may hold HTML: it is shown, never run
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.filters |= {"counts": _counts, "ranged": ranged, "number": number, "measured": _measured}
-    pages.globals["colours"] = COLOURS
-    return pages

@@ -6,15 +6,13 @@ The same set gives the same page, byte for byte.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from align.data.formats.shown import shown
-from align.training.report.plots import COLOURS, SERIES, Panel, amount, new_axes, percent, svg_of, value
+from align.training.report.plots import COLOURS, SERIES, Panel, amount, new_axes, pages_of, percent, svg_of, value
 
 SHOWN = 12  # rows of a table of counts; the rest is added up
 EXAMPLES = 12  # of what a step took
@@ -38,7 +36,7 @@ def page(name: str, report: Sequence[Mapping[str, Any]], cards: Mapping[str, Car
     """
     read, written = cards["read"], cards.get("written")
     return (
-        _pages()
+        pages_of(Path(__file__).parent, amount=amount, value=value, percent=percent, shown=shown)
         .get_template("page.html.jinja")
         .render(
             name=shown(name),
@@ -140,17 +138,3 @@ def lengths_panel(cards: Mapping[str, Card]) -> Panel:
         axes.stairs(counts, edges, color=SERIES[number % COLOURS], lw=1.5)
     axes.set_ylim(bottom=0)
     return Panel(title, svg_of(figure, f"{title}. {'. '.join(captions)}"), captions)
-
-
-@lru_cache(maxsize=1)
-def _pages() -> Environment:
-    found = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    found.filters |= {"amount": amount, "value": value, "percent": percent, "shown": shown}
-    found.globals["colours"] = COLOURS
-    return found

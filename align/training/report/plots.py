@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from io import StringIO
 from itertools import pairwise
@@ -214,15 +214,21 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def pages() -> Environment:
-    """The templates beside this file, with numbers in words; what runs say is shown, never run."""
+    """The templates beside this file, with numbers in words."""
+    return pages_of(Path(__file__).parent, amount=amount, value=value)
+
+
+def pages_of(folder: Path, **filters: Callable[..., str]) -> Environment:
+    """The templates in a folder, with filters by name. Names, prompts and answers may hold HTML: it is shown, never
+    run."""
     found = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folder, encoding="utf-8"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"amount": amount, "value": value}
+    found.filters |= filters
     found.globals["colours"] = COLOURS
     return found
 
