@@ -140,6 +140,8 @@ def named(given: str) -> tuple[str, str]:
         folder = Path(model)
         final = folder.name in ("final", "best") and folder.resolve().parent.name
         name = (folder.resolve().parent.name if final else folder.resolve().name) if is_folder(folder) else model
+    if not is_folder(Path(model)) and model.startswith(("/", ".")):
+        raise UserError(f"{KEY}: there is no folder {model}; give a run's folder, its final/, or a base")
     if not NAMED.fullmatch(name):
         raise UserError(f"{KEY}: {name!r} cannot be the name of a model; give NAME={model}")
     return name, model

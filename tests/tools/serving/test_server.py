@@ -278,6 +278,7 @@ def test_the_command_serves_and_ends_when_asked(shop, cache, tmp_path, monkeypat
         (["nowhere"], "there is no model"),
         (["--base", "nowhere"], "there is no model"),
         (["{red}", "{red}"], "two models are called 'red'"),
+        (["/nowhere/final"], "there is no folder /nowhere/final"),
         (["a b={red}"], "cannot be the name of a model"),
         (["{base}", "x={base}"], "several bases"),
         (["{red}", "--port", "99999"], "--port"),
