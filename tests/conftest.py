@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,6 +15,9 @@ settings.load_profile("align")
 FIRST = ("processes", "pipeline", "stops", "ppo_truth", "shards", "preference_resume", "ppo_resume")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # of what a test starts too: tests share the cores, and threads wait busily
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile all modules again
+sys.dont_write_bytecode = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,8 +44,13 @@ def shop(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """A cache folder that tests share, so that rows are tokenised once."""
-    return tmp_path_factory.mktemp("cache")
+    """A cache folder that tests share, so that rows are tokenised once; and kernels, for all workers, compiled once."""
+    folder = tmp_path_factory.mktemp("cache")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        kernels = tmp_path_factory.getbasetemp().parent / "kernels"
+        kernels.mkdir(exist_ok=True)
+        (folder / "kernels").symlink_to(kernels)
+    return folder
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def assert_nothing_changes(whole, run, told):
     assert {one.status for one in told} <= {0, 2}
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(50 * REPEATS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("times", [1, pytest.param(50 * REPEATS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_two_starts_at_once(whole, here, times):
     for number in range(times):
         run, told = two_starts(whole[1], here, number)
@@ -66,7 +66,7 @@ def test_two_starts_at_once(whole, here, times):
         assert tree(run) == kept  # finished, it is left as it is
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(20 * REPEATS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("times", [1, pytest.param(20 * REPEATS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_fresh_killed_then_the_plain_command(whole, here, times):
     """At a random moment, and as soon as the old run is gone; the plain command then has one whole run, old or new."""
     run = shutil.copytree(whole[0], here / "run")

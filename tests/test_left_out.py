@@ -127,6 +127,7 @@ def test_a_function_that_fails_for_good_ends_the_run_with_its_state_saved(world,
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_has_started_is_gone(world, start, here):
     """Processes of a function, and what those have started."""
     own = {"rewards": [{"function": "test_left_out:sleepy", "processes": 2}]}

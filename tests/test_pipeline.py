@@ -400,6 +400,7 @@ def when(ready, then):
     return thread
 
 
+@pytest.mark.slow
 def test_stopped_by_a_signal_then_killed_it_ends_as_if_nothing_had_happened(ran, folder):
     """The kill leaves a stage that runs on by itself: started here as the pipeline starts it, without a pipeline."""
     path, log = written({"sft": SFT}), Path("runs/both/sft/metrics.jsonl")

@@ -13,6 +13,8 @@ from world import Child, align, flat, metrics, tree, weights
 
 from align import dpo, reward
 
+pytestmark = pytest.mark.slow  # SFT, PPO and GRPO are stopped and killed in the default run
+
 TRAIN = {"steps": 8, "eval_every": 4, "save_every": 2}
 KINDS = {
     "reward": (reward, {"train": TRAIN}),
@@ -47,10 +49,7 @@ def assert_equal(run, reference):
     assert set(tree(run)) == set(tree(reference))
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "kto"]
-
-
-@pytest.mark.parametrize("kind", ["kto", *SLOW])
+@pytest.mark.parametrize("kind", KINDS)
 def test_stopped_then_killed_a_run_ends_equal(whole, here, kind):
     """A signal early, SIGKILL in the middle of what went on from there, and then to the end."""
     reference, recipe, stage = whole(kind)
@@ -70,10 +69,7 @@ def test_stopped_then_killed_a_run_ends_equal(whole, here, kind):
     assert_equal(run, reference)
 
 
-MORE = [pytest.param(*one, marks=pytest.mark.slow) for one in (("kto", 3), ("reward", 1), ("dpo", 1), ("dpo", 5))]
-
-
-@pytest.mark.parametrize(("kind", "examples"), MORE)
+@pytest.mark.parametrize(("kind", "examples"), [("kto", 3), ("reward", 1), ("dpo", 1), ("dpo", 5)])
 def test_two_processes_are_as_one(world, here, kind, examples):
     """With one pair a step, of which the second process has none; accuracy to the last digit, the rest to 1e-4."""
     stage, sections = KINDS[kind]

@@ -133,6 +133,7 @@ def test_what_the_first_process_finds_holds_for_all(here):
     assert "KeyError: 'a fault'\nthis is a fault of align itself; please report it" in first.err
 
 
+@pytest.mark.slow
 def test_one_that_dies_or_fails_or_does_not_come_ends_the_other(here):
     """Even where the first does not look: it waits for nobody, and would print what it decides alone."""
     told = {}
@@ -154,6 +155,7 @@ def test_one_that_dies_or_fails_or_does_not_come_ends_the_other(here):
     assert "Traceback" not in "".join(one.err for pair in told.values() for one in pair)
 
 
+@pytest.mark.slow
 def test_a_killed_first_process_ends_those_that_wait_for_it(world, here):
     """While it tokenises a large set, for which the other waits as long as it takes."""
     write_rows(here / "many.jsonl", [{"text": f"{'word ' * 40}{i}"} for i in range(60_000)])

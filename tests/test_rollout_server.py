@@ -88,6 +88,7 @@ def test_two_processes_ask_for_their_shares(finished, here):
         assert flat(found) == pytest.approx(flat(record), rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_killed_server_ends_the_run_and_the_same_command_goes_on(world, start, server, here):
     """The state after the last step is there. Then the server is started again while equal groups of the last step wait
     to be sampled anew: it has lost the adapter, and loads it within the step."""

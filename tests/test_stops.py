@@ -12,6 +12,8 @@ from world import Child, align, lines, metrics, weights, write_rows
 
 from align import ppo, reward
 
+pytestmark = pytest.mark.slow  # a signal between two steps is in test_resume.py and test_ppo_resume.py
+
 SOON = 6  # seconds from a signal to the end of the process on a busy machine; each wait below is longer without it
 
 
@@ -72,7 +74,6 @@ def test_in_evaluations_and_before_and_after_training(slow, here):
     assert all(torch.equal(t, weights(run)[name]) for name, t in weights(whole).items())
 
 
-@pytest.mark.slow
 def test_while_it_tokenises_and_while_it_scores_demonstrations(world, cache, here):
     """Nothing is there yet, and nothing is left; then all is there but the scores' mean."""
     write_rows(here / "many.jsonl", [{"text": f"{'word ' * 40}{i}"} for i in range(60_000)])
@@ -94,7 +95,6 @@ def test_while_it_tokenises_and_while_it_scores_demonstrations(world, cache, her
     assert align(scores, f"run={run}", stage=reward).status == 0
 
 
-@pytest.mark.slow
 def test_in_the_middle_of_a_sampling(world, cache, here, tmp_path_factory):
     """Long responses of PPO's second step: the state is that after the first, and the second comes out the same."""
     start = make_start(world, cache, tmp_path_factory)
