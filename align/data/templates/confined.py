@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,13 +26,22 @@ def confined() -> Iterator[None]:
     """Around one rendering. Raises UserError where it takes more than `SECONDS`, and MemoryError beyond `MEMORY`.
 
     Jinja's sandbox keeps a template from Python's objects, but lets it loop and grow. The time is that of the
-    processor, so a slow or a sleeping machine changes nothing; it is measured in a process's main thread alone.
+    processor for this thread, so a slow machine changes nothing, nor does what other threads compute. It is limited in
+    a process's main thread alone, where Python runs handlers of signals; the memory is the process's.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    began = time.thread_time()
+
+    def over(_number: int, _frame: object) -> None:
+        left = SECONDS - (time.thread_time() - began)
+        if left <= 0:
+            raise _TooLong
+        signal.setitimer(signal.ITIMER_VIRTUAL, max(left, 0.001))  # the timer counts all threads
+
     try:
-        before = signal.signal(signal.SIGVTALRM, _over)
+        before = signal.signal(signal.SIGVTALRM, over)
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
         try:
             with _memory():
@@ -44,10 +54,6 @@ def confined() -> Iterator[None]:
             f"the chat template takes more than {SECONDS:g} seconds to write one conversation: mend it, or set "
             "model.chat_template to another"
         ) from None
-
-
-def _over(_number: int, _frame: object) -> None:
-    raise _TooLong
 
 
 @contextmanager

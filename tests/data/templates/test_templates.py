@@ -1,6 +1,9 @@
+import hashlib
 import re
 import resource
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -214,6 +217,33 @@ def test_a_template_without_end_is_stopped(endless, monkeypatch):
         render(make_row(talk_of(*"abcdef")), chat_tokenizer(tiny_tokenizer(later), None), "assistant")
     assert (signal.getsignal(signal.SIGVTALRM), resource.getrlimit(resource.RLIMIT_AS)) == (handler, limit)
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_what_other_threads_compute_is_not_a_templates_time(monkeypatch):
+    """As the batch of a server does, beside the prompts that are written."""
+    monkeypatch.setattr(confined, "SECONDS", 0.05)
+    over, block = threading.Event(), bytes(2**22)
+
+    def endless() -> None:
+        while True:
+            pass
+
+    def busy() -> None:
+        while not over.is_set():
+            hashlib.sha256(block)  # without Python's lock
+
+    others = threading.Thread(target=busy)
+    others.start()
+    try:
+        began = time.process_time()
+        with confined.confined():
+            while time.process_time() - began < 0.2:
+                time.sleep(0.01)
+        with pytest.raises(UserError, match="takes more than"), confined.confined():
+            endless()
+    finally:
+        over.set()
+        others.join()
 
 
 @pytest.mark.parametrize(("name", "results"), [("smollm", False), ("gemma", True), ("llama2", True), ("marked", False)])
