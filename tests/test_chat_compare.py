@@ -13,6 +13,7 @@ from world import align
 
 from align import chat
 from align.tools.chat.side import Columns
+from align.tools.chat.speaker import load_speakers
 from align.tools.chat.typed import Typed, reader, typed
 
 WARM = ("--temperature", 1.5, "--max-new", 8, "--seed", 5, "--dtype", "float32")
@@ -43,9 +44,24 @@ def test_each_says_what_it_says_alone(results, talk, here):
         assert json.loads(line) == {"prompt": asked, "answers": answers}
     told = talk("Hi\n/save both.jsonl\n", results[0], "--compare", results[1], terminal=Terminal)
     assert (told.status, told.err) == (0, "")
-    said = [json.loads(line)["messages"][-1]["content"] for line in (here / "both.jsonl").read_text().splitlines()]
-    assert said == [lines[0] for lines in alone]
+    rows = [json.loads(line) for line in (here / "both.jsonl").read_text().splitlines()]
+    assert [row["messages"][-1]["content"] for row in rows] == [lines[0] for lines in alone]
+    assert [row["model"] for row in rows] == [*map(str, results)]
     assert told.out.count("cut off after 8 tokens") == 2
+
+
+def test_a_model_that_is_named_twice_is_there_once(world, results):
+    for names in ([str(world.base)] * 2, [str(world.base), str(results[0]), str(world.base)]):
+        speakers = load_speakers(names, "float32", False)
+        assert [each.name for each in speakers] == names
+        assert len({id(each.trunk) for each in speakers}) == 1
+        assert speakers[0] is speakers[-1]
+
+
+def test_what_only_scores_does_not_answer(results, talk, shop):
+    told = talk("Hi\n", shop["red"], "--compare", shop["reward"])
+    assert (told.status, told.out) == (2, "")
+    assert "only scores texts" in told.err
 
 
 def test_a_full_context_ends_one_and_not_the_other(results, talk):

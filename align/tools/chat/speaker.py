@@ -46,10 +46,17 @@ def load_speaker(name: str, adapters: Sequence[str], dtype: str, trust: bool, dr
 
 
 def load_speakers(names: Sequence[str], dtype: str, trust: bool) -> list[Speaker]:
-    """Several models: on one trunk and in one batch, where all stand on the same base."""
+    """Several models: on one trunk and in one batch, where all stand on the same base; one that is named twice is
+    there once."""
+    once = list(dict.fromkeys(names))
     try:
-        engine = make_engine(load_models([f"m{i}={name}" for i, name in enumerate(names)], None, dtype, trust))
+        engine = make_engine(load_models([f"m{i}={name}" for i, name in enumerate(once)], None, dtype, trust))
+        served = [engine.models[f"m{i}"] for i in range(len(once))]
+        mute = next((each for each in served if not each.answers), None)
+        if mute is not None:
+            raise UserError(f"{mute.source} only scores texts")
+        trunk = engine.shelf.trunk
+        there = [Speaker(name, trunk, engine.running, each.voice) for name, each in zip(once, served, strict=True)]
     except UserError:  # several bases, or a result that needs a trunk of its own; or one that is not there, told next
-        return [load_speaker(name, [], dtype, trust) for name in names]
-    voices = [engine.models[f"m{i}"].voice for i in range(len(names))]
-    return [Speaker(name, engine.shelf.trunk, engine.running, voice) for name, voice in zip(names, voices, strict=True)]
+        there = [load_speaker(name, [], dtype, trust) for name in once]
+    return [there[once.index(name)] for name in names]

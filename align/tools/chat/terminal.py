@@ -105,7 +105,7 @@ def obey(talks: Sequence[Talk], command: str, words: str) -> None:
 
 
 def save(talks: Sequence[Talk], name: str) -> None:
-    """Each model's conversation as one row of messages."""
+    """Each model's conversation as one row of messages, with its name where there are several."""
     path = Path(expanded(name))
     if path.suffix != ".jsonl":
         raise UserError("/save FILE: the file's name is to end in .jsonl")
@@ -115,7 +115,8 @@ def save(talks: Sequence[Talk], name: str) -> None:
     try:
         with path.open("x", encoding="utf-8") as file:
             for talk in said:
-                file.write(to_json({"messages": talk.messages}) + "\n")
+                named = {"model": talk.speaker.name} if len(talks) > 1 else {}
+                file.write(to_json({"messages": talk.messages} | named) + "\n")
     except FileExistsError:
         raise UserError(f"/save: {name} is already there; choose another name") from None
     except OSError as error:
