@@ -26,8 +26,6 @@ from align.models.quantized import is_quantized, numbers
 from align.recipe.errors import UserError
 from align.recipe.schema import Model
 
-MERGED = "merged"  # what peft calls an adapter while it is merged
-
 
 class Merged(NamedTuple):
     """A base, or a base with adapters in it."""
@@ -48,26 +46,56 @@ def merge(
 
     Raises UserError for one that does not belong on it.
     """
-    model, folder = trunk.model, result.folder
+    folder = result.folder
     if result.about.stage in SCORING:
         raise UserError(f"{key}: {folder} is a result of stage {result.about.stage}, which only scores texts")
-    if is_quantized(model) and (result.config.tokens or result.config.use_dora):
+    if is_quantized(trunk.model) and (result.config.tokens or result.config.use_dora):
         what = "rows of added tokens" if result.config.tokens else "DoRA"
         raise UserError(f"{key}: {folder} has {what}, which a quantised trunk cannot take; drop model.quantize")
-    for _, p in numbers(model):
+    for _, p in numbers(trunk.model):
         p.data = p.data.float()
-    if result.config.tokens:
-        trunk = with_rows(trunk, result.config.tokens, lambda: len(plain_tokenizer(folder, key)), f"{key}: {folder}")
-    if result.about.fingerprint != trunk.fingerprint:
-        raise UserError(f"{key}: {stranger(result, trunk, 'this trunk', with_itself=True)}")
+    trunk, adapted = beside(trunk, [result], None, key, lambda: len(plain_tokenizer(folder, key)), with_itself=True)
     with foreign(f"{key}: {folder} cannot be put on this trunk"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied weights: see `untie`
-        adapted = get_peft_model(model, result.config.peft(), adapter_name=MERGED)
-        put(adapted, result.weights, MERGED, f"{key}: {folder}")
-        untie(model)
-        model = folded(adapted, stays)
-    link = Link(name=name, path=str(folder.resolve()), fingerprint=result.merged_fingerprint(trunk.fingerprint))
-    return Merged(model, (*trunk.links, link), link.fingerprint)
+        untie(trunk.model)
+        return grown(trunk, folded(adapted, stays), result, name)
+
+
+def beside(
+    trunk: Merged,
+    results: Sequence[Result],
+    task: str | None,
+    key: str,
+    known: Callable[[], int],
+    with_itself: bool = False,
+) -> tuple[Merged, PeftModel]:
+    """The trunk with rows for the tokens that results add, and their adapters on it, called "merged_0" and so on; the
+    first one acts.
+
+    `task`: peft's; `known()`: how many tokens there are; `with_itself`: as of `stranger`. Raises UserError for one that
+    does not belong on it.
+    """
+    first = results[0]
+    told = f"{key}: {first.folder}"
+    if first.config.tokens:
+        trunk = with_rows(trunk, first.config.tokens, known, told)
+    if first.about.fingerprint != trunk.fingerprint:
+        raise UserError(f"{key}: {stranger(first, trunk, 'this trunk', with_itself)}")
+    with foreign(f"{told} cannot be put on this trunk"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied weights: see `untie`
+        adapted = get_peft_model(trunk.model, first.config.peft(task), adapter_name="merged_0").eval()
+        for number, one in enumerate(results):
+            if number:
+                adapted.add_adapter(f"merged_{number}", one.config.peft(task))
+            put(adapted, one.weights, f"merged_{number}", f"{key}: {one.folder}")
+    return trunk, adapted
+
+
+def grown(trunk: Merged, model: PreTrainedModel, result: Result, name: str) -> Merged:
+    """The trunk with one more link, now that its model holds the adapter."""
+    fingerprint = result.merged_fingerprint(trunk.fingerprint)
+    link = Link(name=name, path=str(result.folder.resolve()), fingerprint=fingerprint)
+    return Merged(model, (*trunk.links, link), fingerprint)
 
 
 def put(model: PeftModel, weights: dict[str, Tensor], role: str, told: str) -> None:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from align.models.base import base_config, load_base
-from align.models.checkpoints.adapters import Merged, plain_tokenizer, put, stranger, trunk_of, untie, with_rows
+from align.models.checkpoints.adapters import Merged, beside, grown, plain_tokenizer, trunk_of, untie
 from align.models.checkpoints.results import SCORING, Link, Result, read_about, read_result
 from align.models.checkpoints.sources import foreign, speaking_of
 from align.models.quantized import unpacked
@@ -92,29 +91,18 @@ def merged_chain(results: Sequence[Result], onto: Sequence[str], trust: bool, av
 
 def _step(trunk: Merged, results: Sequence[Result], average: Average, name: str) -> tuple[Merged, Step, list[Tensor]]:
     """The trunk with an adapter, or an average of several, merged into it; and its logits before that, unmerged."""
-    first, folder = results[0], results[0].folder
-    tokenizer = plain_tokenizer(folder, KEY)
-    if first.config.tokens:
-        trunk = with_rows(trunk, first.config.tokens, partial(len, tokenizer), f"{KEY}: {folder}")
-    if first.about.fingerprint != trunk.fingerprint:
-        raise UserError(f"{KEY}: {stranger(first, trunk, 'this trunk')}")
+    first = results[0]
+    tokenizer = plain_tokenizer(first.folder, KEY)
     task = "SEQ_CLS" if first.about.stage in SCORING else "CAUSAL_LM"
-    with foreign(f"{KEY}: {folder} cannot be put on its trunk"), warnings.catch_warnings():
+    trunk, adapted = beside(trunk, results, task, KEY, partial(len, tokenizer))
+    with foreign(f"{KEY}: {first.folder} cannot be put on its trunk"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied weights: merging unties them
-        names = [f"merged_{number}" for number in range(len(results))]
-        adapted = get_peft_model(trunk.model, first.config.peft(task), adapter_name=names[0]).eval()
-        for adapter, one in zip(names, results, strict=True):
-            if adapter != names[0]:
-                adapted.add_adapter(adapter, one.config.peft(task))
-            put(adapted, one.weights, adapter, f"{KEY}: {one.folder}")
         if len(results) > 1:
-            average.act(adapted, names)
+            average.act(adapted, list(adapted.peft_config))
         given = probes(tokenizer, trunk.model.get_input_embeddings().weight.shape[0])
         unmerged = logits_of(adapted, given)
         untie(trunk.model)
         model = adapted.merge_and_unload().eval()
     told = difference(unmerged, logits_of(model, given))
     told.check(f"{KEY}: {name}: the merged model computes something else than the unmerged one")
-    fingerprint = first.merged_fingerprint(trunk.fingerprint)
-    link = Link(name=name, path=str(folder.resolve()), fingerprint=fingerprint)
-    return Merged(model, (*trunk.links, link), fingerprint), Step(name, told), unmerged
+    return grown(trunk, model, first, name), Step(name, told), unmerged
