@@ -21,7 +21,7 @@ MOST_TOP = 20
 COLDEST = 1e-5  # below it the likeliest token is taken, as by vLLM: logits divided by less are no numbers
 MOST_STOPS, LONGEST_STOP = 16, 256
 WITHOUT_EFFECT = {
-    *("user", "store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"),
+    *("user", "store", "metadata", "service_tier", "prompt_cache_key", "safety_identifier"),
     *(
         "request_id",
         "priority",
@@ -38,6 +38,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # settings that are not there, by the v
     "logit_bias": (None, {}),
     "response_format": (None, {"type": "text"}),
     "tool_choice": (None, "auto", "none"),
+    "parallel_tool_calls": (None, True),
     "echo": (None, False),
     "suffix": (None, ""),
     "best_of": (None, 1),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 from align.models.sampling.requests import Said
+from align.tools.serving.calls import Call, Calls
 from align.tools.serving.models import Served
 from align.tools.serving.protocol import Asking, ChatAsking
 from align.tools.serving.words import Words
@@ -20,6 +21,7 @@ class Piece(NamedTuple):
 
     said: Said
     text: str
+    calls: list[JSON]
 
 
 class Answer:
@@ -28,16 +30,24 @@ class Answer:
     def __init__(self, index: int, served: Served, asked: Asking, prompt: list[int]) -> None:
         self.index, self.asked, self.prompt, self.tokenizer = index, asked, prompt, served.voice.tokenizer
         self.words = Words(self.tokenizer, prompt, served.voice.ends, asked.stops, served.voice.stops)
+        self.reading = Calls() if isinstance(asked, ChatAsking) and asked.told_tools else None
         self.pieces: list[Piece] = []
+        self.calls: list[JSON] = []  # of tools
         self.letters = 0  # of the text so far
         self.reason: str | None = None
 
     def add(self, said: Said) -> Piece:
         """A token more."""
-        piece = Piece(said, self.words.add(said.token, last=said.end is not None))
+        last = said.end is not None
+        text, found = self.words.add(said.token, last), list[Call]()
+        if self.reading:
+            text, found = self.reading.add(text, last)
+        calls = [{"id": f"call_{uuid4().hex}", "type": "function", "function": call._asdict()} for call in found]
+        piece = Piece(said, text, calls)
         self.pieces.append(piece)
-        if said.end:
-            self.reason = said.end
+        self.calls += calls
+        if last:
+            self.reason = "tool_calls" if self.calls and said.end == "stop" else said.end
         return piece
 
     @property
@@ -64,14 +74,14 @@ class Answer:
             return {"token": text, "logprob": logprob, "bytes": raw}
 
         content = []
-        for said, _ in pieces:
+        for said in (piece.said for piece in pieces):
             top = [told(*each) for each in said.top]
             content.append(told(said.token, said.logprob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
 
     def _of_text(self, pieces: list[Piece]) -> JSON:
         tokens, offsets, tops = [], [], []
-        for said, _ in pieces:
+        for said in (piece.said for piece in pieces):
             tokens.append(self.token(said.token)[0])
             offsets.append(self.letters)
             self.letters += len(tokens[-1])
@@ -79,7 +89,7 @@ class Answer:
             tops.append(top | {tokens[-1]: said.logprob})
         return {
             "text_offset": offsets,
-            "token_logprobs": [said.logprob for said, _ in pieces],
+            "token_logprobs": [piece.said.logprob for piece in pieces],
             "tokens": tokens,
             "top_logprobs": tops,
         }
@@ -117,7 +127,9 @@ class Reply:
         for answer in self.answers:
             choice: JSON = {"index": answer.index, "finish_reason": answer.reason, "stop_reason": None}
             if self.chat:
-                choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+                content = answer.text or (None if answer.calls else "")
+                choice["message"] = {"role": "assistant", "content": content, "refusal": None}
+                choice["message"] |= {"tool_calls": answer.calls} if answer.calls else {}
             else:
                 choice["text"] = answer.text
             choice["logprobs"] = answer.logprobs(answer.pieces)
@@ -143,11 +155,14 @@ class Reply:
     def chunk(self, answer: Answer, piece: Piece) -> bytes | None:
         """What a token brought; None where that is nothing to tell yet."""
         last = piece.said.end is not None
-        if not (piece.text or last or self.asked.top is not None or self.asked.return_token_ids):
+        if not (piece.text or piece.calls or last or self.asked.top is not None or self.asked.return_token_ids):
             return None
         choice: JSON = {"index": answer.index, "logprobs": answer.logprobs([piece])}
         choice["finish_reason"] = answer.reason if last else None
         choice |= {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
+        if piece.calls:
+            first = len(answer.calls) - len(piece.calls)
+            choice["delta"]["tool_calls"] = [{"index": first + i, **call} for i, call in enumerate(piece.calls)]
         if self.asked.return_token_ids:
             choice["token_ids"] = [piece.said.token]
             if not self.chat and len(answer.pieces) == 1:
