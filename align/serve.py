@@ -21,8 +21,10 @@ from transformers.utils import logging
 from align.models.sampling.running import Running
 from align.recipe.errors import UserError, printable
 from align.recipe.paths import expanded
+from align.tools.serving.desk import Desk
 from align.tools.serving.engine import Engine
 from align.tools.serving.models import KEY, Opened, load_models
+from align.tools.serving.readers import NoRows
 from align.training.borders.border import Parser, border
 
 KEY_NAME = "ALIGN_API_KEY"
@@ -96,12 +98,14 @@ def is_local(host: str) -> bool:
 
 def make_engine(loaded: Opened, rows: int | None = None, tokens: int | None = None, waiting: int = 1024) -> Engine:
     """All models on their trunk, not started yet; `loaded` is of `load_models`. Raises UserError."""
-    shelf, name, results = loaded
-    engine = Engine(shelf, Running(shelf.trunk, rows, tokens), waiting)
-    engine.models = {name: shelf.base(name)}
+    shelf, name, results, readers = loaded
+    engine = Engine(shelf, NoRows() if shelf is None else Running(shelf.trunk, rows, tokens), waiting)
+    if shelf is not None:
+        engine.models[name] = shelf.base(name)
     for each, folder in results:
         result = shelf.read(each, folder)
         engine.models[each] = shelf.served(result, engine.running.adapters.add(result.chain))
+    engine.models |= {reader.name: reader for reader in readers}
     return engine
 
 
@@ -126,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             from align.tools.serving.app import build_app
             from align.tools.serving.limits import Limits
-            from align.tools.serving.listening import bound, listening
+            from align.tools.serving.listening import bound, listen, listening
             from align.tools.serving.votes import Votes, routes
         except ModuleNotFoundError as error:
             raise UserError(f"{KEY} needs {error.name}: pip install 'align[serve]'") from None
@@ -137,10 +141,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         votes = None if given.votes is None else Votes(Path(expanded(given.votes)))
         listener = bound(given.host, given.port)
         loaded = load_models(given.models, given.base, given.dtype, given.trust_remote_code)
-        engine = make_engine(loaded, given.max_rows, given.cache_tokens, given.max_waiting)
+        if adapters is not None and loaded.shelf is None:
+            raise UserError("--adapters: no model is served that adapters could stand on; give a base")
+        engine, desk = make_engine(loaded, given.max_rows, given.cache_tokens, given.max_waiting), Desk()
         limits = Limits(given.max_body, given.max_tokens, given.timeout, waiting=given.max_waiting)
-        app = build_app(engine, limits, key, local, adapters, routes(votes, limits))
-        for remark in engine.shelf.trunk.remarks:
+        app = build_app(engine, desk, limits, key, local, adapters, routes(votes, limits))
+        for remark in engine.shelf.trunk.remarks if engine.shelf else ():
             print(printable(remark), file=sys.stderr)
         if not local:
             who = "who has the key" if key else "anybody who reaches it can use it: give it a key (--api-key-file)"
@@ -150,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(printable(f"serving {', '.join(engine.models)} at http://{shown}:{port}"), flush=True)
         try:
             engine.start()
-            listening(app, given.grace).run(sockets=[listener])
+            listen(listening(app, given.grace), listener, desk)
         finally:
             engine.stop()
 

@@ -191,7 +191,7 @@ def steps(args: argparse.Namespace, finals: list[Path]) -> list[dict[str, float]
     from align.models.sampling.running import Running
     from align.tools.serving.models import load_models
 
-    shelf, _, pairs = load_models([str(final) for final in finals], args.base, args.dtype)
+    shelf, _, pairs, _ = load_models([str(final) for final in finals], args.base, args.dtype)
     running = Running(shelf.trunk)
     numbers = [running.adapters.add(shelf.read(*pair).chain) for pair in pairs]
     voice = shelf.base("base").voice._replace(ends=frozenset(), stops=())

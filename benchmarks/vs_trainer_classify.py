@@ -162,7 +162,7 @@ def run_align(spec: dict) -> dict:
     import yaml
 
     from align.classify import main as classify
-    from align.training.labelling.predict import Classifier
+    from align.training.labelling.classifier import Classifier
 
     run = Path(tempfile.mkdtemp(dir=spec["work"]))
     recipe = run.with_suffix(".yaml")

@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM
 from align.recipe.schema import Lora
 from align.serve import make_engine
 from align.tools.serving.app import build_app
+from align.tools.serving.desk import Desk
 from align.tools.serving.engine import Engine
 from align.tools.serving.limits import Limits
-from align.tools.serving.listening import bound, listening
+from align.tools.serving.listening import bound, listen, listening
 from align.tools.serving.models import Opened, load_models
 from align.tools.serving.votes import Votes, routes
 
@@ -97,14 +98,14 @@ def serving(
     engine = make_engine(loaded, rows, tokens, limits.waiting)
     listener = bound("127.0.0.1", 0)
     more = routes(votes and Votes(votes), limits)
-    server = listening(build_app(engine, limits, key, True, adapters, more), 2)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    server = listening(build_app(engine, desk := Desk(), limits, key, True, adapters, more), 2)
+    thread = threading.Thread(target=listen, args=(server, listener, desk), daemon=True)
     engine.start()
     thread.start()
     try:
         yield Service(f"http://127.0.0.1:{listener.getsockname()[1]}", engine)
     finally:
-        server.should_exit = True
+        server.ask()
         thread.join(20)
         engine.stop()
         assert not thread.is_alive()

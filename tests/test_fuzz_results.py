@@ -25,7 +25,7 @@ from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
 from align.tools.chat.talker import load_talker
 from align.tools.evaluation.policy import load_policy, read_policy
-from align.training.labelling.predict import Classifier
+from align.training.labelling.classifier import Classifier
 
 CPU = torch.device("cpu")
 FOREST = plant([tree(6, 4, 3), tree(9, seed=1)])

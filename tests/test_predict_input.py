@@ -16,7 +16,7 @@ from world import Told, align, write_rows
 
 from align import classify
 from align.training.labelling import predict
-from align.training.labelling.predict import Classifier
+from align.training.labelling.classifier import Classifier
 
 ROWS = [{"label": "spam" if n % 2 else "ham", "text": f"{'Name' if n % 2 else 'Say'} the city {n}"} for n in range(8)]
 

@@ -22,7 +22,7 @@ from align.models.checkpoints.adapters import put
 from align.models.checkpoints.results import read_result
 from align.models.trunk import Trunk
 from align.recipe.schema import Model
-from align.training.labelling.predict import Classifier
+from align.training.labelling.classifier import Classifier
 
 pytest.importorskip("bitsandbytes")
 

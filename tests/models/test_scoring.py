@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from models.tiny import ATTENTION, RECURRENT, SIZES, VOCABULARY, stir, tiny_model, tiny_tokenizer, tree
+from models.tiny import ATTENTION, RECURRENT, SIZES, VOCABULARY, save_encoder, stir, tiny_model, tiny_tokenizer, tree
 from peft import LoraConfig, get_peft_model
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
-    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    BertConfig,
 )
 
 from align.data.trees import plant
@@ -129,22 +127,9 @@ def test_a_head_is_float32_on_a_bfloat16_trunk():
     assert (found - scorer("llama")(plant(TREES))).abs().median() < 0.1
 
 
-def encoder(folder) -> str:
-    """A BERT of a few thousand weights."""
-    config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, pad_token_id=2, initializer_range=0.3,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize("lora", [Lora(r=4, alpha=8, targets=["query", "value"]), None], ids=["lora", "full"])
 def test_an_encoder_scores_whole_padded_rows(tmp_path, lora):
-    section = Model(base=encoder(tmp_path / "bert"), dtype="float32")
+    section = Model(base=str(save_encoder(tmp_path / "bert")), dtype="float32")
     base = load_base(section, torch.device("cpu"), frozen=lora is not None, seed=5, outputs=2)
     trunk = stir(Trunk(base, section, lora, outputs=2)).eval()
     assert (trunk.layout, trunk.layout_reason) == ("padded", "the base reads in both directions")
@@ -162,7 +147,7 @@ def test_an_encoder_scores_whole_padded_rows(tmp_path, lora):
 
 
 def test_an_encoder_writes_nothing(tmp_path):
-    section = Model(base=encoder(tmp_path / "bert"))
+    section = Model(base=str(save_encoder(tmp_path / "bert")))
     assert is_encoder(AutoConfig.from_pretrained(section.base))
     assert not is_encoder(tiny_model("llama").config)
     with pytest.raises(UserError, match="reads in both directions and predicts no next token"):

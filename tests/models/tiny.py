@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from align.data.trees import Tree
 from align.models.base import Base
@@ -101,6 +108,17 @@ def save_base(folder: Path, family: str = "llama", *, model: PreTrainedModel | N
     (tiny_model(family) if model is None else model).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_encoder(folder: Path) -> Path:
+    """The same of a BERT of a few thousand weights."""
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=2, initializer_range=0.3,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return save_base(folder, model=BertForMaskedLM(config))
 
 
 def tiny_trunk(family: str, lora: Lora | None, layout: str = "auto", *, model: PreTrainedModel | None = None) -> Trunk:

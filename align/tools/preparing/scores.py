@@ -23,7 +23,7 @@ from align.objectives.losses import path_sums
 from align.recipe.errors import UserError
 from align.recipe.preparing.filters import Filter, Perplexity, Score
 from align.recipe.schema import Lora, Model
-from align.training.labelling.predict import Classifier
+from align.training.labelling.classifier import Classifier
 from align.training.plan import row_budget
 
 NO_UPDATE = Lora(r=1, alpha=1)  # it starts at zero: the model itself

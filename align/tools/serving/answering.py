@@ -21,13 +21,11 @@ from align.tools.serving.words import conversation, text
 class Answering:
     """The answers to one request, as they come."""
 
-    def __init__(self, engine: Engine, limits: Limits, asked: Asking) -> None:
+    def __init__(
+        self, engine: Engine, limits: Limits, asked: Asking, served: Served, prompts: Sequence[np.ndarray]
+    ) -> None:
         """Puts it into the queue. Raises Refusal where it cannot be answered."""
         self.engine = engine
-        served = ending_as(model_of(engine, asked.model), asked)
-        if not served.answers:
-            raise Refusal(400, f"{served.name} only scores texts: ask it at /score")
-        prompts = _prompts(served, asked)
         if len(prompts) * asked.choices > MOST_AT_ONCE:
             raise Refusal(400, f"more than {MOST_AT_ONCE:,} answers are asked for at once")
         self.heard: asyncio.Queue[tuple[Answer, Said]] = asyncio.Queue()
@@ -104,6 +102,19 @@ def model_of(engine: Engine, name: str) -> Served:
     return engine.models[name]
 
 
+def full() -> Refusal:
+    """As many wait as may."""
+    return Refusal(429, "too many requests wait; try again later", "rate_limit_error", retry_after="1")
+
+
+def answers(engine: Engine, asked: Asking) -> Served:
+    """Who answers, with what ends its answers to this request. Raises Refusal."""
+    served = model_of(engine, asked.model)
+    if not served.answers:
+        raise Refusal(400, f"{served.name} only scores texts: ask it at /score")
+    return ending_as(served, asked)
+
+
 def ending_as(served: Served, asked: Asking) -> Served:
     """With what ends its answers to this request."""
     voice = served.voice._replace(ends=frozenset(), stops=()) if asked.ignore_eos else served.voice
@@ -121,12 +132,13 @@ def submit(engine: Engine, requests: Sequence[Asked]) -> None:
     try:
         engine.ask(requests)
     except Full:
-        raise Refusal(429, "too many requests wait; try again later", "rate_limit_error", retry_after="1") from None
+        raise full() from None
     except UserError as error:
         raise Refusal(503, str(error), "server_error") from None
 
 
-def _prompts(served: Served, asked: Asking) -> list[np.ndarray]:
+def prompts_of(served: Served, asked: Asking) -> list[np.ndarray]:
+    """What it is to go on from, token ids (l,) int32 each. Raises Refusal."""
     tokenizer = served.voice.tokenizer
     try:
         if isinstance(asked, ChatAsking):

@@ -28,7 +28,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from align.models.sampling.running import Event
-from align.tools.serving.answering import Answering
+from align.tools.serving.answering import Answering, answers, prompts_of
+from align.tools.serving.desk import Desk
 from align.tools.serving.engine import Engine, tell
 from align.tools.serving.limits import Door, Events, Limits, Refusal, body_of, unless_gone
 from align.tools.serving.loading import Loading
@@ -43,7 +44,7 @@ from align.tools.serving.protocol import (
     UnloadAsking,
     read,
 )
-from align.tools.serving.scoring import Scoring
+from align.tools.serving.scoring import Reading, Scoring, scores, texts_of
 
 Handler = Callable[[Request], Awaitable[Any]]
 POLICY = (
@@ -56,15 +57,16 @@ KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".s
 
 def build_app(
     engine: Engine,
+    desk: Desk,
     limits: Limits | None = None,
     key: str | None = None,
     local: bool = True,
     adapters: Path | None = None,
     routes: Sequence[BaseRoute] = (),
 ) -> Starlette:
-    """`key`: of the API; `local`: only names of this machine; `adapters`: a folder whose results may be loaded;
-    `routes`: more paths behind the same door."""
-    server = Server(engine, limits or Limits(), adapters)
+    """`desk`: where prompts are written, which somebody works at; `key`: of the API; `local`: only names
+    of this machine; `adapters`: a folder whose results may be loaded; `routes`: more paths behind the same door."""
+    server = Server(engine, desk, limits or Limits(), adapters)
     own = [
         server.route("/v1/models", server.models),
         server.route("/v1/chat/completions", partial(server.answer, ChatAsking), "POST"),
@@ -91,9 +93,9 @@ def build_app(
 class Server:
     """What the paths do."""
 
-    def __init__(self, engine: Engine, limits: Limits, adapters: Path | None) -> None:
-        self.engine, self.limits, self.counts = engine, limits, Metrics(engine)
-        self.loading = None if adapters is None else Loading(engine, adapters)
+    def __init__(self, engine: Engine, desk: Desk, limits: Limits, adapters: Path | None) -> None:
+        self.engine, self.desk, self.limits, self.counts = engine, desk, limits, Metrics(engine)
+        self.loading = None if adapters is None else Loading(engine, desk, adapters)
         self.loop: asyncio.AbstractEventLoop | None = None
         engine.deliver = self._deliver
 
@@ -126,7 +128,9 @@ class Server:
         """Both kinds of completions."""
         began = time.monotonic()
         asked = read(await body_of(request, self.limits), kind)
-        answering = Answering(self.engine, self.limits, asked)
+        served = answers(self.engine, asked)
+        prompts = await self.desk.do(partial(prompts_of, served, asked))
+        answering = Answering(self.engine, self.limits, asked, served, prompts)
         seconds = self.limits.seconds - (time.monotonic() - began)
         close = partial(self._closed, answering)
         if asked.stream:
@@ -149,7 +153,10 @@ class Server:
 
     async def score(self, request: Request) -> Response:
         """Rewards and classes of texts."""
-        scoring = Scoring(self.engine, read(await body_of(request, self.limits), ScoreAsking))
+        asked = read(await body_of(request, self.limits), ScoreAsking)
+        served = scores(self.engine, asked)
+        texts = await self.desk.do(partial(texts_of, served, asked))
+        scoring = (Scoring if served.reader is None else Reading)(self.engine, served, texts)
         try:
             return _json(await unless_gone(request, scoring.whole(), self.limits.seconds))
         finally:
@@ -157,13 +164,15 @@ class Server:
 
     async def models(self, _request: Request) -> Response:
         """All that can be asked, the base first."""
-        base = next(served.name for served in self.engine.models.values() if served.kind == "base")
+        base = next((served.name for served in self.engine.models.values() if served.kind == "base"), None)
         return _json({"object": "list", "data": [self._about(served, base) for served in self.engine.models.values()]})
 
-    def _about(self, served: Served, base: str) -> dict[str, Any]:
+    def _about(self, served: Served, base: str | None) -> dict[str, Any]:
         about = {"id": served.name, "object": "model", "created": served.created, "owned_by": "align"}
-        more = {"root": served.source, "parent": None if served.kind == "base" else base, "kind": served.kind}
-        return about | more | {"max_model_len": self.engine.running.room}
+        alone = served.kind == "base" or served.reader is not None
+        more = {"root": served.source, "parent": None if alone else base, "kind": served.kind}
+        room = self.engine.running.room if served.reader is None else served.reader.max_length
+        return about | more | {"max_model_len": room}
 
     async def health(self, _request: Request) -> Response:
         """Whether requests are answered."""

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 from align.models.checkpoints.adapters import token_without_row
+from align.models.sampling.adapters import BARE
 from align.models.sampling.choice import Sampling
 from align.models.sampling.requests import Request, Said
 from align.models.sampling.running import Event, Running
 from align.recipe.errors import UserError
+from align.tools.serving.desk import done
 from align.tools.serving.models import Loaded, Served, Shelf
 
 T = TypeVar("T")
@@ -75,7 +77,8 @@ class Stream:
 class Engine:
     """The models that are served, and the batch of all their requests."""
 
-    def __init__(self, shelf: Shelf, running: Running, most_waiting: int = 1024) -> None:
+    def __init__(self, shelf: Shelf | None, running: Running, most_waiting: int = 1024) -> None:
+        """`shelf`: None where no model answers."""
         self.shelf, self.running, self.most_waiting = shelf, running, most_waiting
         self.models: dict[str, Served] = {}
         self.deliver: Callable[[Sequence[Event]], None] = tell
@@ -112,7 +115,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that have not begun."""
-        return len(self._requests) + len(self.running.waiting)
+        return len(self._requests) + len(self._tasks) + len(self.running.waiting)
 
     @property
     def busy(self) -> int:
@@ -186,13 +189,17 @@ class Engine:
             self.running.retire(number)
             raise
         if before := self.models.get(loaded.name):
-            self.running.retire(before.voice.adapter)
+            self._retire(before)
         self.models = {**self.models, loaded.name: served}  # others may be reading the one before
         return served
 
     def _remove(self, name: str) -> None:
-        self.running.retire(self.models[name].voice.adapter)
+        self._retire(self.models[name])
         self.models = {other: served for other, served in self.models.items() if other != name}
+
+    def _retire(self, served: Served) -> None:
+        if served.voice.adapter != BARE:  # one on a trunk of its own is under no number
+            self.running.retire(served.voice.adapter)
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)  # of this thread, too
@@ -208,7 +215,7 @@ class Engine:
                     self.running.join(request)
                     self._requests.popleft()
             for task, future in tasks:
-                _done(task, future)
+                done(task, future)
             try:
                 events = self.running.step()
             except Exception as error:
@@ -236,11 +243,3 @@ def tell(events: Sequence[Event]) -> None:
     """Every request what it said."""
     for request, said in events:
         request.hear(said)
-
-
-def _done(task: Callable[[], Any], future: Future) -> None:
-    if future.set_running_or_notify_cancel():
-        try:
-            future.set_result(task())
-        except BaseException as error:
-            future.set_exception(error)

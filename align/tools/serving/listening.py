@@ -9,7 +9,9 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -17,6 +19,7 @@ from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from align.recipe.errors import UserError
+from align.tools.serving.desk import Desk, done
 
 SILENT = 30.0  # seconds after which a connection without a request is closed
 BACKLOG = 2048  # connections that wait to be accepted
@@ -57,28 +60,45 @@ class Protocol(H11Protocol):
 
 
 class Listening(Server):
-    """Signals end it as a command ends: what runs is finished within `grace` seconds, and a second signal waits for
-    nothing."""
+    """It ends when it is asked to: what runs is finished within `grace` seconds; asked again, it waits for nothing."""
+
+    loop: asyncio.AbstractEventLoop | None = None  # while it runs
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        loop, numbers = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
-        if threading.current_thread() is not threading.main_thread():
-            numbers = ()  # signals come to the main thread alone
-        for number in numbers:
-            loop.add_signal_handler(number, self._asked)
-        try:
-            yield
-        finally:
-            for number in numbers:
-                loop.remove_signal_handler(number)
+        """They come to the main thread, which is another (`listen`)."""
+        self.loop = asyncio.get_running_loop()
+        yield
 
-    def _asked(self) -> None:
+    def ask(self, *_signal: object) -> None:
+        """From any thread, and as a signal's handler."""
         self.force_exit = self.should_exit
         self.should_exit = True
-        if self.force_exit:
-            for task in self.server_state.tasks:
-                task.cancel()
+        if self.force_exit and self.loop is not None:
+            self.loop.call_soon_threadsafe(self._leave)
+
+    def _leave(self) -> None:
+        for task in self.server_state.tasks:
+            task.cancel()
+
+
+def listen(server: Listening, listener: socket.socket, desk: Desk) -> None:
+    """Answer until a signal asks to end, in a thread of its own; the desk's work is done in this one."""
+    served: Future[None] = Future()
+
+    def run() -> None:
+        done(partial(server.run, sockets=[listener]), served)
+        desk.close()
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, server.ask) for number in (signal.SIGTERM, signal.SIGINT) if is_main}
+    try:
+        threading.Thread(target=run, name="server", daemon=True).start()
+        desk.work()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    served.result()
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -95,7 +115,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def listening(app: ASGIApp, grace: float) -> Listening:
-    """A server; its `run(sockets=[…])` ends when a signal asks, or `should_exit` is set."""
+    """A server, to be given to `listen`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from pathlib import Path
 
 from align.recipe.errors import UserError
+from align.tools.serving.desk import Desk
 from align.tools.serving.engine import Engine
 from align.tools.serving.limits import Refusal
 from align.tools.serving.models import NAMED
@@ -19,8 +21,8 @@ from align.tools.serving.protocol import LoadAsking, UnloadAsking
 class Loading:
     """One at a time, so that two requests for one name do not meet."""
 
-    def __init__(self, engine: Engine, folder: Path) -> None:
-        self.engine, self.folder, self.lock = engine, folder.resolve(), asyncio.Lock()
+    def __init__(self, engine: Engine, desk: Desk, folder: Path) -> None:
+        self.engine, self.desk, self.folder, self.lock = engine, desk, folder.resolve(), asyncio.Lock()
 
     async def load(self, asked: LoadAsking) -> str:
         """Put a result on the trunk. Raises Refusal."""
@@ -37,7 +39,7 @@ class Loading:
                 raise Refusal(400, told)
             try:
                 loaded = await asyncio.to_thread(self.engine.shelf.read, name, str(path))
-                self.engine.shelf.learn(loaded)
+                await self.desk.do(partial(self.engine.shelf.learn, loaded))
                 await asyncio.wrap_future(self.engine.put(loaded))
             except UserError as error:
                 raise Refusal(400, str(error)) from None

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from align.data.templates.ends import turn_ends
 from align.models.base import load_base, load_tokenizer
 from align.models.checkpoints.adapters import stranger, trunk_of
-from align.models.checkpoints.results import CONFIG, SCORING, About, Result, read_result
+from align.models.checkpoints.results import CONFIG, SCORING, About, Result, read_about, read_result
 from align.models.checkpoints.sources import is_file, is_folder, speaking_of
 from align.models.sampling.adapters import BARE, Chain, chain_of
 from align.models.sampling.requests import Voice
@@ -29,6 +29,8 @@ from align.recipe.errors import UserError
 from align.recipe.paths import location
 from align.recipe.schema import Lora, Model
 from align.tools.chat.talker import result_folder
+from align.tools.serving.readers import reads_alone
+from align.training.labelling.classifier import Classifier
 
 Kind = Literal["base", "adapter", "reward", "classify"]
 KEY = "align.serve"
@@ -47,11 +49,12 @@ class Served(NamedTuple):
     created: int  # seconds since 1970
     head: Tensor | None = None  # (K, d) float32, where it scores
     about: About | None = None
+    reader: Classifier | None = None  # where it scores on a trunk of its own
 
     @property
     def answers(self) -> bool:
         """Whether it writes text."""
-        return self.head is None
+        return self.kind not in SCORING
 
 
 class Loaded(NamedTuple):
@@ -147,23 +150,34 @@ def named(given: str) -> tuple[str, str]:
     return name, model
 
 
-Opened = tuple[Shelf, str, list[tuple[str, str]]]  # the trunk, the base's name, the results by name and folder
+class Opened(NamedTuple):
+    """What the command line names, read so far as it stands on one trunk."""
+
+    shelf: Shelf | None  # None: no model answers
+    base: str  # its name
+    results: list[tuple[str, str]]  # on it, by name and folder
+    readers: list[Served]  # classifiers on trunks of their own
 
 
 def load_models(given: Sequence[str], base: str | None, dtype: str, trust: bool = False) -> Opened:
-    """The trunk that the command line's models stand on, the base's name, and the results by name and folder.
+    """The trunk that the command line's models stand on, and those that have one of their own.
 
     Raises UserError for what is not there, or cannot be served.
     """
     pairs = [named(each) for each in given]
     pairs = [(name, str(result_folder(model))) for name, model in pairs]
+    alone = [pair for pair in pairs if reads_alone(pair[1], f"{KEY}: {pair[0]}", base and named(base)[1], trust)]
+    pairs = [pair for pair in pairs if pair not in alone]
     results = [(name, folder) for name, folder in pairs if is_file(Path(folder) / CONFIG)]
-    bases = [pair for pair in pairs if pair not in results] + ([named(base)] if base else [])
+    bases = [pair for pair in pairs if pair not in results] + ([named(base)] if base and (pairs or not alone) else [])
     if len(bases) > 1:
         raise UserError(f"{KEY}: {', '.join(name for name, _ in bases)} are several bases; start a server for each")
-    names = [name for name, _ in (*bases, *results)]
+    names = [name for name, _ in (*bases, *results, *alone)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{KEY}: two models are called {twice!r}; give NAME=FOLDER")
+    readers = [reader(name, folder, None if pairs else base, trust) for name, folder in alone]
+    if not (bases or results):
+        return Opened(None, "", [], readers)
     quantize = None
     if results:
         first = read_result(results[0][1], KEY, "a finished run that trained a LoRA")
@@ -178,6 +192,14 @@ def load_models(given: Sequence[str], base: str | None, dtype: str, trust: bool 
     if not trunk.packed:
         raise UserError(f"{KEY}: {model.base}: its rows cannot be computed side by side: {trunk.layout_reason}")
     name = bases[0][0] if bases else named(model.base)[0]
-    if name in {other for other, _ in results}:
+    if name in {other for other, _ in (*results, *alone)}:
         raise UserError(f"{KEY}: the base is called {name!r} too; give --base NAME={model.base}")
-    return Shelf(model, trunk), name, results
+    return Opened(Shelf(model, trunk), name, results, readers)
+
+
+def reader(name: str, folder: str, base: str | None, trust: bool) -> Served:
+    """A classifier on a trunk of its own. Raises UserError."""
+    key = f"{KEY}: {name}"
+    made = Classifier(Path(folder), base and named(base)[1], trust, key)
+    voice = Voice(BARE, made.tokenizer)
+    return Served(name, "classify", voice, folder, int(time.time()), None, read_about(Path(folder), key), made)

@@ -1,47 +1,55 @@
-"""POST /score: what reward models and classifiers say of texts. They are rows of the running batch, as answers are."""
+"""POST /score: what reward models and classifiers say of texts. They are rows of the running batch, as answers are,
+but for those on trunks of their own (`readers.py`)."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future
 from functools import partial
 from uuid import uuid4
 
 import numpy as np
 
+from align.models.checkpoints.adapters import token_without_row
+from align.models.checkpoints.results import About
 from align.models.sampling.choice import Sampling
 from align.models.sampling.requests import Said
 from align.recipe.errors import UserError
-from align.tools.serving.answering import check, model_of, submit
+from align.tools.serving.answering import check, full, model_of, submit
 from align.tools.serving.engine import Asked, Engine
 from align.tools.serving.limits import Refusal
 from align.tools.serving.models import Served
 from align.tools.serving.protocol import MOST_AT_ONCE, ScoreAsking
+from align.tools.serving.readers import portions
 from align.tools.serving.replies import JSON
 from align.tools.serving.words import classified, judged
 from align.training.labelling.measures import softmax
+
+INFINITE = "the model's scores are not finite"
+
+
+def scores(engine: Engine, asked: ScoreAsking) -> Served:
+    """Who scores. Raises Refusal."""
+    served = model_of(engine, asked.model)
+    if served.answers:
+        raise Refusal(400, f"{served.name} scores nothing: it is a model that answers")
+    return served
 
 
 class Scoring:
     """The scores of one request's texts."""
 
-    def __init__(self, engine: Engine, asked: ScoreAsking) -> None:
+    def __init__(self, engine: Engine, served: Served, texts: list[np.ndarray]) -> None:
         """Puts them into the queue. Raises Refusal where they cannot be scored."""
-        self.served = served = model_of(engine, asked.model)
-        if served.answers:
-            raise Refusal(400, f"{served.name} scores nothing: it is a model that answers")
-        try:
-            self.texts = _texts(served, asked)
-        except UserError as error:
-            raise Refusal(400, str(error)) from None
-        if not 0 < len(self.texts) <= MOST_AT_ONCE:
-            raise Refusal(400, f"expected 1 to {MOST_AT_ONCE:,} texts")
-        for ids in self.texts:
+        self.served, self.texts = served, texts
+        for ids in texts:
             check(engine, ids, 0)
         self.heard: asyncio.Queue[tuple[int, Said]] = asyncio.Queue()
         self.requests = [
             Asked(partial(self._hear, i), served.voice, ids, Sampling(1), (0,), head=served.head)
-            for i, ids in enumerate(self.texts)
+            for i, ids in enumerate(texts)
         ]
         submit(engine, self.requests)
 
@@ -60,39 +68,89 @@ class Scoring:
             number, said = await self.heard.get()
             if said.end == "fault":
                 raise Refusal(500, said.fault, "server_error")
-            found[number] = {"index": number, "object": "score", **self._told(said.scores)}
-        tokens = sum(map(len, self.texts))
-        usage = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
-        data = [found[i] for i in range(len(self.texts))]
-        about = {"id": f"score-{uuid4().hex}", "object": "list", "created": int(time.time())}
-        return about | {"model": self.served.name, "data": data, "usage": usage}
+            found[number] = _told(self.served.about, np.array(said.scores))
+        return _reply(self.served, [found[i] for i in range(len(self.texts))], self.texts)
 
-    def _told(self, scores: tuple[float, ...]) -> JSON:
-        about = self.served.about
-        if not np.isfinite(scores).all():
-            raise Refusal(500, "the model's scores are not finite", "server_error")
-        if self.served.kind == "reward":
-            told: JSON = {"score": scores[0]}
-            if about.score_mean is not None and about.score_std:
-                told["normalized"] = (scores[0] - about.score_mean) / about.score_std
-            return told
-        shares = softmax(np.array([scores]))[0]
-        best = int(shares.argmax())
-        if about.threshold is not None:
-            best = int(shares[1] >= about.threshold)
-        named = {label: float(share) for label, share in zip(about.labels, shares, strict=True)}
-        return {"score": float(shares[best]), "label": about.labels[best], "probabilities": named}
+
+class Reading:
+    """The classes of one request's texts, by a classifier on a trunk of its own."""
+
+    def __init__(self, engine: Engine, served: Served, texts: list[np.ndarray]) -> None:
+        """Raises Refusal where too many others wait."""
+        if engine.waiting >= engine.most_waiting:
+            raise full()
+        self.engine, self.served, self.texts = engine, served, texts
+        self.task: Future[np.ndarray] | None = None
+
+    def close(self) -> None:
+        """Nobody listens any more."""
+        if self.task:
+            self.task.cancel()
+
+    async def whole(self) -> JSON:
+        """The reply."""
+        found: list[JSON] = []
+        for portion in portions([ids.tolist() for ids in self.texts]):
+            self.task = self.engine.do(partial(self.served.reader.shares, portion))
+            found += [_classes(self.served.about, shares) for shares in await asyncio.wrap_future(self.task)]
+        return _reply(self.served, found, self.texts)
+
+
+def _reply(served: Served, found: list[JSON], texts: Sequence[np.ndarray]) -> JSON:
+    tokens = sum(map(len, texts))
+    usage = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+    data = [{"index": number, "object": "score", **told} for number, told in enumerate(found)]
+    about = {"id": f"score-{uuid4().hex}", "object": "list", "created": int(time.time())}
+    return about | {"model": served.name, "data": data, "usage": usage}
+
+
+def _told(about: About, scores: np.ndarray) -> JSON:
+    """What a head's scores, (K,), say."""
+    if not np.isfinite(scores).all():
+        raise Refusal(500, INFINITE, "server_error")
+    if about.stage == "classify":
+        return _classes(about, softmax(scores[None])[0])
+    told: JSON = {"score": float(scores[0])}
+    if about.score_mean is not None and about.score_std:
+        told["normalized"] = (told["score"] - about.score_mean) / about.score_std
+    return told
+
+
+def _classes(about: About, shares: np.ndarray) -> JSON:
+    """What the probabilities of classes, (C,), say."""
+    if not np.isfinite(shares).all():
+        raise Refusal(500, INFINITE, "server_error")
+    best = int(shares.argmax())
+    if about.threshold is not None:
+        best = int(shares[1] >= about.threshold)
+    named = {label: float(share) for label, share in zip(about.labels, shares, strict=True)}
+    return {"score": float(shares[best]), "label": about.labels[best], "probabilities": named}
+
+
+def texts_of(served: Served, asked: ScoreAsking) -> list[np.ndarray]:
+    """What is to be scored, each as token ids. Raises Refusal."""
+    try:
+        texts = _texts(served, asked)
+    except UserError as error:
+        raise Refusal(400, str(error)) from None
+    if not 0 < len(texts) <= MOST_AT_ONCE:
+        raise Refusal(400, f"expected 1 to {MOST_AT_ONCE:,} texts")
+    return texts
 
 
 def _texts(served: Served, asked: ScoreAsking) -> list[np.ndarray]:
-    """What is to be scored, each as token ids. Raises UserError."""
-    tokenizer, about = served.voice.tokenizer, served.about
     if served.kind == "classify":
         if asked.input is None:
             raise UserError("input: a classifier reads a text, or a list of them")
-        given = [asked.input] if isinstance(asked.input, str) else asked.input
-        return [classified(tokenizer, each, about.max_length) for each in given]
-    return [judged(tokenizer, talk) for talk in _talks(asked)]
+        given, voice = [asked.input] if isinstance(asked.input, str) else asked.input, served.voice
+        if served.reader is None:
+            return [classified(voice.tokenizer, each, served.about.max_length) for each in given]
+        texts = [classified(voice.tokenizer, each, served.reader.max_length) for each in given]
+        rows = served.reader.trunk.rows
+        if fault := next(filter(None, (token_without_row(voice.tokenizer, ids, rows) for ids in texts)), None):
+            raise UserError(f"input: it {fault}")
+        return texts
+    return [judged(served.voice.tokenizer, talk) for talk in _talks(asked)]
 
 
 def _talks(asked: ScoreAsking) -> list[list]:

@@ -60,7 +60,7 @@ def asked(running: Running, how: Sampling = GREEDY, speakers=(BARE,), **more) ->
 @pytest.fixture(scope="module")
 def served(shop):
     """Two policies and a reward model on one trunk, their running batch and their numbers."""
-    shelf, _, pairs = load_models([str(shop[name]) for name in ("red", "green", "reward")], None, "float32")
+    shelf, _, pairs, _ = load_models([str(shop[name]) for name in ("red", "green", "reward")], None, "float32")
     running = Running(shelf.trunk)
     loaded = [shelf.read(*pair) for pair in pairs]
     return shelf, running, loaded, [running.adapters.add(each.chain) for each in loaded]
@@ -85,7 +85,7 @@ def test_other_families_too(family, tmp_path):
     """Windows, soft caps, learned positions, layers that are stored the other way round."""
     base = save_base(tmp_path / "base", family)
     final = make_policy(base, tmp_path / "run")
-    shelf, _, (pair,) = load_models([str(final)], None, "float32")
+    shelf, _, (pair,), _ = load_models([str(final)], None, "float32")
     running = Running(shelf.trunk)
     number = running.adapters.add(shelf.read(*pair).chain)
     requests = asked(running, speakers=[number, BARE])
@@ -222,7 +222,7 @@ def test_a_chain_is_what_merging_gives(dora, tmp_path):
     lora = Lora(r=2, alpha=4, dora=dora)
     sft = save_result(base, tmp_path / "sft", "sft", *KINDS["sft"], lora)
     dpo = _on(base, sft, tmp_path / "dpo", lora)
-    shelf, _, pairs = load_models([str(sft), str(dpo)], None, "float32")
+    shelf, _, pairs, _ = load_models([str(sft), str(dpo)], None, "float32")
     running = Running(shelf.trunk)
     numbers = [running.adapters.add(shelf.read(*pair).chain) for pair in pairs]
     found = answers(running, asked(running, speakers=[numbers[1]]))

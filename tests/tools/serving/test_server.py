@@ -13,14 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from models.tiny import save_encoder
 from plain import Scorer
 from policies import make_policy
-from results import change
+from results import KINDS, change, save_result
 from serving import ADAPTERS, generated, plain_model, serving
 from world import Child, align
 
 from align import serve
+from align.recipe.schema import Lora
 from align.tools.serving.limits import Limits
+from align.training.labelling.classifier import Classifier
 
 ASKED = [{"role": "user", "content": "Hello"}]
 
@@ -75,6 +78,39 @@ def test_scores_are_those_of_transformers(service, shop):
     for wrong in ({"model": "red", "input": "a"}, {"model": "reward"}, {"model": "classify", "messages": talks}):
         assert service.post("/score", wrong)[0] == 400
     assert service.post("/v1/completions", {"model": "reward", "prompt": "a"})[0] == 400
+
+
+@pytest.fixture(scope="module")
+def spam(tmp_path_factory):
+    """Classifiers on trunks of their own: a LoRA on an encoder, and an encoder trained whole."""
+    folder = tmp_path_factory.mktemp("spam")
+    base = save_encoder(folder / "bert")
+    loras = {"lora": Lora(r=2, alpha=4, targets=["query", "value"]), "whole": None}
+    return {
+        name: save_result(base, folder / name, "classify", *KINDS["classify"], lora) for name, lora in loras.items()
+    }
+
+
+def test_encoders_classify_beside_other_models_and_alone(shop, spam):
+    texts = ["buy now", "", "Hello " * 40, "win " * 3]  # one is longer than it was trained on, and is cut
+    expected = {name: Classifier(folder).probabilities(texts) for name, folder in spam.items()}
+    for models in ([shop["red"], *spam.values()], [spam["lora"]]):
+        with serving(models) as service:
+            told = {model["id"]: model for model in json.loads(service.get("/v1/models"))["data"]}
+            assert (told["lora"]["kind"], told["lora"]["max_model_len"]) == ("classify", 32)
+            for name in expected.keys() & told.keys():
+                status, reply = service.post("/score", {"model": name, "input": texts})
+                assert status == 200, reply
+                found = [list(each["probabilities"].values()) for each in reply["data"]]
+                assert np.abs(np.array(found) - expected[name]).max() < 1e-6
+                assert [each["label"] for each in reply["data"]] == [
+                    ["ham", "spam"][row.argmax()] for row in expected[name]
+                ]
+            assert service.post("/score", {"model": "lora", "input": "\ud800"})[0] == 400
+            assert service.post("/v1/completions", {"model": "lora", "prompt": "a"})[0] == 400
+            assert 'align_replies_total{path="/score",status="200"}' in service.get("/metrics")
+            if "red" in told:
+                assert text(service, "red", [5, 6, 7])
 
 
 def test_adapters_come_and_go(service, shop):
@@ -284,13 +320,15 @@ def test_the_command_serves_and_ends_when_asked(shop, cache, tmp_path, monkeypat
         (["{red}", "--port", "99999"], "--port"),
         (["{red}", "--max-tokens", "0"], "--max-tokens: 1 or more"),
         (["{red}", "--adapters", "nowhere"], "no folder"),
+        (["{whole}", "--adapters", "."], "no model is served that adapters could stand on"),
+        (["red={whole}", "{red}"], "two models are called 'red'"),
         (["{red}", "--api-key-file", "nowhere"], "--api-key-file"),
         (["{red}", "--host", "256.0.0.1", "--port", "0"], "--host"),
         (["{red}", "--colour", "red"], "--help tells more"),
     ],
 )
-def test_wrong_command_lines_are_told(shop, argv, told):
-    result = align(*(word.format(**shop) for word in argv), stage=serve)
+def test_wrong_command_lines_are_told(shop, spam, argv, told):
+    result = align(*(word.format(**shop, **spam) for word in argv), stage=serve)
     assert (result.status, result.out) == (2, "")
     assert told in result.err
     assert "Traceback" not in result.err
