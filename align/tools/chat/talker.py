@@ -51,11 +51,12 @@ def load_talker(
 def result_folder(name: str) -> Path:
     """The folder that is meant; of a run its `final/`."""
     folder = Path(name)
-    if is_file(folder / "config.json") or not is_file(folder / "recipe.yaml"):
-        return folder
-    if not is_folder(folder / "final"):
+    for there in (folder, folder / "final"):
+        if is_file(there / CONFIG) or is_file(there / "config.json"):
+            return there
+    if is_file(folder / "recipe.yaml"):
         raise UserError(f"{name} is a run without a final/: it has not finished; run its recipe to the end")
-    return folder / "final"
+    return folder
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from align.models.sampling.running import Event
-from align.tools.serving.answering import Answering, answers, prompts_of
+from align.tools.serving.answering import Answering, answers, model_of, prompts_of
 from align.tools.serving.desk import Desk
 from align.tools.serving.engine import Engine, tell
 from align.tools.serving.limits import Door, Events, Limits, Refusal, body_of, unless_gone
@@ -69,6 +69,7 @@ def build_app(
     server = Server(engine, desk, limits or Limits(), adapters)
     own = [
         server.route("/v1/models", server.models),
+        server.route("/v1/models/{name:path}", server.model),
         server.route("/v1/chat/completions", partial(server.answer, ChatAsking), "POST"),
         server.route("/v1/completions", partial(server.answer, TextAsking), "POST"),
         server.route("/score", server.score, "POST"),
@@ -164,10 +165,14 @@ class Server:
 
     async def models(self, _request: Request) -> Response:
         """All that can be asked, the base first."""
-        base = next((served.name for served in self.engine.models.values() if served.kind == "base"), None)
-        return _json({"object": "list", "data": [self._about(served, base) for served in self.engine.models.values()]})
+        return _json({"object": "list", "data": [*map(self._about, self.engine.models.values())]})
 
-    def _about(self, served: Served, base: str | None) -> dict[str, Any]:
+    async def model(self, request: Request) -> Response:
+        """One of them."""
+        return _json(self._about(model_of(self.engine, request.path_params["name"])))
+
+    def _about(self, served: Served) -> dict[str, Any]:
+        base = next((other.name for other in self.engine.models.values() if other.kind == "base"), None)
         about = {"id": served.name, "object": "model", "created": served.created, "owned_by": "align"}
         alone = served.kind == "base" or served.reader is not None
         more = {"root": served.source, "parent": None if alone else base, "kind": served.kind}

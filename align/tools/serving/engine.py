@@ -145,11 +145,10 @@ class Engine:
                 f"this model's maximum context length is {self.running.room} tokens, and the prompt has {len(ids)}"
                 + (f" and {more} more are asked for" if more else "")
             )
-        if int(min(ids)) < 0 or int(max(ids)) >= self.shelf.trunk.rows:
-            return token_without_row(self.shelf.trunk.tokenizer, [max(0, int(max(ids)))], self.shelf.trunk.rows) or (
-                "the prompt has a token below 0"
-            )
-        return None
+        if int(min(ids)) < 0:
+            return "the prompt has a token below 0"
+        fault = token_without_row(self.shelf.trunk.tokenizer, [int(max(ids))], self.shelf.trunk.rows)
+        return fault and f"the prompt {fault}"
 
     def ask(self, requests: Sequence[Asked]) -> None:
         """Requests that are sound, all or none. Raises Full."""

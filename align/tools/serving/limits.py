@@ -7,7 +7,7 @@ import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -86,6 +86,8 @@ async def body_of(request: Request, limits: Limits) -> bytes:
                     body += part
                 elif size > DRAINED * limits.body:
                     break
+    except ClientDisconnect:
+        raise gone() from None
     except TimeoutError:
         raise Refusal(408, f"the body did not come within {limits.reading:g} seconds") from None
     if size > limits.body:
@@ -95,18 +97,23 @@ async def body_of(request: Request, limits: Limits) -> bytes:
 
 async def unless_gone(request: Request, work: Awaitable[Any], seconds: float) -> Any:
     """What the work gives. It ends early where the client leaves, and with a Refusal where its time is over."""
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(left(request.receive))
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left(request.receive))
     try:
-        done, _ = await asyncio.wait({working, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({working, leaving}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if working in done:
             return working.result()
-        if gone in done:
-            raise Refusal(499, "the client has left")
+        if leaving in done:
+            raise gone()
         raise Refusal(504, f"no answer within {seconds:g} seconds", "timeout_error")
     finally:
-        for task in (working, gone):
+        for task in (working, leaving):
             task.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def gone() -> Refusal:
+    """Nobody reads it any more; it is counted."""
+    return Refusal(499, "the client has left")
 
 
 async def left(receive: Receive) -> None:

@@ -232,12 +232,17 @@ def read(body: bytes, kind: type[Kind]) -> Kind:
 
 
 def _told(error: ValidationError) -> list[str]:
-    """A line for each field that is wrong."""
-    told: dict[str, str] = {}
+    """A line for each field that is wrong: of a value that may be of several kinds, what is wrong in the kind that it
+    has, or all that it may be."""
+    told: dict[str, dict[str, bool]] = {}
     for fault in error.errors(include_url=False, include_input=False, include_context=False):
-        names = [part for part in fault["loc"] if isinstance(part, int) or part.isidentifier()]
-        told.setdefault(str(names[0]) if names else "body", f"{'.'.join(map(str, names[:1]))}: {fault['msg']}")
-    return [brief(line) for line in told.values()]
+        field = str(fault["loc"][0]) if fault["loc"] else ""
+        told.setdefault(field, {})[fault["msg"]] = fault["type"].endswith(("_type", "_from_float"))
+    lines = []
+    for field, faults in told.items():
+        inside = [message for message, is_kind in faults.items() if not is_kind]
+        lines.append(brief(f"{field or 'body'}: {inside[0] if inside else ' or '.join(faults)}"))
+    return lines
 
 
 def _no_constant(name: str) -> Literal[0]:

@@ -38,7 +38,7 @@ TIE = {"prompt": list, "answers": list}
 class Shown(BaseModel):
     """An answer on the page."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     model: str
     content: str
     sampling: dict[str, int | float | list[str]] = {}  # how it was drawn
@@ -69,14 +69,13 @@ class Votes:
     def add(self, vote: Vote) -> None:
         """Raises UserError where the vote is no row that a stage reads, or where there is no room for it."""
         texts = [answer.content for answer in vote.answers]
+        chosen, rejected = reversed(texts) if vote.vote == "right" else texts
+        row: Record = {"prompt": vote.messages, "chosen": chosen, "rejected": rejected}
+        made = convert(row, "pairs", "the vote", 1, COMPARED)
+        if isinstance(made, Fault):
+            raise UserError(f"this vote is no preference pair: {made.reason}")
         if vote.vote == "tie":
-            row: Record = {"prompt": vote.messages, "answers": texts}
-        else:
-            chosen, rejected = texts if vote.vote == "left" else reversed(texts)
-            row = {"prompt": vote.messages, "chosen": chosen, "rejected": rejected}
-            made = convert(row, "pairs", "the vote", 1, COMPARED)
-            if isinstance(made, Fault):
-                raise UserError(f"this vote is no preference pair: {made.reason}")
+            row = {"prompt": vote.messages, "answers": texts}
         row |= {
             "vote": vote.vote,
             "models": {side: answer.model for side, answer in zip(SIDES, vote.answers, strict=True)},

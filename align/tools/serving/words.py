@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from align.data.formats.media import REASON
 from align.data.formats.prompts import PROMPTING, prompts
 from align.data.formats.rows import Fault, Refused, Row
 from align.data.templates.chat import Unwritable
@@ -68,8 +69,10 @@ def _canonical(record: dict[str, Any]) -> Row:
     try:
         return PROMPTING["prompts"].read(record)
     except (Refused, RecursionError) as refused:
-        told = str(refused).replace("prompt[", "messages[").partition("; say in the recipe")[0]
-        raise UserError(told.partition("; its keys are")[0]) from None
+        told = str(refused).replace("prompt[", "messages[").replace(REASON, "this server reads text alone, not")
+        for remedy in ("; say in the recipe", "; its keys are", "; drop the row"):  # those are of rows in files
+            told = told.partition(remedy)[0]
+        raise UserError(told) from None
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, row: Row) -> np.ndarray:

@@ -15,6 +15,7 @@ import pytest
 
 URL, MODEL = os.environ.get("ALIGN_SERVE_URL"), os.environ.get("ALIGN_SERVE_MODEL")
 DIFFERS = {  # test -> what another server does
+    "test_one_model": "vLLM lists its models alone",
     "test_what_it_does_not_know_is_refused": "vLLM ignores settings that it does not know",
 }
 ASKED = [{"role": "user", "content": "Name three colours."}]
@@ -58,6 +59,12 @@ def complete(place: Place, prompt="The sky is", **options):
 
 def test_models(place):
     assert place.model in [model.id for model in place.client.models.list()]
+
+
+def test_one_model(place):
+    assert place.client.models.retrieve(place.model).id == place.model
+    with pytest.raises(openai.NotFoundError):
+        place.client.models.retrieve("nobody/x")
 
 
 def test_chat(place):

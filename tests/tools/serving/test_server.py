@@ -55,6 +55,7 @@ def test_each_model_answers_as_transformers_do(service, shop):
     told = json.loads(service.get("/v1/models"))["data"]
     kinds = {"base": "base", "reward": "reward", "classify": "classify"} | dict.fromkeys(ADAPTERS, "adapter")
     assert {model["id"]: model["kind"] for model in told} == kinds
+    assert [json.loads(service.get(f"/v1/models/{model['id']}")) for model in told] == told
 
 
 def test_scores_are_those_of_transformers(service, shop):
@@ -203,6 +204,29 @@ def test_wrong_requests_get_the_right_status(service, what):
     assert (status, set(reply["error"])) == (wanted, {"message", "type", "param", "code"}), reply
     assert len(reply["error"]["message"]) < 1000
     assert text(service, "red", [5, 6, 7])
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"prompt": [10**6]}, "the prompt has the token '1000000'"),
+        ({"prompt": [-1]}, "prompt: Input should be greater than or equal to 0"),
+        ({"prompt": 5}, "prompt: Input should be a valid string or Input should be a valid list"),
+        ({"prompt": "a", "stop": ["a"] * 100}, "stop: List should have at most 16 items"),
+    ],
+)
+def test_what_is_wrong_is_told_of_the_kind_that_was_given(service, body, told):
+    status, reply = service.post("/v1/completions", {"model": "red"} | body)
+    assert (status, reply["error"]["message"][: len(told)]) == (400, told)
+
+
+def test_a_client_that_leaves_within_its_body_is_counted_and_no_fault(service, capfd):
+    counted = lambda: 'align_replies_total{path="/score",status="499"} 1' in service.get("/metrics")  # noqa: E731
+    line = socket.create_connection(("127.0.0.1", service.port))
+    line.sendall(b"POST /score HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{")
+    line.close()
+    until(counted)
+    assert capfd.readouterr().err == ""
 
 
 def test_wrong_paths_methods_hosts_and_origins(service):

@@ -118,6 +118,9 @@ def test_votes_come_from_the_own_page(client, file, headers, status):
         (ballot(vote="both"), "vote"),
         (ballot(more=1), "more"),
         (ballot(messages=[]), "prompt"),
+        (ballot("tie", messages=[]), "prompt"),
+        (ballot("tie", "a", ""), "rejected"),
+        (json.dumps(ballot()).replace('"seed": 1', '"t": 1e999').encode(), "finite"),
         (ballot(messages=["Hi"]), "messages.0"),
         (ballot(messages=[{"role": "user"}]), "content"),
         (ballot(messages=[*ASKED, {"role": "assistant", "content": "a"}]), "found assistant"),
@@ -134,6 +137,7 @@ def test_what_is_no_vote_leaves_no_trace(client, file, body, said):
     assert told.status_code == 400, told.text
     assert said in told.json()["error"]["message"], told.text
     assert file.read_bytes() == b""
+    assert not file.with_suffix(".ties.jsonl").exists()
 
 
 def test_a_vote_has_a_largest_size(client, file):
