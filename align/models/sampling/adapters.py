@@ -110,7 +110,10 @@ def _added(before: Update | None, layer: nn.Module, parts: dict[str, Tensor], sc
         gain = parts["lora_magnitude_vector"].flatten().to(weight.device) / (whole + b @ a).norm(dim=1)
     if before is None:
         before = Update(a[:0], b[:, :0])
-    return before.then(a, b, gain)
+    made = before.then(a, b, gain)
+    if not all(part.isfinite().all() for part in made if part is not None):
+        raise UserError(f"{told} has weights that are no finite numbers once they are scaled")
+    return made
 
 
 class Adapters:
@@ -188,7 +191,7 @@ class Together:
 
     def __init__(self, updates: dict[str, dict[int, Update]], numbers: tuple[int, ...]) -> None:
         self.layers: dict[str, tuple[Tensor, Tensor, tuple[int, ...]]] = {}  # A (R, i), B (o, R), the rank of each
-        self.masks: dict[tuple[int, ...], Tensor] = {}  # by ranks: (m, R)
+        self.masks: dict[tuple[int, ...], Tensor] = {}  # by ranks: (m, R) bool
         for name, known in updates.items():
             parts = [known.get(number) for number in numbers]
             if any(part is not None and part.gain is not None for part in parts):
@@ -204,12 +207,13 @@ class Together:
         self.masks.clear()
         self.counts = [segment.last - segment.first for segment in segments]
 
-    def mask(self, ranks: tuple[int, ...], like: Tensor) -> Tensor:
-        """(m, R), 1 where a column is a token's own; made once a pass for all layers of like ranks."""
+    def others(self, ranks: tuple[int, ...], device: torch.device) -> Tensor:
+        """(m, R) bool, True where a column is not a token's own; made once a pass for all layers of like ranks. What
+        another adapter makes of a token may be no number, so it is not multiplied away."""
         if ranks not in self.masks:
             owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
             token = torch.arange(len(ranks)).repeat_interleave(torch.tensor(self.counts))
-            self.masks[ranks] = (token[:, None] == owner).to(like.device, like.dtype)
+            self.masks[ranks] = (token[:, None] != owner).to(device)
         return self.masks[ranks]
 
 
@@ -230,7 +234,7 @@ class _Beside:
             a, b, ranks = joined
             first, last = segments[0].first, segments[-1].last
             low = rows[first:last] @ a.T
-            whole[first:last].addmm_(low.mul_(together.mask(ranks, low)), b)
+            whole[first:last].addmm_(low.masked_fill_(together.others(ranks, low.device), 0), b)
             return whole.view(out.shape)
         updates = self.adapters.updates[self.name]
         for number, first, last in segments:

@@ -48,12 +48,16 @@ class Pool:
         return self.rows[-1]
 
     def remove(self, kept: Kept) -> None:
-        """One that leaves."""
+        """One that leaves. Nothing of it stays: a share of 0 of what is no number would be none, for whose place it is
+        next."""
         last = self.rows.pop()
-        if last is not kept:
-            for parts in self.layers.values():
-                for part in parts:
+        for parts in self.layers.values():
+            for part in parts:
+                if last is not kept:
                     part[kept.slot, :, : last.length] = part[last.slot, :, : last.length]
+                    part[kept.slot, :, last.length : kept.length] = 0
+                part[last.slot, :, : last.length] = 0
+        if last is not kept:
             self.rows[kept.slot], last.slot = last, kept.slot
         if not self.rows:
             self.resize(0)
@@ -68,7 +72,7 @@ class Pool:
         self.capacity = capacity
 
     def _resized(self, part: Tensor, capacity: int) -> Tensor:
-        kept = part.new_zeros(capacity, *part.shape[1:])  # zeros: a share of 0 of what is no number would be none
+        kept = part.new_zeros(capacity, *part.shape[1:])  # see `remove`
         kept[: len(self.rows)] = part[: len(self.rows)]
         return kept
 

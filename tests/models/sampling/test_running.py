@@ -21,7 +21,7 @@ from align.models.sampling.decode import sample
 from align.models.sampling.pools import Pools
 from align.models.sampling.prefixes import Prefixes
 from align.models.sampling.requests import Request, Voice
-from align.models.sampling.running import Running
+from align.models.sampling.running import MOST_ROWS, Running
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
@@ -77,6 +77,33 @@ def test_greedy_answers_are_those_of_generate(few, served, shop, monkeypatch):
     for request, said in zip(requests, found, strict=True):
         assert said == generated(plain_model(shop["base"], plain[request.voice.adapter]), request.prompt, 20)
     assert found != answers(running, asked(running)), "the adapters change something"
+
+
+@pytest.mark.parametrize("few", [0, 64])
+def test_an_adapter_without_numbers_harms_nobody(few, served, monkeypatch):
+    """Finite weights that overflow: neither rows beside its own, nor those that come into their places."""
+    monkeypatch.setattr(adapters, "FEW", few)
+    _, running, (red, *_), (number, *_) = served
+    alone = [row.said for row in _heard(running, asked(running, speakers=[number, BARE]))]
+    vast = running.adapters.add(
+        {name: part._replace(a=part.a * 1e37, b=part.b * 1e37) for name, part in red.chain.items()}
+    )
+    rows = [*asked(running, speakers=[vast]), *asked(running, speakers=[number, BARE])]
+    rows += asked(running, speakers=[number, BARE])
+    running.most = len(rows) - len(alone)  # the last ones come when others have left
+    found = _heard(running, rows)
+    running.most = MOST_ROWS["cpu"]
+    running.retire(vast)
+    assert all(row.over and not row.said for row in found[: len(PROMPTS)]), "a fault at its first token"
+    assert [row.said for row in found[len(PROMPTS) :]] == alone * 2
+
+
+def _heard(running: Running, requests: list[Request]) -> list[Request]:
+    for request in requests:
+        running.join(request)
+    while not running.idle:
+        running.step()
+    return requests
 
 
 @pytest.mark.slow
