@@ -11,6 +11,7 @@ import torch
 from models.tiny import save_base, tiny_tokenizer
 from results import KINDS as SCORING
 from results import save_result
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from world import align
 
@@ -229,6 +230,8 @@ def test_a_modelfile_and_gguf(tmp_path, monkeypatch):
     lines = (tmp_path / "out" / "Modelfile").read_text()
     assert lines.startswith("FROM ./model-q8_0.gguf\n")
     assert 'PARAMETER stop "<|im_end|>"' in lines
+    (tools / "convert_hf_to_gguf.py").write_text("import nothing_of_that_name\n")
+    assert "requirements" in refused(final, tmp_path / "other", "--gguf", "q8_0")
     (tools / "convert_hf_to_gguf.py").write_text("raise SystemExit('no such architecture')\n")
     assert "no such architecture" in refused(final, tmp_path / "other", "--gguf", "q8_0")
     assert not (tmp_path / "other").exists()
@@ -241,7 +244,7 @@ def test_a_template_in_gos_language():
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    assert go_template(tokenizer) == (
+    written = (
         '{{ if ne (index .Messages 0).Role "system" }}<|im_start|>system\nBe kind.<|im_end|>\n{{ end }}'
         "{{ range .Messages }}"
         '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n'
@@ -249,6 +252,15 @@ def test_a_template_in_gos_language():
         '{{ else if eq .Role "assistant" }}<|im_start|>assistant\n{{ .Content }}<|im_end|>\n'
         "{{ end }}{{ end }}<|im_start|>assistant\n"
     )
+    assert go_template(tokenizer) == written
+    tokenizer.bos_token = "<|im_start|>"  # as SmolLM2's, which is not written before a text
+    assert go_template(tokenizer) == written
+    sign = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", sign)]
+    )
+    begun = written.replace('"system" }}<|im_start|>', '"system" }}')
+    assert go_template(tokenizer) == begun, "then Ollama writes it before the text"
     tokenizer.chat_template = "{% for m in messages %}{{ loop.index }} {{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match=r"otherwise|more"):
         go_template(tokenizer)

@@ -46,7 +46,9 @@ def to_gguf(script: Path, checkpoint: Path, kind: str) -> Path:
     if done.returncode or not file.is_file():
         lines = (done.stderr or done.stdout).strip().splitlines()
         last = lines[-1][:200] if lines else "no word"
-        raise UserError(f"--gguf: {script} ended with status {done.returncode} ({last})")
+        needs = "ModuleNotFoundError" in last
+        remedy = "; install the converter's requirements into the environment of align" if needs else ""
+        raise UserError(f"--gguf: {script} ended with status {done.returncode} ({last}){remedy}")
     return file
 
 
@@ -70,8 +72,9 @@ def go_template(tokenizer: Tokenizer) -> str:
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template")
     parts = _parts(tokenizer)
-    bos = tokenizer.bos_token or ""
-    start, system = (parts[name].removeprefix(bos) for name in ("start", "before_system"))  # Ollama writes its own
+    known = tokenizer("a")["input_ids"]
+    bos = tokenizer.bos_token if known and known[0] == tokenizer.bos_token_id else ""  # then Ollama writes it, too
+    start, system = (parts[name].removeprefix(bos) for name in ("start", "before_system"))
     around = {"system": (system, parts["after_system"]), "user": parts["user"], "assistant": parts["assistant"]}
     texts = [start, parts["tail"], *(text for both in around.values() for text in both)]
     if any(sign in text for text in texts for sign in ('"""', "{{", "}}")):
