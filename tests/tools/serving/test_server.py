@@ -17,7 +17,7 @@ from models.tiny import save_encoder
 from plain import Scorer
 from policies import make_policy
 from results import KINDS, change, save_result
-from serving import ADAPTERS, generated, plain_model, serving
+from serving import ADAPTERS, Service, generated, plain_model, serving
 from world import Child, align
 
 from align import serve
@@ -329,6 +329,29 @@ def test_the_command_serves_and_ends_when_asked(shop, cache, tmp_path, monkeypat
         assert reply.read().endswith(b"data: [DONE]\n\n")
     told = child.wait()
     assert (told.status, told.err) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_template_without_end_holds_up_nobody(shop, cache, tmp_path, monkeypatch):
+    """It has its time in the main thread, which another process's tests have not: the command itself."""
+    monkeypatch.setenv("ALIGN_CACHE", str(cache))
+    endless = shutil.copytree(shop["red"], tmp_path / "endless")
+    (endless / "chat_template.jinja").write_text(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    child = Child(tmp_path, shop["red"], "--port", 0, "--dtype", "float32", "--adapters", tmp_path, stage=serve)
+    until(lambda: "serving" in child.log.read_text() or child.process.exitcode is not None, 100)
+    here = Service(child.log.read_text().split(" at ")[-1].strip(), None)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(here.post, "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "endless"})
+        said = 0
+        while not loading.done():
+            said += len(text(here, "red", [5, 6, 7], max_tokens=4, ignore_eos=True))
+    status, reply = loading.result()
+    assert (status, "takes more than 3 seconds" in reply["error"]["message"]) == (400, True)
+    assert said > 20
+    os.kill(child.process.pid, signal.SIGTERM)
+    assert child.wait().status == 0
 
 
 @pytest.mark.parametrize(
