@@ -120,7 +120,7 @@ def test_votes_come_from_the_own_page(client, file, headers, status):
         (ballot(messages=[]), "prompt"),
         (ballot("tie", messages=[]), "prompt"),
         (ballot("tie", "a", ""), "rejected"),
-        (json.dumps(ballot()).replace('"seed": 1', '"t": 1e999').encode(), "finite"),
+        (json.dumps(ballot()).replace('"seed": 1', '"t": 1e999').encode(), "sampling.t"),
         (ballot(messages=["Hi"]), "messages.0"),
         (ballot(messages=[{"role": "user"}]), "content"),
         (ballot(messages=[*ASKED, {"role": "assistant", "content": "a"}]), "found assistant"),
