@@ -63,7 +63,7 @@ class Keys(Section):
     model_config = ConfigDict(extra="allow")
 
     stage: str | None = None
-    """sft, reward, dpo, ppo, grpo, distill, classify, evaluate or compare. Default: that of `recipe`."""
+    """prepare, sft, reward, dpo, ppo, grpo, distill, classify, evaluate or compare. Default: that of `recipe`."""
     recipe: Location | None = None
     """A recipe to start from, beside the pipeline's file. What is shared is laid over it, then the stage's own keys."""
     sweep: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = Field(default_factory=dict)
@@ -202,7 +202,7 @@ class Pipeline:
     def _ended(self, job: Job, status: int, stop: bool) -> None:
         stage, say = job.stage, self.board.say
         self.board.seconds[stage.name] = job.seconds
-        if status == 0 and stage.mark.exists():
+        if status == 0 and self.records.has_ended(stage):
             self.records.finished(stage, job.seconds)
             self.states[stage.name] = "finished"
             say(f"{stage.name}: finished in {job.seconds:.0f} s")

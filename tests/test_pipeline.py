@@ -385,6 +385,44 @@ def test_a_start_over_that_was_killed_before_it_began_is_not_taken_for_an_end(ag
     assert records.verdict(stage) == ("resume", "was not finished")
 
 
+def test_a_set_is_prepared_and_then_trained_on(folder):
+    """Its sides are what `${data}/train` and `${data}/eval` name; one process more makes no other set."""
+    rows = [talk(f"Say {i} twice", f"{i} {i}") for i in range(20)]
+    write_rows(Path("raw.jsonl"), rows + rows[:3])
+    data = {
+        "stage": "prepare", "sources": [{"path": "raw.jsonl"}], "workers": 1, "card": False,
+        "prepare": {"deduplicate": {"exact": "same"}}, "output": {"split": {"eval": 0.2}},
+    }  # fmt: skip
+    sides = {"train": [{"path": "${data}/train"}], "eval": {"sources": [{"path": "${data}/eval"}]}}
+    path = written({"sft": {"stage": "sft", "data": sides, "train": {"steps": 2, "save_every": None}}, "data": data})
+    found = stages(path)
+    assert (found["sft"].after, found["data"].after) == (("data",), ())
+    assert found["sft"].recipe.data.eval.sources[0].path == "runs/x/data/eval"
+    told = align(path, stage=pipeline)
+    assert told.status == 0, told.out
+    manifest = json.loads(Path("runs/both/data/manifest.json").read_text())
+    assert [sum(file["rows"] for file in files) for files in manifest["sides"].values()] == [16, 4]
+    assert json.loads(Path("runs/both/sft/data.json").read_text())
+    skipped = "skip (finished and unchanged)"
+    assert plan(path, "stages.data.workers=2") == {"data": skipped, "sft": skipped}
+    changed = plan(path, "stages.data.seed=5")
+    assert changed["data"] == "start over (seed: 0 there, 5 here)"
+    assert changed["sft"] == "start or skip (start over only if the result of data is another)"
+    missing = written({"sft": SFT, "data": data | {"prepare": {"filter": {"scores": [
+        {"classifier": "runs/gone/final", "label": "x", "min": 0.5}]}}}}, name="missing.yaml")  # fmt: skip
+    assert "runs/gone/final: no such folder; give the `final/` of a finished run" in faults(missing)[0]
+
+
+def test_a_result_that_was_to_be_replaced_is_not_taken_for_the_new_one(again):
+    """A stage that is stopped while it starts over may leave the old one, and end with status 0."""
+    stage, records = stages_of(Document(again), Path("runs/both"))[0], Records(Path("runs/both"))
+    records.started(stage, over=True)
+    assert not records.has_ended(stage)
+    stage.mark.rename("aside")
+    Path("aside").rename(stage.mark)
+    assert records.has_ended(stage)
+
+
 def when(ready, then):
     """Do something in a thread as soon as something else holds."""
 

@@ -89,6 +89,32 @@ def test_the_demo_sets_have_duplicates_and_placeholders(here):
     assert "placeholder" in page
 
 
+@pytest.mark.parametrize(
+    ("file", "equal"),
+    [
+        ("alpaca_en_demo.json", 14), ("alpaca_zh_demo.json", 8), ("dpo_en_demo.json", 5), ("dpo_zh_demo.json", 11),
+        ("glaive_toolcall_en_demo.json", 35), ("glaive_toolcall_zh_demo.json", 43), ("v1_sft_demo.jsonl", 1),
+        ("kto_en_demo.json", 0), ("identity.json", 0),
+    ],
+)  # fmt: skip
+def test_rows_of_the_demo_sets_that_stand_there_twice(here, file, equal):
+    """Counted here as texts; found, shown, and named with the row that each repeats."""
+    path = DATA / "llamafactory" / file
+    rows = lines(path) if path.suffix == ".jsonl" else json.loads(path.read_text("utf-8"))
+    said = [json.dumps(row, sort_keys=True) for row in rows]
+    assert len(said) - len(set(said)) == equal
+    card, steps, page, ledger = prepared(here, {"path": str(path)}, prepare={"deduplicate": {"exact": "same"}})
+    assert card["read"]["duplicates"]["exact"]["rows"] == equal
+    assert steps["deduplicate.exact"]["found"]["repeated"] == equal
+    assert card["written"]["rows"] == card["read"]["rows"] - equal
+    again = [entry for entry in ledger if entry["reason"].startswith("deduplicate.exact")]
+    for entry in again:
+        first = int(entry["reason"].rpartition(":")[2])
+        assert said[entry["line"] - 1] == said[first - 1]
+    assert len(again) == equal
+    assert ("the same as an earlier row" in page) == bool(equal)
+
+
 @pytest.fixture(scope="module")
 def questions():
     return [row["question"] for row in lines(DATA / "gsm8k/train.jsonl")]

@@ -27,6 +27,7 @@ RESULTS = {
     "policy": "the `final/`",
     "against": "the folder",
     "start_from": "the folder",
+    "classifier": "the `final/`",
 }  # of earlier runs
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
 

@@ -22,6 +22,8 @@ from align.tools.pipeline.stage import Stage
 from align.training.runs.checkpoint import write_atomic
 from align.training.runs.run import FREE
 
+UNSEEN = FREE | {"workers": ..., "engine": ...}  # where `prepare` works: of a recipe, what decides on no result
+
 
 class Content(TypedDict):
     """Of a stage, all that its result depends on."""
@@ -76,6 +78,12 @@ class Records:
         assert record, stage.name
         self._write(stage, record._replace(result=digest(stage.result), seconds=seconds, over={}))
 
+    def has_ended(self, stage: Stage) -> bool:
+        """Whether the result of its last start is there, and not the one that this was to replace."""
+        record = self[stage]
+        assert record, stage.name
+        return stage.mark.exists() and not {str(stage.mark): _time(stage.mark)}.items() <= record.over.items()
+
     def _write(self, stage: Stage, record: Record) -> None:
         write_atomic(self._file(stage), to_json(record._asdict(), indent=1))
 
@@ -115,13 +123,17 @@ class Records:
 def _times(stage: Stage) -> dict[str, int]:
     """When what tells a run's settings and its end was written."""
     paths = (stage.folder / "recipe.yaml", stage.mark)
-    return {str(path): path.stat().st_ctime_ns for path in paths if path.exists()}
+    return {str(path): _time(path) for path in paths if path.exists()}
+
+
+def _time(path: Path) -> int:
+    return path.stat().st_ctime_ns
 
 
 def made_of(stage: Stage) -> Content:
     """All that the result depends on."""
     assert stage.recipe is not None
-    recipe = json.loads(stage.recipe.model_dump_json(exclude=FREE))
+    recipe = json.loads(stage.recipe.model_dump_json(exclude=UNSEEN))
     return {"version": __version__, "recipe": recipe, "inputs": digests(stage.recipe)}
 
 

@@ -10,7 +10,8 @@ from pydantic import BaseModel
 
 from align.recipe.load import STAGES
 
-TOOLS = {"evaluate": "evaluation.json", "compare": "compare.json"}  # and the file that each leaves last
+# and the file that each leaves last
+TOOLS = {"prepare": "manifest.json", "evaluate": "evaluation.json", "compare": "compare.json"}
 KINDS = (*STAGES, *TOOLS)
 
 

@@ -70,7 +70,8 @@ class Scored:
             f"{self.what} above {section.max}",
             f"{self.what} not among the best {section.keep or 1:.3g} of the rows",
         )
-        at = np.quantile(number[alive], (0, 0.1, 0.5, 0.9, 1)).tolist() if alive.any() else []
+        told = number[alive & np.isfinite(number)]  # a text of one token has no perplexity
+        at = np.quantile(told, (0, 0.1, 0.5, 0.9, 1)).tolist() if len(told) else []
         return Decision(gone, reasons, counts={"quantiles_0_10_50_90_100": [float(f"{x:.6g}") for x in at]})
 
     def edit(self, item: Item, cuts: np.ndarray) -> Verdict:
