@@ -3,10 +3,12 @@
     python benchmarks/prepare.py planted [--rows 100000] [--workers 2]
     python benchmarks/prepare.py scale [--rows 10000 100000 1000000] [--workers 2]
     python benchmarks/prepare.py beside PYTHON [--rows 100000] [--workers 2]
+    python benchmarks/prepare.py bytes [--rows 10000]
 
 `planted` says how many of the planted copies are found, and how many of what is dropped were planted. `scale` does so
 with sets of several sizes. `beside` runs text-dedup's MinHash, which PYTHON has installed, on
-the same rows with as many processes. Rows are drawn words: no text of anybody. Last, one JSON line.
+the same rows with as many processes. `bytes` makes the set by one worker, by four, and by Ray on a cluster of two nodes
+of this machine, and compares every file. Rows are drawn words: no text of anybody. Last, one JSON line.
 
 Of 10 rows 6 are originals of 40 to 160 words, and 4 are copies of an earlier original: with 1 to 4 % of the words
 exchanged; in capitals; with other punctuation and blanks; or with one of 50 pieces of boilerplate around, which
@@ -16,6 +18,7 @@ originals have around them too.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -24,6 +27,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +88,17 @@ def write(path: Path, rows: int) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in planted(rows))
 
 
-def prepared(folder: Path, data: Path, workers: int, steps: dict[str, Any] | None = None) -> dict[str, float]:
+def prepared(folder: Path, data: Path, workers: int, **more: Any) -> dict[str, float]:
     """Run `align.prepare` on the rows in a process of its own: seconds, and peak memory in MB."""
     recipe = {
         "stage": "prepare",
         "run": str(folder / "set"),
         "sources": [{"path": str(data)}],
-        "prepare": steps or {"deduplicate": {"exact": "off", "near": {"threshold": 0.7}}},
+        "prepare": {"deduplicate": {"exact": "off", "near": {"threshold": 0.7}}},
         "output": {"keep": ["family", "copy"]},
         "workers": workers,
         "card": False,
+        **more,
     }
     (folder / "data.yaml").write_text(yaml.safe_dump(recipe))
     return measured([sys.executable, "-m", "align.prepare", str(folder / "data.yaml")], folder / "log")
@@ -164,23 +170,74 @@ def beside(python: str, folder: Path, data: Path, workers: int) -> dict[str, flo
     return measured(command, folder / "theirs.log")
 
 
+def same_bytes(folder: Path, data: Path) -> dict[str, Any]:
+    """Every step that workers take, and a set by each way of working: seconds, and whether all files are the same."""
+    steps = {
+        "prepare": {"filter": {"min_words": 3, "gopher_repetition": {}}, "privacy": {}, "deduplicate": {"near": {}}},
+        "output": {"shard_rows": 1000, "split": {"eval": 0.1}},
+        "card": True,
+    }
+    made, result = {}, dict[str, Any]()
+    for name, nodes, more in (("1_worker", 0, {}), ("4_workers", 0, {"workers": 4}), ("ray", 2, {"engine": "ray"})):
+        if nodes and importlib.util.find_spec("ray") is None:
+            result[name] = "ray is not installed"
+            continue
+        here = folder / name
+        here.mkdir()
+        with cluster(nodes):
+            result |= {
+                f"{name}_{key}": value for key, value in prepared(here, data, **{"workers": 1} | steps | more).items()
+            }
+        files = sorted(path for path in (here / "set").rglob("*") if path.is_file())
+        own = ("recipe.yaml", "report.html")  # they name the folder, and how it was worked
+        made[name] = {
+            str(path.relative_to(here / "set")): sha256(path.read_bytes()).hexdigest()
+            for path in files
+            if path.name not in own
+        }
+    first = made["1_worker"]
+    return result | {"files": len(first), "same": {name: files == first for name, files in made.items()}}
+
+
+@contextmanager
+def cluster(nodes: int) -> Iterator[None]:
+    """A Ray cluster of so many nodes on this machine, one processor each; 0: none."""
+    if not nodes:
+        yield
+        return
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    for _ in range(nodes - 1):
+        made.add_node(num_cpus=1)
+    os.environ["RAY_ADDRESS"] = made.address
+    try:
+        yield
+    finally:
+        del os.environ["RAY_ADDRESS"]
+        made.shutdown()
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("planted", "scale", "beside"))
+    parser.add_argument("what", choices=("planted", "scale", "beside", "bytes"))
     parser.add_argument("python", nargs="?", help="with `beside`: the Python that has text-dedup")
     parser.add_argument("--rows", type=int, nargs="+")
     parser.add_argument("--workers", type=int, default=2)
     asked = parser.parse_args()
-    sizes = asked.rows or ([10_000, 100_000, 1_000_000] if asked.what == "scale" else [100_000])
+    sizes = asked.rows or {"scale": [10_000, 100_000, 1_000_000], "bytes": [10_000]}.get(asked.what, [100_000])
     results = []
     for rows in sizes:
         with tempfile.TemporaryDirectory() as beneath:
             folder, data = Path(beneath), Path(beneath) / "rows.jsonl"
             write(data, rows)
             result: dict[str, Any] = {"rows": rows, "mb": round(data.stat().st_size / 2**20), "workers": asked.workers}
-            result |= prepared(folder, data, asked.workers)
-            if asked.what != "beside":
+            if asked.what == "bytes":
+                result |= same_bytes(folder, data)
+            else:
+                result |= prepared(folder, data, asked.workers)
+            if asked.what in ("planted", "scale"):
                 result |= found(folder, data)
             if asked.what == "beside":
                 theirs = beside(asked.python, folder, data, asked.workers)

@@ -29,8 +29,11 @@ _TOPS = re.compile(
     "com|org|net|edu|gov|io|co|info|de|uk|fr|es|it|nl|ch|at|be|pt|br|in|cn|jp|ru|pl|se|eu|us|ca|au|example", re.I
 )
 _WORDS = re.compile(
-    "me|us|him|her|it|them|you|look|is|are|was|be|meet|arrive|work|stay|stop|start|everyone|we|one|that", re.I
+    "me|us|him|her|it|them|you|is|are|was|were|be|met|found|based|back|here|there|everyone|we|one|that|"
+    "(?:look|meet|arriv|work|stay|stopp?|start|liv|shopp?)(?:e?s|e?d|ing|e)?",
+    re.IGNORECASE,
 )
+_USER_OF = re.compile(r"://[^\s/@]*$")
 _LONGEST = 80  # characters of a local part that are looked at
 _AROUND = "!#$%&'*/=?^`{|}~-."  # signs that may be in a local part, but at its beginning are quotes and brackets
 # Ends of file names, which look like domains: logo@2x.png
@@ -62,6 +65,8 @@ def emails(text: str) -> Iterator[Found]:
             continue
         if name == "git" and text[domain.end() : domain.end() + 1] == ":":
             continue  # a repository, where nobody reads mail
+        if _USER_OF.search(text, max(0, at.start() - _LONGEST), at.start()):
+            continue  # of an address of the web
         value = re.sub(_DOT, ".", f"{name}@{domain[0]}", flags=re.IGNORECASE).casefold()
         yield Found(at.start() - len(name), domain.end(), "EMAIL", value)
 
@@ -81,7 +86,8 @@ def addresses(text: str) -> Iterator[Found]:
             yield Found(match.start(), match.end(), "IP", match[0])
     for match in _IPV6.finditer(text):
         groups = [group for group in match[0].split(":") if group]
-        told = (len(groups) > 2 and re.search(r"\d", match[0])) or hint(text, match.start()) == "address"
+        told = (len(groups) > 2 and re.search(r"\d", match[0])) or "." in match[0]
+        told = told or hint(text, match.start()) == "address"
         if told and _somebodys(match[0]):
             yield Found(match.start(), match.end(), "IP", ipaddress.ip_address(match[0]).compressed)
 
@@ -102,4 +108,5 @@ def _somebodys(written: str) -> bool:
         address = ipaddress.ip_address(written)
     except ValueError:
         return False
+    address = getattr(address, "ipv4_mapped", None) or address
     return not any(address in network for network in _NOBODYS if network.version == address.version)

@@ -20,7 +20,9 @@ _STEMS: dict[Hint, str] = {  # the beginnings of words, in the languages in whic
         "phone telephone tel tél telefon telefoon teléfono telefone téléphone mobile mobil móvil mobiel cell cellphone "
         "celular cellulare cep call dial ring fax whatsapp sms reach contact kontakt contacto hotline helpline handy "
         "anruf ruf durchwahl festnetz portable appel joign llám llam chiam ligue ligar bel telemóvel komórk zadzwo "
-        "puhelin soita gsm natel ringe bellen тел телефон моб звон позвон हेल्पलाइन फोन फ़ोन मोबाइल"
+        "puhelin soita gsm natel ringe bellen freephone freecall msisdn zap contato volej zavolej volaj hívj sună "
+        "тел телефон моб звон позвон τηλ κινητ καλέστε "
+        "हेल्पलाइन फोन फ़ोन मोबाइल"
     ),
     "card": (
         "card visa mastercard amex maestro discover diners jcb credit debit karte kreditkarte carte tarjeta carta "
@@ -28,13 +30,15 @@ _STEMS: dict[Hint, str] = {  # the beginnings of words, in the languages in whic
     ),
     "iban": "iban bic swift konto bankverbindung",
     "identity": (
-        "ssn social sécurité securite sozialversicherung national identity identification tax taxpayer tin itin nino "
+        "ssn social sécu secu sozialversicherung national identity identification tax taxpayer tin itin nino "
         "utr insurance nhs steuer idnr ausweis nir insee dni nie nif cpf cédula cedula curp rfc aadhaar aadhar uidai "
         "pan pesel personnummer personbeteckning henkilötunnus hetu cpr fødselsnummer personnr bsn burgerservicenummer "
         "rijksregister niss ahv avs codice fiscale cnp rodné rodne sin tfn pps ppsn egn егн oib isikukood asmens amka "
-        "αμκα инн снилс паспорт kimlik tckn rut cuit cuil passport आधार"
+        "αμκα contribuin contribuen инн снилс паспорт kimlik tckn rut cuit cuil passport आधार"
     ),
-    "address": "ip ipv4 ipv6 address adresse host hostname server ping ssh client remote dirección indirizzo адрес",
+    "address": (
+        "src dst ip ipv4 ipv6 address adresse host hostname server ping ssh client remote dirección indirizzo адрес"
+    ),
     "version": (
         "v ver version versión versione versão versie release section chapter clause paragraph oid firmware kernel "
         "driver build revision rev update upgrade patch abschnitt kapitel версия"
@@ -45,31 +49,39 @@ _STEMS: dict[Hint, str] = {  # the beginnings of words, in the languages in whic
         "issue bug case docket policy booking reservation confirmation flight imei iccid vin latitude "
         "longitude coordinates transaction uuid fedex ups usps dhl siren siret hrb zip "
         "population bestell rechnung kundennummer artikel auftrag sendung "
-        "serien aktenzeichen commande facture référence suivi pedido factura referencia seguimiento ordine fattura "
+        "serien aktenzeichen mitglied chargen pn catalog catalogue drawing boleto "
+        "commande facture référence suivi pedido factura referencia seguimiento ordine fattura "
         "riferimento encomenda fatura bestelling factuur zamówien faktur sipariş tilaus ordre заказ счёт счет артикул "
         "ऑर्डर"
     ),
 }  # fmt: skip
 _COMPOUNDS: dict[Hint, str] = {  # whose last word alone says something else
     "phone": r"(?:my|our|his|her|mi|su|mon|notre|meine|unsere|der|mijn|mio|meu|mitt) "
-    r"(?:number|número|numéro|nummer|numero)",
+    r"(?:number|num\b|número|numéro|nummer|numero)(?! (?:of|de|d['’]))|toll[ -]free",
     "identity": r"(?:identity|identification|id|pan|aadhaar|social insurance|social security|tax|health) card|"
-    r"(?:national|personal) id|id (?:number|no\b)",
+    r"(?:national|personal|citizen|south african|sa) id\b|id (?:number|no\b)|"
+    r"sv[ -]?(?:nummer|nr)|t\.?c\.? (?:kimlik )?no\b",
     "other": r"(?:sim|sd|graphics|library|gift|loyalty|membership|report|score) card|"
     r"(?:customer|member|order|ticket|case|call|contact)[ _-]?(?:id\b|number|reference|no\b|nr\b)",
 }
-_WHOLE = "v ver tel tin nie nir sin rut pan pps ref rev lot ip oid part cell ring bel ruf cep kart rfc case ups dhl"
+_WHOLE = (
+    "v ver tel tin nie nir sin rut pan pps ref rev lot ip oid part cell ring bel ruf cep kart rfc case ups dhl src dst pn "
+    "zap"
+)
 _WITHOUT_SPACES: dict[Hint, str] = {  # of scripts that put none between words
     "phone": (
         "電話番号 携帯番号 電話號碼 手機號碼 电话 電話 手机 手機 联系方式 联系我 致电 拨打 传真 携帯 ファックス 전화 "
-        "휴대폰 핸드폰 연락처 هاتف جوال اتصل"
+        "휴대폰 핸드폰 연락처 热线 熱線 总机 總機 座机 هاتف جوال اتصل"
     ),
-    "card": "信用卡 银行卡 卡号 カード 카드 بطاقة",
-    "identity": "身份证 身分證 证件号 個人番号 マイナンバー 주민등록 주민번호 זהות الهوية",
+    "card": "信用卡 银行卡 卡号 カード番号 カード 카드번호 카드 بطاقة",
+    "identity": '身份证 身分證 证件号 個人番号 マイナンバー 주민등록 주민번호 זהות ת"ז ת״ז ת.ז الهوية',
     "address": "地址 アドレス 주소 عنوان",
     "version": "版本 バージョン 버전 第",
-    "other": "订单 訂單 编号 編號 单号 序列号 流水号 発注 注文 番号 주문 송장 طلب",
+    "other": "订单 訂單 编号 編號 单号 序列号 流水号 条码 货号 発注 注文 番号 品番 型番 주문 송장 상품 제품 طلب",
 }
+
+
+_HUMP = "(?-i:(?<=[a-z]{2})(?=[A-Z]))"  # where a word begins within a name of code: altPhone
 
 
 def _pattern() -> re.Pattern[str]:
@@ -82,7 +94,9 @@ def _pattern() -> re.Pattern[str]:
         ]
         others = _WITHOUT_SPACES.get(hint, "").split()
         compounds = [_COMPOUNDS[hint]] if hint in _COMPOUNDS else []
-        begun = rf"(?<![{LETTERS}])(?:" + "|".join([*compounds, *sorted(words, key=len, reverse=True)]) + ")"
+        begun = (
+            rf"(?:(?<![{LETTERS}])|{_HUMP})(?:" + "|".join([*compounds, *sorted(words, key=len, reverse=True)]) + ")"
+        )
         groups.append(f"(?P<{hint}>" + "|".join([begun, *map(re.escape, others)]) + ")")
     return re.compile("|".join(groups), re.IGNORECASE)
 
@@ -95,8 +109,8 @@ _SAID_AFTER = re.compile(
 )
 _ENDS = re.compile(r"[!?。！？]|\n\s*\n")
 _AND = (  # what joins the numbers of a list
-    r"(?:and|or|at|on|und|oder|unter|sonst|et|ou|au|y|o|al|alla|oppure|e|en|of|op|och|og|eller|på|lub|ja|i|и|или|ve|veya"
-    r"|ext)"
+    r"(?:and|or|at|on|und|oder|unter|sonst|et|ou|au|y|o|al|alla|oppure|e|en|of|op|och|og|eller|på|lub|albo|ja|i|и|или|ve"
+    r"|veya|ext|home|work|office|desk|büro|privat|bureau|casa|oficina|trabajo|ufficio|kantoor|thuis)"
 )
 _SPENT = re.compile(
     rf"\d{{3}}(?=.*?(?<![{WORD}])(?!{_AND}(?![{LETTERS}]))[^\W\d_]{{2,}}(?!\d))", re.DOTALL | re.IGNORECASE

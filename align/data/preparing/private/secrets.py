@@ -37,19 +37,34 @@ _BLOCK = re.compile(  # PEM and PGP; one that is cut off goes as far as its lett
 )
 _IN_URL = re.compile(r"[a-z][a-z0-9+.-]{1,20}://[^\s/:@]{0,64}:(?P<key>[^\s/@]{3,128})@(?=[\w\[])", re.IGNORECASE)
 _HEADER = re.compile(r"\b(?i:bearer|basic|token)\s+(?P<key>(?=[^\s\d]*\d)[A-Za-z0-9+/_.~-]{16,}={0,2})")
-_OPTION = re.compile(r"\s(?:-u|--user)[ =][\w.@-]{1,64}:(?P<key>[^\s'\"]{6,128})")  # of curl and others
+_OPTION = re.compile(  # of curl, sshpass and others
+    r"\s(?:-u|--user)[ =][\"']?[\w.@-]{1,64}:(?P<key>[^\s'\"]{6,128})"
+    r"|\b(?:sshpass|docker login|mysql|mongosh?|redis-cli)\b[^\n|;&]{0,80}?\s(?:-p|-a)\s?"
+    r"[\"']?(?P<pass>[^\s'\"-][^\s'\"]{5,127})"
+)
+_LOGIN = re.compile(  # creds are admin / …
+    r"\b(?:creds?|credentials|login|username)\b[ :=]{0,2}(?:is|are|as|with)?\s?[\w.@-]{2,64}\s/\s"
+    r"(?P<key>(?=\S{0,64}\d)(?=\S{0,64}[^\W\d])\S{6,64})",
+    re.IGNORECASE,
+)
+_HOOK = re.compile(  # addresses that are keys themselves
+    r"https://(?:hooks\.slack\.com/(?:services|workflows)|discord(?:app)?\.com/api/webhooks)/(?P<key>[\w/-]{16,200})"
+)
 _NAMED = re.compile(  # api_key = "…", "clientSecret": "…", PASSWORD=…, le mot de passe est …
-    r"(?P<name>pass(?:word|wd|phrase|code)|pwd|passwort|kennwort|contraseña|mot de passe|senha|wachtwoord|пароль|"
-    r"密码|密碼|パスワード|비밀번호|(?:secret|api|access|auth|private|account|client)[_ -]?key|secret|token|credential)"
+    r"(?P<name>pass(?:word|wd|phrase|code)|\bpass(?=\s?[:=])|pwd|passwort|passord|kennwort|contraseña|mot de passe|"
+    r"senha|wachtwoord|hasło|heslo|lösenord|adgangskode|salasana|jelszó|parol[aă]|şifre|kata sandi|mật khẩu|"
+    r"пароль|κωδικός|密码|密碼|口令|パスワード|パスコード|비밀번호|पासवर्ड|סיסמה|كلمة المرور|(?-i:\bPAT\b|\b[A-Z]+_KEY\b)|"
+    r"(?:secret|api|access|auth|private|account|client|admin|master|service|encryption|signing|subscription)[_ -]?key|"
+    r"secret|token|credential)"
     r"(?:[_-]\w{1,20}|s|Key|Value)?"
     r"(?:\s[^\W\d_]{1,12}){0,3}?(?:[\"'`]?\s{0,2}(?:[:=]>?|:=|：|=>)\s{0,2}[\"'`]?|"
-    r"\s(?:is|was|ist|est|es|é|è|är)\s[\"'`]?|[是为は]\s?|(?P<bare>\s))"
+    r"\s(?:is|was|ist|lautet|est|c['’]est|es|é|è|är)\s[\"'`]?|[是为は]\s?|(?P<bare>\s))"
     r"(?P<key>(?=[^\s\"'`,;<>(){}\[\]\\，。；、]{0,512}\d)[^\s\"'`,;<>(){}\[\]\\，。；、]{6,512})",
     re.IGNORECASE,
 )
 _NO_SECRET = re.compile(  # what stands where a secret will be, and code that gets one from elsewhere
-    r"^/|n?varchar|your|my[_-]|example|placeholder|changeme|dummy|xxx|\*\*|\.\.|…|[$%]|environ|https?:|input|"
-    r"(?:[a-z_]\w*\.)+[a-z_]\w*$|(?:user|pass|password|passwd|pwd|pw|secret|guest|root)$",
+    r"^/|n?varchar|your|my[_-]|example|placeholder|changeme|dummy|xxx|\*\*|\.\.|…|^[$%]|environ|https?:|input|"
+    r"(?:[a-z_]\w*\.)+[a-z_]\w*$|(?:user|pass|password|passwd|pwd|pw|secret|guest|root|x-oauth-basic|x-access-token)$",
     re.IGNORECASE,
 )
 _LEAST_BITS = 3.0  # per character (Shannon), of a key that only its name tells
@@ -60,10 +75,11 @@ def secrets(text: str) -> Iterator[Found]:
     for pattern in (_BLOCK, _KEY):
         for match in pattern.finditer(text):
             yield Found(match.start(), match.end(), "KEY", match[0])
-    for pattern in (_IN_URL, _HEADER, _OPTION):
+    for pattern in (_IN_URL, _HEADER, _OPTION, _LOGIN, _HOOK):
         for match in pattern.finditer(text):
-            if re.search(r"\w", match["key"]) and not _NO_SECRET.fullmatch(match["key"]):
-                yield Found(*match.span("key"), "KEY", match["key"])
+            start, end = next(span for span in map(match.span, range(1, pattern.groups + 1)) if span[0] >= 0)
+            if re.search(r"\w", key := text[start:end]) and not _NO_SECRET.fullmatch(key):
+                yield Found(start, end, "KEY", key)
     for match in _NAMED.finditer(text):
         key = match["key"].rstrip(".!?:")
         if _is_secret(match["name"], key) and not (match["bare"] and len(key) < 8):
@@ -75,7 +91,7 @@ def _is_secret(name: str, key: str) -> bool:
     mixed = re.search(r"[^\W\d_]", key) and re.search(r"\d", key)
     if not mixed or _NO_SECRET.search(key):
         return False
-    if re.search("key|secret|token|credential", name, re.IGNORECASE):
+    if re.search("key|secret|token|credential|pat$", name, re.IGNORECASE):
         return len(key) >= 16 and bits(key) >= _LEAST_BITS
     return True
 
