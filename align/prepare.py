@@ -18,7 +18,8 @@ import argparse
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -46,7 +47,7 @@ from align.recipe.schema import PositiveInt, Section, Source
 from align.tools.preparing.cards import write_cards
 from align.tools.preparing.engines import engine_of
 from align.tools.preparing.folder import Folder, key_of, versions
-from align.tools.preparing.inputs import inputs_of, tokenizer_file
+from align.tools.preparing.inputs import check_apart, inputs_of, tokenizer_file
 from align.tools.preparing.names import names_of
 from align.tools.preparing.scores import scorers
 from align.tools.preparing.told import told
@@ -90,15 +91,18 @@ class Recipe(Section):
 def prepare(recipe: Recipe, fresh: bool, console: Console) -> None:
     """From sources to a set in its place."""
     folder, say = Folder(recipe.run), _Say(console)
-    with claimed(folder.path):
+    check_apart(recipe)
+    with claimed(folder.path), _writing_to(folder.path):
         folder.check()
         if folder.interrupted:
             folder.publish()
         about = {"recipe": _identity(recipe), "inputs": inputs_of(recipe), "versions": versions()}
         key, there = key_of(about), folder.manifest()
         if there and there["key"] == key and not fresh:
-            say(f"{folder.path} holds this set already: nothing to do (--fresh makes it again)")
-            return
+            if (lacking := folder.lacking(there)) is None:
+                say(f"{folder.path} holds this set already: nothing to do (--fresh makes it again)")
+                return
+            say(f"{folder.path / lacking} is not as it was written; the set is made again")
         if there and there["key"] != key and not fresh:
             raise UserError(
                 f"run: {folder.path} holds a set of another recipe, other sources or another version; name another "
@@ -128,6 +132,16 @@ def prepare(recipe: Recipe, fresh: bool, console: Console) -> None:
     for line in told(outcome, report, files):
         say(line)
     say(f"done: {folder.path}")
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """What the system says of a full disk names no folder."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(folder)
+        raise
 
 
 def dry_run(recipe: Recipe, console: Console) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import yaml
@@ -262,11 +264,19 @@ def test_wrong_rows(rows, told, here):
         ("prepare.filter.functions=[nowhere:f]", "nowhere cannot be imported"),
         ("prepare.filter.min_words=100000", "no row is left"),
         ("engine=ray", "pip install 'align[prepare-ray]'"),
+        ("workers=0", "workers: expected a whole number above 0"),
+        ("prepare.filter.languages=[english]", "prepare.filter.languages.0"),
+        ("run=raw/set", "run: raw/set lies in raw, a source"),
+        ("run=raw/talks.jsonl/set", "which is a file"),
         ("stage=sft", "this is a recipe of stage 'sft'"),
     ],
 )
 def test_wrong_recipes(keys, told, raw, here):
-    found = align(recipe(here, raw), keys, stage=prepare)
+    (here / "raw").symlink_to(raw)
+    sources = {"sources": [{"path": "raw"}]} if keys == "run=raw/set" else {}
+    if keys.startswith("engine") and find_spec("ray"):
+        pytest.skip("ray is installed")
+    found = align(recipe(here, raw, **sources), keys, stage=prepare)
     assert found.status == 2, found.out
     assert told in found.err
 
@@ -277,6 +287,71 @@ def test_a_folder_of_somebody_else(raw, here):
     found = align(recipe(here, raw), "--fresh", stage=prepare)
     assert (found.status, "holds files but no prepared set" in found.err) == (2, True)
     assert [path.name for path in (here / "set").iterdir()] == ["thesis.txt"]
+
+
+def few(here, rows, **more):
+    """A recipe for these rows, lines of bytes."""
+    (here / "rows.jsonl").write_bytes(b"\n".join(rows) + b"\n")
+    filled = {
+        "stage": "prepare", "run": "set", "sources": [{"path": "rows.jsonl"}], "workers": 1, "card": False,
+        "output": {"format": "jsonl"}, **more,
+    }  # fmt: skip
+    (here / "data.yaml").write_text(yaml.safe_dump(filled), "utf-8")
+    return here / "data.yaml"
+
+
+def test_lines_in_another_encoding_are_dropped_one_by_one_where_that_is_asked_for(here):
+    rows = [b'{"text": "fine"}', b'{"text": "gr\xfc\xdfe"}', b"\x00\x01\xff\xfe", '{"text": "grüße"}'.encode()]
+    told = align(few(here, rows, invalid="drop"), stage=prepare)
+    assert told.status == 0, told.err
+    assert [row["text"] for row in lines(here / "set/train/text-00000.jsonl")] == ["fine", "grüße"]
+    ledger = lines(here / "set/ledger.jsonl")
+    assert [(entry["line"], "not UTF-8 (byte 0x" in entry["reason"]) for entry in ledger] == [(2, True), (3, True)]
+
+
+def test_a_set_that_lacks_a_file_is_made_again_and_a_torn_state_is_started_over(here):
+    path = few(here, [b'{"text": "one row"}', b'{"text": "another row"}'])
+    assert align(path, stage=prepare).status == 0
+    whole = files_of(here / "set")
+    for spoil in (lambda: (here / "set/train/text-00000.jsonl").unlink(),
+                  lambda: (here / "set/train/text-00000.jsonl").write_bytes(b"{}\n")):  # fmt: skip
+        spoil()
+        told = align(path, stage=prepare)
+        assert (told.status, "is not as it was written; the set is made again" in told.out) == (0, True)
+        assert files_of(here / "set") == whole
+    (here / "set/.preparing").mkdir()
+    (here / "set/.preparing/manifest.json").write_text("{}")
+    told = align(path, "--fresh", stage=prepare)
+    assert told.status == 0, told.err
+    assert files_of(here / "set") == whole
+    assert not (here / "set/.preparing").exists()
+
+
+def test_a_function_that_has_changed_makes_another_set(here, monkeypatch):
+    monkeypatch.syspath_prepend(here)
+    (here / "kept_rows.py").write_text("def good(row):\n    return 'one' in row['text']\n")
+    path = few(here, [b'{"text": "one"}', b'{"text": "two"}'], prepare={"filter": {"functions": ["kept_rows:good"]}})
+    told = align(path, stage=prepare)
+    assert (told.status, "1 dropped" in told.out) == (0, True)
+    (here / "kept_rows.py").write_text("def good(row):\n    return True\n")
+    told = align(path, stage=prepare)
+    assert (told.status, "holds a set of another recipe" in told.err) == (2, True)
+
+
+def test_a_full_disk_is_told_with_its_folder_and_the_run_goes_on_once_there_is_room(raw, whole, here, monkeypatch):
+    add = Spool.add
+
+    def full(self, *given):
+        if len(self.batches) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(self, *given)
+
+    monkeypatch.setattr(Spool, "add", full)
+    told = align(recipe(here, raw), stage=prepare)
+    assert told == (2, "", f"{here / 'set'}: No space left on device; make room there, or use another folder\n")
+    monkeypatch.setattr(Spool, "add", add)
+    assert align(recipe(here, raw), stage=prepare).status == 0
+    assert files_of(here / "set") == files_of(whole[0])
 
 
 def test_help_and_schema():

@@ -38,8 +38,13 @@ def lines_of(stream: BinaryIO, file: str) -> Iterator[tuple[int, str]]:
 
 
 def json_lines(stream: BinaryIO, file: str) -> Iterator[Record]:
-    """One value a line; empty lines are passed over. A line that is not JSON is `Broken`."""
-    for number, line in lines_of(stream, file):
+    """One value a line; empty lines are passed over. A line that is not JSON, or not UTF-8, is `Broken`."""
+    for number, raw in enumerate(stream, 1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            yield number, Broken(_undecodable(error))
+            continue
         if not line.strip():
             continue
         if line.strip() == "{":
@@ -141,5 +146,9 @@ class _Window:
 
 
 def _not_utf8(file: str, line: int, error: UnicodeDecodeError) -> str:
+    return f"{file}:{line}: {_undecodable(error)}"
+
+
+def _undecodable(error: UnicodeDecodeError) -> str:
     byte = error.object[error.start]
-    return f"{file}:{line}: not UTF-8 (byte 0x{byte:02x}: {error.reason}); save the file as UTF-8"
+    return f"not UTF-8 (byte 0x{byte:02x}: {error.reason}); save the file as UTF-8"

@@ -186,7 +186,7 @@ class Filter(Section):
     """Most words of a row."""
     max_turns: PositiveInt | None = None
     """Most turns of a conversation, answers to compare not counted."""
-    languages: list[str] = Field(default_factory=list)
+    languages: list[Annotated[str, Field(pattern="^[a-z]{2,3}$")]] = Field(default_factory=list)
     """Languages that rows may be in, as ISO codes: `[en, de]`. Default: all. Needs `pip install 'align[prepare]'`."""
     min_language_score: Ratio = 0.5
     """Least probability of the language that a row is taken to be in."""

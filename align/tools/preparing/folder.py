@@ -58,9 +58,14 @@ class Folder:
 
     def manifest(self) -> dict[str, Any] | None:
         """Of the set that is here, if one is."""
-        file = self.path / MANIFEST
-        found = parsed(file.read_bytes()) if file.is_file() else None
-        return found if found and isinstance(found.get("key"), str) and isinstance(found.get("sides"), dict) else None
+        return _manifest(self.path / MANIFEST)
+
+    def lacking(self, manifest: Mapping[str, Any]) -> str | None:
+        """The first file of the set that is here which is gone, or has another size than it was written with."""
+        files = [file for side in manifest["sides"].values() for file in side]
+        sizes = {file["name"]: file["bytes"] for file in files}
+        paths = {name: self.path / name for name in sizes}
+        return next((name for name, p in paths.items() if not p.is_file() or p.stat().st_size != sizes[name]), None)
 
     def begin(self, key: str) -> bool:
         """Make the folder beside ready for this set; whether something of another one was there."""
@@ -100,4 +105,9 @@ class Folder:
     @property
     def interrupted(self) -> bool:
         """Whether a whole set waits to be put into its place."""
-        return (self.beside / MANIFEST).exists()
+        return _manifest(self.beside / MANIFEST) is not None
+
+
+def _manifest(file: Path) -> dict[str, Any] | None:
+    found = parsed(file.read_bytes()) if file.is_file() else None
+    return found if found and isinstance(found.get("key"), str) and isinstance(found.get("sides"), dict) else None

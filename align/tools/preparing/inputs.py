@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,29 @@ def inputs_of(recipe: Section) -> list[list[Any]]:
         with speaking_of("prepare.filter.perplexity.model"):
             found.append([perplexity.model, weights_fingerprint(base_folder(Model(base=perplexity.model)))])
     files = [Path(words.file) for words in steps.filter.words if words.file]
+    files += [file for name in steps.filter.functions if (file := file_of(name))]
     files += [file for score in steps.filter.scores for file in sorted(Path(score.classifier).glob("*.*"))]
     files += [tokenizer_file(recipe.tokenizer)] if recipe.tokenizer else []
     return found + [[str(path), _digest(path)] for path in files if path.is_file()]
+
+
+def check_apart(recipe: Section) -> None:
+    """Raise UserError where the set would lie in a folder of its own sources, which would be read with it in it."""
+    run = Path(recipe.run).resolve()
+    for source in recipe.sources:
+        folder = Path(source.path).resolve()
+        if folder.is_dir() and run.is_relative_to(folder):
+            raise UserError(
+                f"run: {recipe.run} lies in {source.path}, a source: the next run would read this set as rows; name "
+                "another folder"
+            )
+
+
+def file_of(function: str) -> Path | None:
+    """The file of a function of the user's own, `package.module:function`, where it can be told without running it."""
+    place = Path(*function.partition(":")[0].split("."))
+    files = (Path(folder) / place.with_suffix(".py") for folder in (".", *sys.path))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _digest(path: Path) -> str:

@@ -191,7 +191,7 @@ def test_rows_longer_than_a_chunk_and_cut_at_every_place():
         ),
         ("a.json", '["a"]', "a.json:1: expected a row of named columns, found the text 'a'"),
         ("a.jsonl", "nope\n", "a.jsonl:1: broken JSON at column 1: Expecting value"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl:2: not UTF-8 (byte 0xff"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: not UTF-8 (byte 0xff"),
         ("a.json", b'[{"text": "a"},\n{"text": "\xff"}]', "a.json:2: not UTF-8 (byte 0xff"),
         ("a.txt", b"a\n\nb\xe9", "a.txt:3: not UTF-8 (byte 0xe9"),
         ("a.csv", 'text\na\n"b', "a.csv:3: broken CSV: unexpected end of data"),

@@ -65,8 +65,8 @@ _COMPOUNDS: dict[Hint, str] = {  # whose last word alone says something else
     r"(?:customer|member|order|ticket|case|call|contact)[ _-]?(?:id\b|number|reference|no\b|nr\b)",
 }
 _WHOLE = (
-    "v ver tel tin nie nir sin rut pan pps ref rev lot ip oid part cell ring bel ruf cep kart rfc case ups dhl src dst pn "
-    "zap"
+    "v ver tel tin nie nir sin rut pan pps ref rev lot ip oid part cell ring bel ruf cep kart rfc case ups dhl src dst "
+    "pn zap"
 )
 _WITHOUT_SPACES: dict[Hint, str] = {  # of scripts that put none between words
     "phone": (

@@ -53,7 +53,8 @@ _HOOK = re.compile(  # addresses that are keys themselves
 _NAMED = re.compile(  # api_key = "…", "clientSecret": "…", PASSWORD=…, le mot de passe est …
     r"(?P<name>pass(?:word|wd|phrase|code)|\bpass(?=\s?[:=])|pwd|passwort|passord|kennwort|contraseña|mot de passe|"
     r"senha|wachtwoord|hasło|heslo|lösenord|adgangskode|salasana|jelszó|parol[aă]|şifre|kata sandi|mật khẩu|"
-    r"пароль|κωδικός|密码|密碼|口令|パスワード|パスコード|비밀번호|पासवर्ड|סיסמה|كلمة المرور|(?-i:\bPAT\b|\b[A-Z]+_KEY\b)|"
+    r"пароль|κωδικός|密码|密碼|口令|パスワード|パスコード|비밀번호|"
+    r"पासवर्ड|סיסמה|كلمة المرور|(?-i:\bPAT\b|\b[A-Z]+_KEY\b)|"
     r"(?:secret|api|access|auth|private|account|client|admin|master|service|encryption|signing|subscription)[_ -]?key|"
     r"secret|token|credential)"
     r"(?:[_-]\w{1,20}|s|Key|Value)?"
