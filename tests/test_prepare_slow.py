@@ -96,7 +96,7 @@ def test_a_row_of_50_mb(here):
 
 def test_planted_copies_are_found(here):
     bench = benchmark()
-    bench.write(here / "rows.jsonl", 20_000)
+    bench.write(here / "rows.jsonl", 100_000)
     steps = {"deduplicate": {"exact": "off", "near": {}}}
     path = recipe(here, here / "rows.jsonl", prepare=steps, output={"keep": ["family", "copy"]})
     told = align(path, stage=prepare)
@@ -105,7 +105,7 @@ def test_planted_copies_are_found(here):
     assert found["recall"] >= 0.95, found
     assert found["precision"] >= 0.95, found
     manifest = json.loads((here / "set" / "manifest.json").read_text())
-    assert manifest["records"] == 20_000
+    assert manifest["records"] == 100_000
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
