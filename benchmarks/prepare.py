@@ -106,34 +106,39 @@ def prepared(folder: Path, data: Path, workers: int, **more: Any) -> dict[str, f
 
 def measured(command: list[str], log: Path) -> dict[str, float]:
     """A command's seconds, those of the processor in all its processes, and the peak of their memory in MB, each page
-    counted once."""
-    started, peak, busy = time.monotonic(), 0, dict[int, float]()
+    counted once: all of it, and without pages of files, which the system takes back where memory is short."""
+    started, peak, held, busy = time.monotonic(), 0, 0, dict[int, float]()
     with log.open("wb") as out:
         process = psutil.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ)
         while process.poll() is None:
-            bytes_, seconds = usage(process)
-            peak, busy = max(peak, bytes_), busy | seconds
+            pages, own, seconds = usage(process)
+            peak, held, busy = max(peak, pages), max(held, own), busy | seconds
             time.sleep(0.2)
     if process.returncode:
         raise SystemExit(f"{command} ended with status {process.returncode}:\n{log.read_text()[-2000:]}")
     cpu = round(sum(busy.values()), 1)
-    return {"seconds": round(time.monotonic() - started, 1), "cpu_seconds": cpu, "peak_mb": round(peak / 2**20)}
+    seconds = round(time.monotonic() - started, 1)
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak // 1024, "peak_held_mb": held // 1024}
 
 
-def usage(process: psutil.Process) -> tuple[int, dict[int, float]]:
-    """Of a process and all below it: proportional set sizes together, and seconds of the processor by process."""
-    total, busy = 0, {}
+def usage(process: psutil.Process) -> tuple[int, int, dict[int, float]]:
+    """Of a process and all below it: proportional set sizes together, in kB, those that are no file's, and seconds of
+    the processor by process."""
+    total, held, busy = 0, 0, {}
     try:
         processes = [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
-        return 0, {}
+        return 0, 0, {}
     for one in processes:
         try:
-            total += one.memory_full_info().pss
+            lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()[1:]
+            sizes = dict(line.split()[:2] for line in lines)
+            total += int(sizes["Pss:"])
+            held += int(sizes["Pss_Anon:"]) + int(sizes["Pss_Shmem:"])
             busy[one.pid] = sum(one.cpu_times()[:2])
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess, OSError, KeyError):
             continue
-    return total, busy
+    return total, held, busy
 
 
 def found(folder: Path, data: Path) -> dict[str, Any]:

@@ -110,7 +110,8 @@ def test_rows_of_the_demo_sets_that_stand_there_twice(here, file, equal):
     again = [entry for entry in ledger if entry["reason"].startswith("deduplicate.exact")]
     for entry in again:
         first = int(entry["reason"].rpartition(":")[2])
-        assert said[entry["line"] - 1] == said[first - 1]
+        assert first < entry["line"]
+        assert path.suffix == ".json" or said[entry["line"] - 1] == said[first - 1]
     assert len(again) == equal
     assert ("the same as an earlier row" in page) == bool(equal)
 
