@@ -27,7 +27,6 @@ from align.data.examples import Examples
 from align.data.formats.prompts import prompts
 from align.data.templates.render import conversations
 from align.data.trees import Forest
-from align.models.base import load_base
 from align.models.checkpoints.sources import speaking_of
 from align.models.limits import Wanted, check, limits_of
 from align.models.teacher import Student, Teacher, check_same_vocabulary, read_teacher
@@ -44,7 +43,7 @@ from align.training.rollouts.engine import Drawing, Engine, engine_of
 from align.training.rollouts.epochs import spent
 from align.training.rollouts.rollout import Episodes, check_samples
 from align.training.session import Session
-from align.training.shards import load_trunk
+from align.training.shards import held, let_go, load_trunk
 from align.training.sources import titled, with_sources
 from align.training.supervised import counted
 
@@ -107,8 +106,6 @@ class Recipe(BaseRecipe):
             raise ValueError("`model.add_tokens`: the teacher has no rows for them; train them in SFT first")
         if self.data.overlong == "truncate" and self.distill.on_policy == 1:
             raise ValueError("`data.overlong: truncate`: a prompt without its end asks something else; drop it")
-        if self.train.shard == "layers" and self.distill.teacher.base:
-            raise ValueError("`train.shard: layers` is not for a teacher with a `base` yet; leave one of them out")
         return self
 
 
@@ -247,15 +244,14 @@ def _of_its_own(session: Session, trunk: Trunk, wanted: list[Wanted]) -> Teacher
     with speaking_of(key):
         for remark in check(limits_of(section, trunk.tokenizer, None, False), trunk.tokenizer, wanted):
             session.say(f"teacher: {remark}")
-        base = load_base(section, session.accelerator.device, frozen=True, seed=recipe.seed)
-        other = Trunk(base, section, None, recipe.seed).requires_grad_(False).eval()
+        other = held(session, section, None, frozen=True).requires_grad_(False).eval()
     check_same_vocabulary(trunk, other, key)
     if other.layout != trunk.layout:
         raise UserError(
             f"{key}: {teacher.base} takes the {other.layout} layout, the student the {trunk.layout} one; set "
             "model.layout=padded, with distill.on_policy=0"
         )
-    return Teacher(other)
+    return Teacher(other, done=let_go)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

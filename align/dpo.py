@@ -38,7 +38,7 @@ from align.training.loop import Loop
 from align.training.meters import Sums, buckets, interval, wins
 from align.training.reference import KnownReference, Mismatched, Reference, with_known_reference
 from align.training.session import Session
-from align.training.shards import load_trunk
+from align.training.shards import held, load_trunk
 from align.training.supervised import fit
 
 MARGINS = [-2.0, -1.5, -1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0, 1.5, 2.0]  # edges of the histogram
@@ -215,7 +215,7 @@ def needs_copy(recipe: Recipe) -> bool:
 
 def _frozen_copy(session: Session) -> Trunk:
     """The start, held exactly as the policy is held, so that both give the same numbers."""
-    return load_trunk(session).requires_grad_(False).eval()
+    return held(session, session.recipe.model, None, frozen=False).requires_grad_(False).eval()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -65,7 +65,6 @@ def refused(world, start, here):
         (distill, {"teacher": {"adapter": ["a", "b"]}}, {}, "name the teacher: one `adapter`"),
         (distill, {"teacher": {"adapter": "nowhere"}}, {}, "distill.teacher.adapter: nowhere has no align.json"),
         (distill, {"teacher": {"base": "./nowhere"}}, {}, "distill.teacher.base: there is no model './nowhere'"),
-        (distill, {"teacher": {"base": "a"}}, {"train": {"shard": "layers"}}, "`train.shard: layers` is not for a"),
         (distill, {"beta": 1.0}, {}, "distill.beta: "),
         (distill, {"on_policy": 1.1}, {}, "distill.on_policy: "),
         (distill, {"divergence": "kl"}, {}, "distill.divergence: "),

@@ -233,12 +233,13 @@ def test_every_stage(world, wide, here, monkeypatch, stages):
 def test_stages_that_sample(world, start, cache, here, monkeypatch):
     """One prompt a step, so that of two processes one has nothing to sample."""
     monkeypatch.setattr("world.WAIT", 400)
-    make_teacher(world, start, cache)
+    other = {"base": str(start.base), "adapter": str(make_teacher(world, start, cache))}
     one = {"batch": {"examples": 1, "row_tokens": 128}} | STEPS
     jobs = [
         Job("ppo", ppo_recipe(world, start, place(here, "ppo"))),
         Job("grpo", sampling(world, start, place(here, "grpo"), grpo, **one)),
         Job("distill", sampling(world, start, place(here, "distill"), distill, {"on_policy": 1}, **one)),
+        Job("distill", sampling(world, start, place(here, "other"), distill, {"teacher": other}, **one)),
     ]
     known = [alone(job) for job in jobs]
     together(here, jobs)

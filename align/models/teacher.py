@@ -6,7 +6,8 @@ Shapes: n labelled tokens.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,12 @@ def check_same_vocabulary(trunk: Trunk, teacher: Trunk, key: str) -> None:
 class Teacher:
     """What it says of the labels of a batch, without gradient."""
 
-    def __init__(self, trunk: Trunk, role: str | None = None) -> None:
-        """`role`: its adapter on the student's trunk; None: a trunk of its own."""
-        self.trunk, self.role = trunk, role
+    def __init__(
+        self, trunk: Trunk, role: str | None = None, done: Callable[[Trunk], None] = lambda trunk: None
+    ) -> None:
+        """`role`: its adapter on the student's trunk; None: a trunk of its own, with which `done` does what is to be
+        done after each reading."""
+        self.trunk, self.role, self.done = trunk, role, done
 
     @classmethod
     def beside(cls, trunk: Trunk, result: Result, key: str, seed: int = 0) -> Teacher:
@@ -72,11 +76,13 @@ class Teacher:
             parameter.requires_grad_("default" in name.split(".") and "lora" in name)
         return cls(trunk, TEACHER)
 
-    @torch.no_grad()
-    def read(self, forest: Forest, temperature: float) -> tuple[Tensor, Head]:
-        """Final hidden states (n, e), and what makes logits of them."""
-        with self.trunk.acting(self.role) if self.role else nullcontext():
-            return self.trunk.states(forest), _head(self.trunk, temperature)
+    @contextmanager
+    def reading(self, forest: Forest, temperature: float) -> Iterator[tuple[Tensor, Head]]:
+        """Final hidden states (n, e), and what makes logits of them, which is only to be used within."""
+        with torch.no_grad(), self.trunk.acting(self.role) if self.role else nullcontext():
+            found = self.trunk.states(forest), _head(self.trunk, temperature)
+        yield found
+        self.done(self.trunk)
 
 
 class Student(nn.Module):
@@ -89,17 +95,16 @@ class Student(nn.Module):
 
     def forward(self, forest: Forest) -> Tensor:
         """The divergence of its distribution from the teacher's at every label, (n,) float32, in nats."""
-        other = self.teacher.read(forest, self.temperature)
-        states = self.trunk.states(forest)
-        own = _head(self.trunk, self.temperature)
-        return linear_divergence(states, own, *other, self.measure, self.beta, self.trunk.budgets.logits_bytes)
+        with self.teacher.reading(forest, self.temperature) as other:
+            own = self.trunk.states(forest), _head(self.trunk, self.temperature)
+            return linear_divergence(*own, *other, self.measure, self.beta, self.trunk.budgets.logits_bytes)
 
     @torch.no_grad()
     def compared(self, forest: Forest) -> Compared:
         """The same, and both KL divergences, (n,) float32 each, without gradient."""
-        other = self.teacher.read(forest, self.temperature)
-        own = self.trunk.states(forest), _head(self.trunk, self.temperature)
-        return linear_comparison(*own, *other, self.measure, self.beta, self.trunk.budgets.logits_bytes)
+        with self.teacher.reading(forest, self.temperature) as other:
+            own = self.trunk.states(forest), _head(self.trunk, self.temperature)
+            return linear_comparison(*own, *other, self.measure, self.beta, self.trunk.budgets.logits_bytes)
 
     def saved(self) -> dict[str, nn.Parameter]:
         """What a result holds, by name: the student's adapter."""

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from align.models.base import load_base
 from align.models.trunk import Trunk, Whole
 from align.recipe.errors import UserError
+from align.recipe.schema import Lora, Model
 from align.training import zero
 from align.training.heap import give_back
 from align.training.session import Session
@@ -54,18 +55,23 @@ def fsdp_asked() -> list[str]:
 def load_trunk(session: Session, outputs: int | None = None) -> Trunk:
     """The recipe's base with its adapter, and a head of `outputs` if any, on this process's device, whole or as a shard
     of it."""
-    recipe, accelerator = session.recipe, session.accelerator
+    recipe = session.recipe
     session.usage.begin()
-    device, sharded = accelerator.device, recipe.train.shard == "layers"
-    if sharded and accelerator.num_processes == 1:
+    if recipe.train.shard == "layers" and session.accelerator.num_processes == 1:
         session.say("train.shard: layers has nothing to do: there is one process")
-        sharded = False
-    frozen, loaded_on = recipe.lora is not None, torch.device("cpu") if sharded else device
-    base = load_base(recipe.model, device, frozen=frozen, seed=recipe.seed, outputs=outputs, loaded_on=loaded_on)
+    return held(session, recipe.model, recipe.lora, frozen=recipe.lora is not None, outputs=outputs)
+
+
+def held(session: Session, model: Model, lora: Lora | None, *, frozen: bool, outputs: int | None = None) -> Trunk:
+    """A model as the run holds its trunk: that one, or another beside it, such as a teacher."""
+    recipe, accelerator = session.recipe, session.accelerator
+    device, sharded = accelerator.device, recipe.train.shard == "layers" and accelerator.num_processes > 1
+    loaded_on = torch.device("cpu") if sharded else device
+    base = load_base(model, device, frozen=frozen, seed=recipe.seed, outputs=outputs, loaded_on=loaded_on)
     how = partial(shard, device=device, processes=accelerator.num_processes) if sharded else None
     if zero.stage_of(accelerator) == 3:
         how = zero.layers_together
-    trunk = Trunk(base, recipe.model, recipe.lora, recipe.seed, outputs, how)
+    trunk = Trunk(base, model, lora, recipe.seed, outputs, how)
     if sharded:
         let_go(trunk)  # the trials have left its root whole, and who asks for its parameters now means the shards
         session.say(told(trunk))

@@ -77,7 +77,7 @@ def _changes(at: Setting, plan: Memory) -> Iterator[Change]:
     rows = recipe.batch.row_tokens
     row = plan.load.row if rows == "auto" else min(rows, plan.load.row)
     drawn = sampling_of(recipe)
-    if drawn and plan.peak.name == "sampling":
+    if drawn and plan.peak.name in ("sampling", "evaluating"):
         at_once = plan.cache_tokens // 2
         if at_once >= plan.load.prompt + plan.load.answer:
             yield Change({"batch.cache_tokens": at_once}, "fewer responses are sampled at once")

@@ -62,6 +62,8 @@ def _load_line(report: Report) -> str:
     said = f"a process computes rows of up to {load.row:,} tokens, {rows:,} before an update"
     if load.episodes:
         said += f"; it samples {load.episodes:,} responses of up to {load.answer:,} tokens"
+    elif report.work.episodes:
+        said += f"; a server draws responses of up to {load.answer:,} tokens, and its work is not counted"
     return said
 
 

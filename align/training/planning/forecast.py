@@ -35,7 +35,7 @@ def forecast(loop: Loop) -> Memory | None:
         return None
     processes = loop.accelerator.num_processes
     try:
-        load = found(loop.recipe, loop.data.train, loop.batches.row_tokens, processes)
+        load = found(loop.recipe, loop.data.train, loop.batches.row_tokens, processes, len(loop.data.eval))
         return memory(setting(loop.recipe, device, processes), load=load)
     except Exception as error:  # a model may be of any kind, and a run is not to end because it cannot be planned
         loop.session.say(f"no plan can be made of this model ({first_line(error)})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -23,9 +23,10 @@ class Load(NamedTuple):
     labels: int  # of the largest row
     tokens: int  # of all examples of a step, over all processes
     prompt: int = 0  # where a stage samples: tokens of the longest prompt
-    episodes: int = 0  # responses that the process samples in a step
+    episodes: int = 0  # responses that the process itself samples in a step
     answer: int = 0  # most tokens of a response
     passes: int = 1  # over the step's examples
+    held: int = 0  # responses that the process itself samples in an evaluation, where it is known
 
 
 class Drawn(NamedTuple):
@@ -42,19 +43,38 @@ def answering_of(recipe: BaseRecipe) -> Any:
     return getattr(recipe.train, "generate", None)
 
 
-def answered(recipe: BaseRecipe, processes: int, length: int | None = None) -> Drawn | None:
-    """What an evaluation samples by `train.generate`; prompts have `length` tokens, default: the most."""
-    section = answering_of(recipe)
-    if section is None:
-        return None
-    episodes = ceil(section.max_rows / processes) * section.samples
-    return Drawn(length or recipe.data.max_length, section.generation.max_new, episodes, section.samples)
+def drawings(recipe: BaseRecipe, load: Load, processes: int, length: int | None = None) -> Iterator[tuple[str, Drawn]]:
+    """What a process samples itself, by the moment at which it does; other prompts than a step's have `length` tokens,
+    default: the most."""
+    section, answering, most = sampling_of(recipe), answering_of(recipe), length or recipe.data.max_length
+    if load.episodes:
+        yield "sampling", Drawn(load.prompt, load.answer, load.episodes, section.samples)
+    if load.held:
+        yield "evaluating", Drawn(load.prompt, load.answer, load.held, _held_samples(section))
+    if answering:
+        episodes = ceil(answering.max_rows / processes) * answering.samples
+        yield "answering", Drawn(most, answering.generation.max_new, episodes, answering.samples)
+    if recipe.log.samples:
+        yield "log.samples", Drawn(most, recipe.log.sample_tokens, 1, 1)
+
+
+def _held_samples(section: Any) -> int:
+    """Responses to each held-out prompt."""
+    return getattr(section, "eval_samples", section.samples)
 
 
 def sampling_of(recipe: BaseRecipe) -> Any:
-    """The section of a stage that samples, such as PPO's; None of others."""
+    """The section of a stage that learns from responses, such as PPO's; None of others."""
     section = getattr(recipe, recipe.stage, None)
-    return section if hasattr(section, "generation") else None
+    if not hasattr(section, "generation") or getattr(section, "on_policy", 1) == 0:
+        return None
+    return section
+
+
+def samples_itself(recipe: BaseRecipe) -> bool:
+    """Whether the responses of a step are drawn on the run's own trunk, and not by a server."""
+    section = sampling_of(recipe)
+    return section is not None and section.generation.engine == "own"
 
 
 def expected(recipe: BaseRecipe, row_tokens: int, processes: int, length: int | None = None) -> Load:
@@ -69,15 +89,20 @@ def expected(recipe: BaseRecipe, row_tokens: int, processes: int, length: int | 
     load = _laid_out([tree] * each, samples + 1, row_tokens, processes)
     return load._replace(
         labels=load.row * samples * answer // tree, tokens=tree * recipe.batch.examples, prompt=prompt, answer=answer,
-        episodes=ceil(recipe.batch.examples / processes) * samples, passes=getattr(drawn, "epochs", 1),
+        episodes=ceil(recipe.batch.examples / processes) * samples * samples_itself(recipe),
+        passes=getattr(drawn, "epochs", 1),
     )  # fmt: skip
 
 
-def found(recipe: BaseRecipe, examples: object, row_tokens: int, processes: int) -> Load:
-    """From the tokenised examples (`room`, `longest`, `labels`, `paths` of each): the largest row of some steps."""
+def found(recipe: BaseRecipe, examples: object, row_tokens: int, processes: int, held: int = 0) -> Load:
+    """From the tokenised examples (`room`, `longest`, `labels`, `paths` of each): the largest row of some steps.
+
+    `held`: held-out examples.
+    """
     room, per_step = np.asarray(examples.room), recipe.batch.examples
-    if sampling_of(recipe):
-        return expected(recipe, row_tokens, processes, int(examples.longest.max()))
+    if section := sampling_of(recipe):
+        load = expected(recipe, row_tokens, processes, int(examples.longest.max()))
+        return load._replace(held=ceil(held / processes) * _held_samples(section) * samples_itself(recipe))
     order = examples.order(recipe.seed, 0)
     steps = [order[i : i + per_step] for i in range(0, min(len(order), LOOKED_AT * per_step), per_step)]
     rows, largest, count = [], 0, 0

@@ -11,7 +11,7 @@ import torch
 
 from align.models.memory import MOST_PROMPTS, Budgets, budgets, cached_token_bytes
 from align.training.planning.activations import Row, row
-from align.training.planning.load import Drawn, Load, answered, expected, sampling_of
+from align.training.planning.load import Drawn, Load, drawings, expected
 from align.training.planning.parts import (
     Part,
     Setting,
@@ -20,6 +20,7 @@ from align.training.planning.parts import (
     held,
     moments_of_adam,
     policies,
+    teaching,
     trained,
     trunk_bytes,
     unpacked,
@@ -70,11 +71,8 @@ def memory(at: Setting, length: int | None = None, load: Load | None = None) -> 
     if at.device.type == "cpu":  # elsewhere the copy lies in the host's memory
         copy = Part("the checkpoint's copy", 12 * trained(at))  # whole in the first process
         moments.append(Moment("saving", (*always, *moments_of_adam(at), copy)))
-    if load.episodes:
-        drawn = Drawn(load.prompt, load.answer, load.episodes, sampling_of(at.recipe).samples)
-        moments.append(_sampling("sampling", at, always, drawn, limits))
-    if drawn := answered(at.recipe, at.processes, length):
-        moments.append(_sampling("answering", at, always, drawn, limits))
+    for name, drawn in drawings(at.recipe, load, at.processes, length):
+        moments.append(_sampling(name, at, always, drawn, limits))
     return Memory(tuple(moments), one, load, limits.cache_tokens)
 
 
@@ -136,15 +134,18 @@ def _learning(at: Setting, always: list[Part], load: Load, one: Row, limits: Bud
     unpack = unpacked(at)
     fixed = (*always, *adam)
     moments = [
-        Moment("the loss", (*fixed, *before, kept, logits)),
+        Moment("the loss", (*fixed, *before, kept, logits, *teaching(at))),
         Moment("backward pass", (*fixed, *before, kept, Part("a layer's gradients", one.backward), *unpack)),
     ]
     if not before:
         moments.append(Moment("end of the backward pass", (*fixed, slopes, Part("a layer's gradients", one.backward))))
     if recipe.stage == "dpo" and asks_reference(recipe):
         moments.append(Moment("the reference", (*fixed, *before, kept, Part("a layer", one.forward), *unpack, logits)))
-    if recipe.stage in ("ppo", "grpo", "distill"):  # another role's pass beside what the actor has kept
+    if recipe.stage in ("ppo", "grpo"):  # another role's pass beside what the actor has kept
         moments.append(Moment("another role", (*fixed, *before, kept, Part("a layer", one.forward), *unpack)))
+    if recipe.stage == "distill":  # before the student's pass
+        other = row(at.teacher, at.way, load.row, load.segment) if at.teacher else one
+        moments.append(Moment("the teacher", (*fixed, *before, Part("a layer", other.forward), *unpack, *teaching(at))))
     return moments
 
 

@@ -34,7 +34,8 @@ class Setting(NamedTuple):
     device: Device
     processes: int
     skeleton: Skeleton
-    others: tuple[Skeleton, ...] = ()  # models beside the trunk, which judge
+    judges: tuple[Skeleton, ...] = ()  # models beside the trunk
+    teacher: Skeleton | None = None  # of a distillation, where it has a trunk of its own
 
     @property
     def adapted(self) -> bool:
@@ -63,15 +64,12 @@ class Setting(NamedTuple):
 def setting(recipe: BaseRecipe, device: Device, processes: int) -> Setting:
     """Raises UserError for a base that cannot be had."""
     outputs = {"reward": 1, "classify": len((getattr(recipe, "classify", None) and recipe.classify.labels) or "ab")}
-    others = []
-    for part in rewards_of(recipe):
-        if part.model:
-            others.append(Skeleton(Model(base=part.model), None))
+    judges = tuple(Skeleton(Model(base=part.model), None) for part in rewards_of(recipe) if part.model)
+    teacher = None
     if recipe.stage == "distill" and recipe.distill.teacher.base:
-        others.append(Skeleton(Model(base=recipe.distill.teacher.base), None))
-    return Setting(
-        recipe, device, processes, Skeleton(recipe.model, recipe.lora, outputs.get(recipe.stage)), tuple(others)
-    )
+        teacher = Skeleton(Model(base=recipe.distill.teacher.base, quantize=recipe.model.quantize), None)
+    own = Skeleton(recipe.model, recipe.lora, outputs.get(recipe.stage))
+    return Setting(recipe, device, processes, own, judges, teacher)
 
 
 def rewards_of(recipe: BaseRecipe) -> Sequence[Any]:
@@ -105,11 +103,20 @@ def _head(at: Setting) -> int:
 
 def trunk_bytes(at: Setting) -> int:
     """The whole trunk as it is held."""
-    sizes, packed = at.skeleton.sizes, at.recipe.model.quantize
-    wide = at.dtype.itemsize if at.adapted else 4
+    return _whole(at.skeleton, _wide(at))
+
+
+def _whole(skeleton: Skeleton, wide: int) -> int:
+    """A model's weights, those that are not packed of so many bytes."""
+    sizes, packed = skeleton.sizes, skeleton.model.quantize
     if packed:
         return int(sizes.matrices * PACKED[packed] + (sizes.tables + sizes.vectors) * wide)
     return sizes.weights * wide
+
+
+def _wide(at: Setting) -> int:
+    """Bytes of a number of the trunk."""
+    return at.dtype.itemsize if at.adapted else 4
 
 
 def held(at: Setting) -> list[Part]:
@@ -117,7 +124,7 @@ def held(at: Setting) -> list[Part]:
     sizes, recipe = at.skeleton.sizes, at.recipe
     parts = [Part("trunk", trunk_bytes(at) // at.shards)]
     if at.shards > 1:
-        parts.append(Part("layers that are gathered", _gathered(at)))
+        parts.append(Part("layers that are gathered", _gathered(at.skeleton, _wide(at))))
     if at.adapted:
         roles = policies(at) + sum(part.adapter is not None for part in rewards_of(recipe))
         if recipe.stage == "distill":
@@ -131,8 +138,10 @@ def held(at: Setting) -> list[Part]:
     prepared = 2 * sizes.matrices * at.dtype.itemsize
     if at.way.kernels and at.shards == 1 and prepared <= COPIES:
         parts.append(Part("weights prepared for oneDNN", prepared))
-    for other in at.others:
-        parts.append(Part("another model", other.sizes.weights * at.dtype.itemsize))
+    for judge in at.judges:
+        parts.append(Part("another model", _whole(judge, at.dtype.itemsize)))
+    if at.teacher:
+        parts.append(Part("the teacher", _whole(at.teacher, at.dtype.itemsize) // at.shards))
     if at.device.type == "cpu":
         parts.append(Part("PyTorch's own", LIBRARIES))
     if at.processes > 1 and at.shards == 1:
@@ -140,10 +149,17 @@ def held(at: Setting) -> list[Part]:
     return parts
 
 
-def _gathered(at: Setting) -> int:
+def _gathered(skeleton: Skeleton, wide: int) -> int:
     """Layers that are whole for a moment: the one that computes, the next, and what lies outside of them."""
-    sizes, wide = at.skeleton.sizes, at.dtype.itemsize if at.adapted else 4
+    sizes = skeleton.sizes
     return wide * (2 * sizes.layer + sizes.weights - sizes.depth * sizes.layer)
+
+
+def teaching(at: Setting) -> list[Part]:
+    """Of a teacher that is sharded, what is whole while it is read."""
+    if at.teacher is None or at.shards == 1:
+        return []
+    return [Part("the teacher's layers that are gathered", _gathered(at.teacher, at.dtype.itemsize))]
 
 
 def _own(at: Setting, numbers: int) -> int:

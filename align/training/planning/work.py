@@ -13,7 +13,7 @@ from align.training.costs import causal_attended, flops_per_token
 from align.training.planning.devices import NETWORK
 from align.training.planning.load import Load, sampling_of
 from align.training.planning.memory import Memory
-from align.training.planning.parts import Setting, rewards_of, trained, trunk_bytes
+from align.training.planning.parts import Setting, asks_reference, rewards_of, trained, trunk_bytes
 
 REACHED = {"cuda": (0.25, 0.55), "cpu": (0.3, 0.9)}  # share of the peak in training
 READ = (0.3, 0.8)  # share of the memory's bandwidth while sampling
@@ -65,8 +65,9 @@ def traffic(at: Setting, load: Load) -> float:
 
 def _forwards(at: Setting) -> int:
     """Passes without gradient beside each one that learns."""
-    dpo = getattr(at.recipe, "dpo", None)
-    return int(dpo is not None and dpo.loss not in ("simpo", "orpo") and dpo.reference == "same_pass")
+    if at.recipe.stage == "distill":  # the teacher's, as if it were of the student's size
+        return 1
+    return int(at.recipe.stage == "dpo" and asks_reference(at.recipe))
 
 
 def _flops(at: Setting, load: Load) -> float:
@@ -87,7 +88,7 @@ def _flops(at: Setting, load: Load) -> float:
     policies = 2 if recipe.stage == "ppo" else 1
     scorers = sum(part.adapter is not None for part in rewards_of(recipe))
     scoring = (policies + 1 + scorers) * forward  # what trains, the reference, and rewards
-    sampled = recipe.batch.examples * (drawn.samples * load.answer + load.prompt)
+    sampled = recipe.batch.examples * (drawn.samples * load.answer + load.prompt) if load.episodes else 0
     return load.tokens * (policies * learning * load.passes + scoring) + sampled * forward
 
 
