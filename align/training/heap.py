@@ -9,6 +9,7 @@ from contextlib import suppress
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+LARGE = 2**20  # bytes
 
 
 def keep_freed_memory() -> None:
@@ -19,6 +20,15 @@ def keep_freed_memory() -> None:
             tune = ctypes.CDLL(None).mallopt
             if tune(M_MMAP_THRESHOLD, 2**30) or tune(M_MMAP_THRESHOLD, 2**25):  # the most that older ones take
                 tune(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def map_large_pieces() -> None:
+    """Pages of their own for all that is large, which go when it is freed: for a sharded trunk. A layer's whole weights
+    come and go between activations that stay, and these would take the holes that the next layer's do not fit into
+    then: the heap would grow by a layer's weights with each one."""
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        with suppress(AttributeError):
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def give_back() -> None:

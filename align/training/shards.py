@@ -29,7 +29,7 @@ from align.models.trunk import Trunk, Whole
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
 from align.training import zero
-from align.training.heap import give_back
+from align.training.heap import give_back, map_large_pieces
 from align.training.session import Session
 
 FSDP = "ACCELERATE_USE_FSDP"
@@ -67,6 +67,8 @@ def held(session: Session, model: Model, lora: Lora | None, *, frozen: bool, out
     recipe, accelerator = session.recipe, session.accelerator
     device, sharded = accelerator.device, recipe.train.shard == "layers" and accelerator.num_processes > 1
     loaded_on = torch.device("cpu") if sharded else device
+    if sharded:
+        map_large_pieces()
     base = load_base(model, device, frozen=frozen, seed=recipe.seed, outputs=outputs, loaded_on=loaded_on)
     how = partial(shard, device=device, processes=accelerator.num_processes) if sharded else None
     if zero.stage_of(accelerator) == 3:
