@@ -111,7 +111,18 @@ def whole(trunk: Trunk, part: nn.Module | None = None) -> Iterator[None]:
         for m in parts:
             m.reshard()
             m.set_reshard_after_forward(m is not trunk, recurse=False)  # torch's own choice: a root is needed again
+        _forget_passes(trunk)
         give_back()
+
+
+def _forget_passes(trunk: Trunk) -> None:
+    """What was called while the weights were whole, more often here than in another process: a backward pass would
+    gather ahead what came before its own forward pass, in this process alone, and wait for the others forever."""
+    states = [m._get_fsdp_state() for m in trunk.modules() if isinstance(m, FSDPModule)]
+    for state in states:
+        state._comm_ctx.post_forward_order.clear()
+        for group in state._fsdp_param_groups:
+            group._post_forward_indices.clear()
 
 
 def let_go(trunk: Trunk) -> None:
