@@ -1,44 +1,21 @@
-"""What the comparisons of PPO and GRPO with TRL share: the prompts, our recipe, and arms in processes of their own."""
+"""What the comparisons of PPO and GRPO with TRL share: the prompts, our recipe, and what TRL's trainers are told."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
-import os
-import subprocess
-import sys
 import tempfile
+import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 HH = ROOT.parent / "shared" / "data" / "hh_harmless" / "rows_0_1499.jsonl"
 TEMPLATE = ROOT / "data_templates" / "prompts.jsonl"
 EPISODES, NEW, SHORTEST, LONGEST = 16, 48, 16, 192  # of an update; tokens of responses and prompts
 RANK, ALPHA, RATE = 8, 16, 1e-5
-
-
-def add_arguments(parser: argparse.ArgumentParser, settings: dict[str, dict]) -> None:
-    """What both are told; `settings`: TRL's, by name."""
-    parser.add_argument("--data", type=Path, help="default: published rows if they are there, else a template's")
-    parser.add_argument("--base", default="demo/smollm2-135m")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--updates", type=int, default=3, help="the first of them is not counted")
-    parser.add_argument("--rounds", type=int, default=1, help="how often each side runs, in turn")
-    parser.add_argument("--setting", choices=settings, help="use this of TRL's settings instead of trying all")
-    parser.add_argument("--arm", help=argparse.SUPPRESS)
-
-
-def measured(script: str, spec: dict, environment: dict[str, str] | None = None) -> dict:
-    """Run one arm of a script in its own process; its last line is its result."""
-    given = {**os.environ, "OMP_NUM_THREADS": str(spec["threads"]), "HF_HUB_OFFLINE": "1", **(environment or {})}
-    command = [sys.executable, script, "--arm", json.dumps(spec)]
-    done = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"error": f"exit status {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"}
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def written_prompts(spec: dict) -> Path:
@@ -99,6 +76,79 @@ def run_align(spec: dict, stage: ModuleType, own: dict) -> dict:
         "episodes_per_second": len(counted) * EPISODES / sum(line["step_seconds"] for line in counted),
         "response_tokens": sum(line["response_tokens"] for line in counted) / len(counted),
     }
+
+
+class ForTrl(NamedTuple):
+    """What TRL's side needs of ours."""
+
+    recipe: Any
+    tokenizer: Any
+    ids: list[list[int]]  # of the prompts of all updates, in their order
+    talks: list[list[dict]]  # the same as messages
+
+
+def for_trl(spec: dict, stage: ModuleType, own: dict) -> ForTrl:
+    """The same prompts in the same order; `own`: of the stage's section."""
+    import torch
+
+    from align.data.formats.prompts import asked, prompts
+    from align.data.mixture import prepare
+    from align.models.base import load_tokenizer
+    from align.models.demo import cache_folder
+    from align.training.plan import Plan
+
+    torch.set_num_threads(spec["threads"])
+    name = stage.__name__.removeprefix("align.")
+    recipe = stage.Recipe.model_validate(sampling_recipe(spec, name, own, Path(spec["work"]) / "unused"))
+    tokenizer = load_tokenizer(recipe.model)
+    data = prepare(recipe.data, tokenizer, prompts(), 0, cache_folder()).train
+    plan, rows = Plan(recipe, data), asked(data)
+    chosen = [int(i) for step in range(1, spec["updates"] + 1) for i in plan.batch(step)]
+    ids = [data.tree(i).segments[0].tolist() for i in chosen]
+    tokenizer.padding_side = "left"
+    return ForTrl(recipe, tokenizer, ids, [rows[i].messages for i in chosen])
+
+
+def options(spec: dict) -> dict[str, Any]:
+    """What both of TRL's trainers are told."""
+    rows = spec["setting"]["rows"]
+    return {
+        "output_dir": spec["work"], "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [],
+        "save_strategy": "no", "learning_rate": RATE, "lr_scheduler_type": "constant", "disable_tqdm": True,
+        "dataloader_pin_memory": False, "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": EPISODES // rows,
+    }  # fmt: skip
+
+
+def lora(task: str) -> Any:
+    """TRL's, as ours."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type=task)
+
+
+def trained(spec: dict, trainer: Any) -> float:
+    """Have TRL train: its episodes per second."""
+    import torch
+    from transformers import TrainerCallback
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_args: object, **_options: object) -> None:
+            ends.append(time.perf_counter())
+
+        def on_step_end(self, *_args: object, **_options: object) -> None:
+            ends.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
+    if spec["setting"].get("adapters") == "bfloat16":
+        for parameter in trainer.model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train()
+    assert len(ends) == spec["updates"] + 1, "an update is a step"
+    return rate(ends, spec["updates"])
 
 
 def rate(ends: list[float], updates: int) -> float:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
-from threading import current_thread, main_thread
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
+
+from align.training.mathematics import equal
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 PRAISE = {  # valence -> words, the more common first
@@ -38,9 +39,9 @@ def exact_answer(prompts: Sequence[str], responses: Sequence[str], rows: Sequenc
     Where `math-verify` is installed, also where it finds both equal (1/2 and 0.5, \\frac{1}{2}, sets). Of an
     answer with `####` in it, what stands behind that counts there.
     """
-    equal = _verifier()
+    by_mathematics = _knows_mathematics()
     return [
-        float(_same_number(response, answer) or bool(equal and equal(response, answer)))
+        float(_same_number(response, answer) or (by_mathematics and equal(response, answer)))
         for response, answer in zip(responses, (str(row.get("answer", "")) for row in rows), strict=True)
     ]
 
@@ -71,26 +72,11 @@ def _last(text: str) -> float | None:
 
 
 @cache
-def _verifier() -> Callable[[str, str], bool] | None:
-    """Whether a response and an answer are equal as mathematics; None, which is said once, without `math-verify`."""
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        if os.environ.get("RANK", "0") == "0":
-            told = "exact_answer compares numbers alone; pip install math-verify for fractions, LaTeX and expressions"
-            print(told, file=sys.stderr)
-        return None
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs each text that it gives up
-
-    def seconds() -> int | None:
-        return 2 if current_thread() is main_thread() else None  # by a signal, which a thread cannot have
-
-    @lru_cache(maxsize=4096)
-    def wanted(answer: str) -> list[Any]:
-        return parse(answer.rpartition("####")[2], parsing_timeout=seconds())
-
-    def equal(response: str, answer: str) -> bool:
-        gold = wanted(answer)
-        return bool(gold) and verify(gold, parse(response, parsing_timeout=seconds()), timeout_seconds=seconds())
-
-    return equal
+def _knows_mathematics() -> bool:
+    """Whether there is `math-verify`; that there is none is said once."""
+    if find_spec("math_verify"):
+        return True
+    if os.environ.get("RANK", "0") == "0":
+        told = "exact_answer compares numbers alone; pip install math-verify for fractions, LaTeX and expressions"
+        print(told, file=sys.stderr)
+    return False

@@ -15,10 +15,10 @@ from align.data.formats.references import CHOICES, REFERENCES
 from align.data.prompt_set import NAMED, PromptSet
 from align.recipe.errors import UserError
 from align.training.borders.foreign import foreign
+from align.training.mathematics import equal
 
 Measure = Literal["exact_match", "contains", "multiple_choice", "rouge_l", "math"]
 LIBRARIES = {"rouge_l": ("rouge_score", "rouge"), "math": ("math_verify", "math")}  # module, extra
-SECONDS = 5  # that math-verify may take for one expression
 EACH = "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"  # letters that are words by themselves
 WORD = re.compile(rf"{EACH}|(?:(?!{EACH})[^\W_])+")
 LETTER = r"\(?\**([A-J])\**\)?(?![\w'])"
@@ -94,16 +94,7 @@ def rouge_l(response: str, reference: str, record: dict[str, Any]) -> float:
 
 def math(response: str, reference: str, record: dict[str, Any]) -> float:
     """1 where math-verify finds both to be the same number or expression."""
-    from math_verify import parse, verify
-
-    bare = "\\" in reference and "$" not in reference and "\\boxed" not in reference  # LaTeX without its signs
-
-    def equal() -> bool:
-        given = f"${reference}$" if bare else reference
-        wanted, said = (parse(text, parsing_timeout=SECONDS) for text in (given, response))
-        return bool(wanted) and bool(said) and bool(verify(wanted, said, timeout_seconds=SECONDS))
-
-    return float(foreign("train.generate.measures: math-verify failed", equal))
+    return float(foreign("train.generate.measures: math-verify failed", lambda: equal(response, reference)))
 
 
 MEASURES: dict[str, Callable[[str, str, dict[str, Any]], float]] = {

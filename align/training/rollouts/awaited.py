@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import os
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from threading import Thread
 from typing import Any, NamedTuple
 
 from align.recipe.errors import reason
 from align.training.rollouts.given import Verdict, late, numbers, pause, verdicts
+
+BLOCKED = 5.0  # seconds that the loop may need besides the calls
 
 
 class Await(NamedTuple):
@@ -23,16 +27,29 @@ class Await(NamedTuple):
 
 
 def together(calls: Sequence[Await]) -> list[list[Verdict]]:
-    """What each call says of its responses. A signal is raised here at once, and cancels them."""
+    """What each call says of its responses. A signal is raised here at once, and cancels them.
+
+    Raises RuntimeError where every call is long late, but one keeps the loop from ending them.
+    """
 
     async def all_of_them() -> list[list[Verdict]]:
         return await asyncio.gather(*map(_tried, calls))
 
     found = asyncio.run_coroutine_threadsafe(all_of_them(), _loop())
     try:
-        return found.result()
+        return found.result(min(max(map(_longest, calls)) + BLOCKED, threading.TIMEOUT_MAX))
+    except TimeoutError:
+        raise RuntimeError(
+            "one blocks where it should await, so no `timeout` can end it; set `processes`"
+        ) from None
     finally:
         found.cancel()
+
+
+def _longest(call: Await) -> float:
+    """Seconds after which its last try is late."""
+    timeout = math.inf if call.timeout is None else call.timeout
+    return (call.retries + 1) * timeout + sum(map(pause, range(1, call.retries + 1)))
 
 
 @cache
@@ -47,7 +64,7 @@ def _loop() -> asyncio.AbstractEventLoop:
             with suppress(BaseException):  # a task that a function has left behind calls sys.exit
                 loop.run_forever()
 
-    Thread(target=run, name="reward functions", daemon=True).start()
+    threading.Thread(target=run, name="reward functions", daemon=True).start()
     return loop
 
 
@@ -65,7 +82,11 @@ async def _tried(call: Await) -> list[Verdict]:
 
 
 async def _said(call: Await) -> list[float | None] | str:
+    process = os.getpid()
     try:
         return numbers(await call.begin(), len(call.responses))
     except BaseException as error:
         return f"failed ({reason(error)})"
+    finally:
+        if os.getpid() != process:  # it has forked: the run is the other one
+            os._exit(1)

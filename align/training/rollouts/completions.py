@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.training.rollouts.client import Again, Answer
 
+LEAST = -1e5  # a log-probability; vLLM writes -9999 for minus infinity
 SEEDS = 2**53  # whole numbers that any reader of JSON keeps
 
 
@@ -93,7 +93,8 @@ def response_of(answer: Answer, prompt: Sequence[int], how: Sampling, ends: Ends
         )
     if choice.get("prompt_token_ids") not in (None, [int(token) for token in prompt]):
         raise UserError(f"{told} has read another prompt than it was sent (prompt_token_ids)")
-    logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+    told_of = choice.get("logprobs")
+    logprobs = told_of.get("token_logprobs") if isinstance(told_of, dict) else None
     if not _are_logprobs(logprobs, len(ids)):
         raise UserError(f"{told} tells no log-probability of each token of a response (logprobs.token_logprobs)")
     tokens = np.array(ids, np.int32)
@@ -122,4 +123,4 @@ def _are_tokens(ids: Any, vocabulary: int) -> bool:
 def _are_logprobs(logprobs: Any, count: int) -> bool:
     if not isinstance(logprobs, list) or len(logprobs) != count:
         return False
-    return all(type(x) in (int, float) and math.isfinite(x) and x < 0.01 for x in logprobs)  # 0 up to rounding
+    return all(type(x) in (int, float) and LEAST <= x < 0.01 for x in logprobs)  # 0 up to rounding; no nan is

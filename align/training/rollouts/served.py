@@ -140,8 +140,9 @@ class Served:
         """Take the adapter out of the server, and its files away."""
         self.remote.unload()
         self._remove()
-        with suppress(OSError):  # somebody keeps something there
-            self.folder.rmdir()
+        if not self.server.adapters:  # else it may be somebody's
+            with suppress(OSError):  # it was never written, or something is kept there
+                self.folder.rmdir()
 
     def _remove(self, but: Path | None = None) -> None:
         """Adapters that were written for the server. The newest stays: a server reads it again after making room."""

@@ -106,6 +106,32 @@ def test_an_async_function_that_goes_wrong(mine, body, said):
     assert os.getpid()
 
 
+def test_an_async_function_that_blocks_is_told_of(mine, monkeypatch):
+    """It holds up the loop, so its time-out cannot end it; and the run is not held up."""
+    monkeypatch.setattr("align.training.rollouts.awaited.BLOCKED", 0.1)
+    mine("async def score(prompts, responses, rows):\n    time.sleep(1)\n    return [1.0]\n")
+    started = time.monotonic()
+    for policy in ("stop", "leave_out"):
+        with pytest.raises(UserError, match=r"mine:score failed \(RuntimeError: one blocks .* set `processes`\)"):
+            scores_of(rewards_of({"function": "mine:score", "timeout": 0.1, "on_failure": policy}), "x")
+    assert time.monotonic() - started < 0.9
+    time.sleep(1.2)  # the loop is free again for other tests
+
+
+def test_a_process_that_an_async_function_forks_is_not_the_run(mine):
+    mine("""
+async def score(prompts, responses, rows):
+    global child
+    child = os.fork()
+    return [1.0]
+""")
+    assert scores_of(rewards_of({"function": "mine:score"}), "x") == {"score": [1]}
+    deadline = time.monotonic() + 10
+    while os.waitpid(sys.modules["mine"].child, os.WNOHANG) == (0, 0):
+        assert time.monotonic() < deadline, "the child goes on"
+        time.sleep(0.01)
+
+
 def test_a_signal_ends_what_is_awaited(mine):
     mine("""
 ended = []
