@@ -22,7 +22,7 @@ pytest.importorskip("math_verify")
         ("The answer is 7, not 8.", "7", True),
         ("The answer is 18.", "9 + 9 = 18\n#### 18", True),
         ("$x^2$", "$x^3$", False),
-        ("I get $x^2$", r"\frac{1}{2}", False),
+        ("I get $x^3$", r"\frac{1}{2}", False),
         ("ten", "ten", False),
         ("no number", "3", False),
         pytest.param("$9^{9^{9^9}}$", "5", False, marks=pytest.mark.slow),  # which nobody can compute, nor in 2 s
