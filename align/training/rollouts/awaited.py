@@ -39,9 +39,7 @@ def together(calls: Sequence[Await]) -> list[list[Verdict]]:
     try:
         return found.result(min(max(map(_longest, calls)) + BLOCKED, threading.TIMEOUT_MAX))
     except TimeoutError:
-        raise RuntimeError(
-            "one blocks where it should await, so no `timeout` can end it; set `processes`"
-        ) from None
+        raise RuntimeError("one blocks where it should await, so no `timeout` can end it; set `processes`") from None
     finally:
         found.cancel()
 

@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
 
 from align.recipe.engine import Server
-from align.recipe.errors import UserError
+from align.recipe.errors import UserError, reason
 from align.recipe.records import parsed
 
 T = TypeVar("T")
@@ -77,7 +77,8 @@ class Client:
     """A server, asked by one process. Within `open`, requests of one event loop share its connections."""
 
     def __init__(self, server: Server, key: str, say: Callable[[str], None]) -> None:
-        """`key`: what it is called in the recipe. Raises UserError where httpx or its API key is missing."""
+        """`key`: what it is called in the recipe. Raises UserError where httpx or its API key is missing, and for
+        proxies that cannot be."""
         try:
             import httpx
         except ImportError:
@@ -93,6 +94,13 @@ class Client:
             if not secret.isascii() or not secret.isprintable():
                 raise UserError(f"{key}.api_key_env: the key in {name} has characters that no HTTP header takes")
             self.headers["Authorization"] = f"Bearer {secret}"
+        try:
+            httpx.AsyncClient()
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            raise UserError(
+                f"{self.told} cannot be asked ({reason(error)}); mend the proxies that the environment names "
+                "(HTTP_PROXY, HTTPS_PROXY, ALL_PROXY), or name its host in NO_PROXY"
+            ) from None
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
