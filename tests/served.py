@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import numpy as np
+import torch
+from peft import PeftModel
 from test_processes import free_port
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import Child
 
 from align import serve
+from align.models.sampling.choice import Sampling
+from align.models.sampling.rows import Response
+from align.recipe.engine import Server
+from align.training.rollouts.client import Client
+from align.training.rollouts.completions import Ends, seed_of
+from align.training.rollouts.remote import Adapter, Remote
 
 ROOT = Path(__file__).parents[1]
 VLLM = Path(os.environ.get("ALIGN_VLLM") or ROOT / ".vllm")  # a venv that benchmarks/vllm_cpu.sh made
@@ -93,3 +106,59 @@ class Vllm(Address):
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+class Draws(NamedTuple):
+    """What a server drew from an adapter, beside the adapter's own distribution; each z is about normal where the
+    server draws from that."""
+
+    apart: float  # most that its log-probabilities are from the model's, in nats
+    surprise: float  # z of -log p less the entropy, over all tokens
+    first: float  # z of the first tokens' chi-square
+    adapter: float  # mean -log p of the first tokens under the model without the adapter, less that with it
+
+
+def draws_of(
+    server: Address, base: Path, adapters: Sequence[Path], prompt: Sequence[int], count: int, new: int, seeds: bool
+) -> list[Draws]:
+    """`count` responses of each adapter in turn, loaded in one another's place as a run has it."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ends = Ends(frozenset({tokenizer.eos_token_id}), (), tokenizer, len(tokenizer))
+    remote = Remote(Client(Server(url=server.url), "engine", print), "drawn", ends, lambda: None)
+    asked = [(np.array(prompt, np.int32), seed_of((number,)) if seeds else None) for number in range(count)]
+    found = []
+    for number, path in enumerate(adapters):
+        adapter = Adapter(number, str(path), secrets.token_hex(16))
+        remote.run(remote.load(adapter))
+        responses = remote.run(remote.drawn(adapter, Sampling(new), asked, lambda: None))
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path).eval()
+        found.append(_beside(model, prompt, responses))
+    remote.unload()
+    return found
+
+
+@torch.no_grad()
+def _beside(model: PeftModel, prompt: Sequence[int], responses: Sequence[Response]) -> Draws:
+    rows = [torch.tensor([*prompt, *response.tokens.tolist()]) for response in responses]
+    inputs, start = pad_sequence(rows, batch_first=True), len(prompt) - 1
+    logprobs = model(inputs).logits.log_softmax(-1).double()
+    with model.disable_adapter():
+        bare = model(inputs[:1, : len(prompt)]).logits[0, -1].log_softmax(-1)
+    tokens = [(row, start + k, int(t)) for row, own in enumerate(responses) for k, t in enumerate(own.tokens)]
+    all_of = torch.stack([logprobs[row, place] for row, place, _ in tokens])  # (n, V)
+    own = all_of.gather(1, torch.tensor([token for *_, token in tokens])[:, None])[:, 0]
+    told = torch.from_numpy(np.concatenate([response.logprobs for response in responses]))
+    p, first = all_of.exp(), torch.tensor([int(response.tokens[0]) for response in responses])
+    entropy = -(p * all_of).sum(1)
+    variance = (p * all_of.square()).sum(1) - entropy.square()
+    expected = logprobs[0, start].exp() * len(responses)
+    seen = torch.bincount(first, minlength=len(expected)).double()
+    often = expected >= 5
+    expected, seen = (torch.cat([each[often], each[~often].sum()[None]]) for each in (expected, seen))
+    square, free = float(((seen - expected).square() / expected).sum()), len(expected) - 1
+    return Draws(
+        float((own - told).abs().max()),
+        float((-own - entropy).sum() / variance.sum().sqrt()),
+        ((square / free) ** (1 / 3) - 1 + 2 / (9 * free)) / (2 / (9 * free)) ** 0.5,  # Wilson and Hilferty
+        float((logprobs[0, start] - bare)[first].mean()),
+    )

@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 from data.voices import SMOLLM, tiny_tokenizer
-from served import VLLM, Vllm
+from peft import LoraConfig, get_peft_model
+from served import VLLM, Vllm, draws_of
 from test_processes import free_port
 from transformers import AutoModelForCausalLM, LlamaConfig
 from world import Child, align, lines, metrics
@@ -99,6 +100,27 @@ def test_it_learns_as_with_the_own_engine(world, base, server, here, stage):
     assert max(record["mismatch_kl"] for record in records) < 1e-3
     assert all(record["importance"] == pytest.approx(1, abs=0.02) for record in records)
     assert server.models() == [str(base)]
+
+
+def test_it_draws_from_the_adapter_that_was_loaded_last(base, server, here):
+    """Two adapters under one name, one after the other: the first tokens and the surprise of all are those that the
+    model itself has, within what chance does once in 30,000 times (4 standard deviations)."""
+    model, folders = AutoModelForCausalLM.from_pretrained(base), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.3)
+        folders.append(here / f"adapter {seed}")
+        adapted.save_pretrained(folders[-1])
+        model = adapted.unload()
+    for draws in draws_of(
+        server, base, folders, tiny_tokenizer(SMOLLM)("Name the capital")["input_ids"], 200, 4, False
+    ):
+        assert draws.apart < 1e-3
+        assert max(abs(draws.surprise), abs(draws.first)) < 4, draws
+        assert draws.adapter > 0.3, "the adapters say something else than the base"
 
 
 def test_another_trunk_is_named(world, base, server, here):

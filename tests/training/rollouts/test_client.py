@@ -126,9 +126,10 @@ def test_a_server_that_forgets_what_it_loads():
         loaded.extend(["once"] * handler.path.endswith("load_lora_adapter"))
         forgetful(handler)
 
-    with server(answering) as url, pytest.raises(UserError, match="has lost the adapter actor 4 times over one resp"):
+    with server(answering) as url:
         remote = remote_of(url, [], timeout=5.0)
-        remote.run(remote.drawn(ADAPTER, Sampling(4), [([5, 6], None)] * 8, lambda: None))
+        with pytest.raises(UserError, match="has lost the adapter actor 4 times over one response"):
+            remote.run(remote.drawn(ADAPTER, Sampling(4), [([5, 6], None)] * 8, lambda: None))
     assert len(loaded) == 4
 
 
@@ -166,7 +167,11 @@ def test_an_address_that_leads_nowhere(monkeypatch, url, environment):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError) as fault:
+
+    def ask() -> None:
         remote = remote_of(url, [], patience=0.0)
         remote.run(remote.base())
+
+    with pytest.raises(UserError) as fault:
+        ask()
     assert url in str(fault.value)
