@@ -207,7 +207,7 @@ def test_an_extended_patience_equals_one_that_was_longer_from_the_start(world, h
     ("train", "told"),
     [
         ({"best": {"metric": "los", "goal": "least"}}, "no figure of an evaluation is 'los'; did you mean 'loss'?"),
-        ({"best": {"metric": "accuracy", "goal": "greatest"}}, "There are loss, perplexity"),
+        ({"best": {"metric": "accuracy", "goal": "greatest"}}, "'accuracy'; there are loss, perplexity"),
         ({"patience": 3}, "`patience` needs `best`: {metric: loss, goal: least}"),
         (
             {"generate": GENERATE, "best": {"metric": "generate/exact_mach", "goal": "greatest"}},

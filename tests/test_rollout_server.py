@@ -124,12 +124,13 @@ def test_a_killed_server_ends_the_run_and_the_same_command_goes_on(world, start,
     [
         ({}, {"model": "another"}, "was trained on a trunk with fingerprint"),
         ({"adapters_there": "/nowhere"}, {}, "does not load the adapter /nowhere/run-"),
+        ({"adapters": __file__}, {}, f"grpo.generation.engine.adapters: {__file__} cannot be made (File exists)"),
         ({"api_key_env": "NO_SUCH_KEY"}, {}, "api_key_env: the environment variable NO_SUCH_KEY is not set"),
         ({"url": "http://127.0.0.1:9", "patience": 0.0}, {}, "does not answer"),
         ({"url": "PATH"}, {}, "names no model under /v1/models (status 404"),
         ({}, {"temperature": 0.7}, "start vLLM with --logprobs-mode processed_logprobs"),
     ],
-    ids=["another trunk", "unseen folder", "no key", "nobody there", "no such path", "another temperature"],
+    ids=["another trunk", "unseen folder", "no folder", "no key", "nobody", "no such path", "another temperature"],
 )
 def test_what_does_not_fit_is_one_line(world, start, server, here, engine, section, said):
     engine = {"url": server.url} | engine

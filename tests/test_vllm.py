@@ -22,16 +22,17 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not (VLLM / "made").exists(), reason=f"no vLLM in {VLLM}: benchmarks/vllm_cpu.sh makes it"),
 ]
-SAMPLES, PROMPTS, NEW, STEPS, SEEDS = 4, 7, 8, 12, (0, 1, 2)
+SAMPLES, PROMPTS, NEW, STEPS, SEEDS = 8, 7, 4, 12, (0, 1, 2)
 T_OF_4 = 8.610  # Student's t with 2 x (3 - 1) degrees of freedom, 99.9 %: draws are new each time
 watching = []  # called at each scoring
 
 
-def vowels(prompts, responses, rows):
-    """The share of vowels, which a small model learns to raise in some steps."""
+def letters(prompts, responses, rows):
+    """The share of small letters. Many tokens are nothing else, so a small model soon learns to raise it, whatever it
+    happens to draw first."""
     for action in [*watching]:
         action()
-    return [sum(letter in "aeiou" for letter in response) / max(len(response), 1) for response in responses]
+    return [sum("a" <= letter <= "z" for letter in response) / max(len(response), 1) for response in responses]
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +59,18 @@ def server(base, tmp_path_factory):
 
 
 def written(world, base, path, stage, engine, **train):
-    """A recipe that rewards vowels."""
+    """A recipe that rewards letters."""
     name = stage.__name__.removeprefix("align.")
     own = {
-        "rewards": [{"function": "test_vllm:vowels"}], "samples": SAMPLES, "eval_samples": 4, "kl_coef": 0.0,
+        "rewards": [{"function": "test_vllm:letters"}], "samples": SAMPLES, "eval_samples": 4, "kl_coef": 0.0,
         "generation": {"max_new": NEW, "engine": engine},
     }  # fmt: skip
-    if stage is grpo:
-        own |= {"kl": "none"}
+    own |= {"kl": "none"} if stage is grpo else {"epochs": 2}
     data = {"train": [{"path": str(world.pairs)}], "eval": {"sources": [{"path": str(world.held_pairs)}]}}
     train = {"steps": STEPS, "eval_every": STEPS // 2, "save_every": 1} | train
     sections = {"data": data, "batch": {"examples": PROMPTS}, "model": {"base": str(base)}, "train": train}
     return world.recipe(
-        path, stage=name, run=str(path.with_suffix("")), optim={"learning_rate": 0.012}, **{name: own}, **sections
+        path, stage=name, run=str(path.with_suffix("")), optim={"learning_rate": 0.02}, **{name: own}, **sections
     )
 
 
@@ -81,21 +81,20 @@ def engine_of(server, **more):
 
 @pytest.mark.parametrize("stage", [grpo, ppo], ids=lambda stage: stage.__name__)
 def test_it_learns_as_with_the_own_engine(world, base, server, here, stage):
-    """The held-out scores at the start, half way and at the end, over the seeds: their difference is within its 99.9 %
-    interval around 0."""
-    found = {}
+    """The mean score over the steps of a run: over seeds, the difference is within its 99.9 % interval around 0. And
+    every run learns much."""
+    curves = {}
     for name, engine in (("own", "own"), ("vllm", engine_of(server))):
         for seed in SEEDS:
             recipe = written(world, base, here / f"{name}-{seed}.yaml", stage, engine)
             told = align(recipe, f"seed={seed}", stage=stage)
             assert (told.status, told.err) == (0, ""), told.err
-        scores = [[r["score"] for r in metrics(here / f"{name}-{seed}", "eval")] for seed in SEEDS]
-        found[name] = torch.tensor(scores)
-    own, other = found.values()  # (seeds, evaluations)
-    apart = (own.mean(0) - other.mean(0)).abs()
-    error = ((own.var(0) + other.var(0)) / len(SEEDS)).sqrt()
-    assert (apart <= T_OF_4 * error).all(), found
-    assert all((scores[:, -1] > scores[:, 0] + 0.02).all() for scores in found.values()), "it learns"
+        scores = [[r["score"] for r in metrics(here / f"{name}-{seed}", "train")] for seed in SEEDS]
+        curves[name] = torch.tensor(scores)  # (seeds, steps)
+    own, other = (scores.mean(1) for scores in curves.values())
+    error = ((own.var() + other.var()) / len(SEEDS)).sqrt()
+    assert (own.mean() - other.mean()).abs() <= T_OF_4 * error, curves
+    assert all((scores[:, -1] > scores[:, 0] + 0.2).all() for scores in curves.values()), curves
     records = [record for seed in SEEDS for record in metrics(here / f"vllm-{seed}")]
     assert max(record["mismatch_kl"] for record in records) < 1e-3
     assert all(record["importance"] == pytest.approx(1, abs=0.02) for record in records)

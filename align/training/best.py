@@ -49,8 +49,8 @@ def figure(metric: str, record: dict[str, Any]) -> float:
         return math.nan if record[metric] is None else record[metric]
     known = [name for name in numbers if not name.endswith(FIGURES)]
     close = get_close_matches(metric, known, 1)
-    meant = f"did you mean {close[0]!r}? " if close else ""
-    raise UserError(f"train.best.metric: no figure of an evaluation is {metric!r}; {meant}There are {', '.join(known)}")
+    meant = f"did you mean {close[0]!r}? There are" if close else "there are"
+    raise UserError(f"train.best.metric: no figure of an evaluation is {metric!r}; {meant} {', '.join(known)}")
 
 
 def over(loop: Loop) -> bool:

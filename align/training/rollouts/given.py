@@ -6,7 +6,7 @@ Processes that functions have for themselves read with it too, so it imports nei
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Coroutine, Iterable, Mapping, Sequence, Set
 from itertools import islice
 from numbers import Complex, Real
 from typing import Any
@@ -22,6 +22,9 @@ Verdict = float | str  # a response's score, or why there is none
 def numbers(given: Any, count: int) -> list[float | None]:
     """Scores in order, and one more than `count` of them where there are too many. Raises TypeError for what has no
     order or is text: a dict's keys and the letters of a text would pass for scores."""
+    if isinstance(given, Coroutine):
+        given.close()  # else Python warns of it
+        raise TypeError("it returned a coroutine, which nobody awaits; write the function as `async def`")
     if isinstance(given, Mapping | Set | str | bytes) or not isinstance(given, Iterable):
         raise TypeError(f"it returned {a(given)}, not a list of numbers")
     scores = list(islice(given, count + 1))

@@ -50,6 +50,8 @@ class Served:
         self.folder = Path(server.adapters or place / "engine")
         plain = re.sub(r"[^A-Za-z0-9]+", "-", place.name).strip("-")[:50] or "run"
         self.name = f"{plain}-{sha256(os.fsencode(place.resolve())).hexdigest()[:8]}"
+        if server.adapters:
+            session.decided(lambda: self._made(f"{key}.adapters"))
         client = Client(server, key, session.say)
         self.remote = Remote(client, self.name, Ends.of(trunk, how), session.signals.heed)
         self.adapter: Adapter | None = None  # that the server has
@@ -117,6 +119,13 @@ class Served:
             figures["importance"] = float(weights[mask].mean())
             figures["importance_capped"] = float((weights[mask] >= cap).float().mean())
         return rollout._replace(importance=weights, mismatch=figures)
+
+    def _made(self, key: str) -> None:
+        """The folder of the adapters is there. Raises UserError, which names the recipe's `key`."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{key}: {self.folder} cannot be made ({error.strerror})") from None
 
     def _load(self, loop: Loop) -> None:
         """Have the server draw from the actor as it is now; every process comes by here."""

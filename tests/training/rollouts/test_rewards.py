@@ -140,6 +140,10 @@ def test_every_process_scores_its_share(trunk, mine):
         ("return [1e300, 1.0]", "gave 1e+300, which is more than float32 holds, for the response 'yes'"),
         ("return [10 ** 400, 1.0]", "failed (OverflowError: "),
         ("return {'0': 1.0, '1': 2.0}", "failed (TypeError: it returned the object {'0': 1.0, '1': 2.0}, not a list"),
+        (
+            "async def late(): return [1.0]\n    return late()",
+            "failed (TypeError: it returned a coroutine, which nobody",
+        ),
         ("return {1.0, 2.0}", "failed (TypeError: it returned the set {1.0, 2.0}, not a list"),
         ("return '12'", "failed (TypeError: it returned the text '12', not a list of numbers"),
         ("return ['1', '2']", "failed (TypeError: it returned the text '1' among its scores"),
