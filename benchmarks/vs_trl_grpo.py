@@ -1,6 +1,6 @@
 """align.grpo beside TRL's GRPOTrainer: one run, same prompts, LoRA, dtype, threads, KL and reward.
 
-    python benchmarks/vs_trl_grpo.py [--data FILE] [--threads 2] [--updates 4] [--rounds 2]
+    python benchmarks/vs_trl_grpo.py [--data FILE] [--threads 2] [--updates 3] [--rounds 1]
 
 An update is 4 prompts of 16 to 192 tokens with 4 samples each, at most 48 new tokens, one epoch in one minibatch, with
 the KL to the reference in the loss. The reward is a function that costs nothing. Each side runs in processes of its
