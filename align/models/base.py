@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from align.data.templates.templates import chat_tokenizer
 from align.models.checkpoints.adapters import Merged, merge, plain_tokenizer, with_rows
 from align.models.checkpoints.fingerprints import weights_fingerprint
+from align.models.checkpoints.generation import settle as settle_generation
 from align.models.checkpoints.results import CONFIG, SCORING, Link, read_about, read_result
 from align.models.checkpoints.sources import (
     base_folder,
@@ -142,6 +143,7 @@ def load_base(
         model = with_head(model, outputs, seed).to(place)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.max_length = None
+        settle_generation(model.generation_config, f"model.base: {section.base}")
     local = section.base.startswith("demo/") or is_folder(Path(section.base))
     source = str(folder.resolve()) if local else section.base
     return Base(model, tokenizer, trunk.fingerprint, section.base, source, trunk.links, added)

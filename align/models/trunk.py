@@ -26,6 +26,7 @@ from align.models import acceleration
 from align.models.attention import NAME as FOREST
 from align.models.attention import Attention, ForestMask, dense_attention
 from align.models.base import Base, compute_dtype
+from align.models.checkpoints.generation import ends_of
 from align.models.checkpoints.results import META
 from align.models.layout import faster_attention, layout_of
 from align.models.lora import Switch, acts, adapted, beneath
@@ -138,9 +139,8 @@ class Trunk(nn.Module):
     def end_tokens(self) -> set[int]:
         """What ends a response: the end of a turn as the chat template trains it, the end of a text, and what the base
         names besides."""
-        named = getattr(self.plain.generation_config, "eos_token_id", None)
-        ends = {self.tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or [])}
-        return {int(end) for end in ends if end is not None}.union(turn_ends(self.tokenizer).ids)
+        ends = {self.tokenizer.eos_token_id, *ends_of(self.plain.generation_config)}
+        return {end for end in ends if end is not None}.union(turn_ends(self.tokenizer).ids)
 
     def said(self, prompt: Sequence[int], response: Sequence[int]) -> str:
         """What a response, token ids (k,), adds to the text of its prompt, (l,), without what ends its turn."""

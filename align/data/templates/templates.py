@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +13,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from align.data.formats.shown import shown
 from align.data.templates.confined import confined
 from align.recipe.errors import UserError
 
@@ -51,6 +53,12 @@ def chat_tokenizer(
         _use_builtin(tokenizer, choice, vocabulary)
     elif choice is not None:
         tokenizer.chat_template = _read(choice)
+    elif isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(sorted(map(shown, tokenizer.chat_template)))
+        raise UserError(
+            f"{tokenizer.name_or_path or 'the tokenizer'} has chat templates for {names}, and none that is its default; "
+            "give one as a file in model.chat_template"
+        )
     if options:
         plain = plain_template(tokenizer.get_chat_template())
         tokenizer.chat_template = _defaults(options, plain, GIVEN | set(special_tokens(tokenizer))) + plain
@@ -145,12 +153,16 @@ def _literal(name: str, value: Any) -> str:
         case int() | float():
             return repr(value)
         case str():
-            return json.dumps(value)
+            return _text(value)
         case list():
             return f"[{', '.join(_literal(name, item) for item in value)}]"
         case dict():
-            return "{" + ", ".join(f"{json.dumps(str(k))}: {_literal(name, v)}" for k, v in value.items()) + "}"
+            return "{" + ", ".join(f"{_text(str(k))}: {_literal(name, v)}" for k, v in value.items()) + "}"
     raise UserError(f"model.template_options: {name} is neither text, number, truth value, list nor mapping")
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)  # Jinja would read an escaped pair of surrogates as two halves
 
 
 def _use_builtin(tokenizer: PreTrainedTokenizerBase, choice: str, vocabulary: dict[str, int]) -> None:
@@ -169,7 +181,9 @@ def _use_builtin(tokenizer: PreTrainedTokenizerBase, choice: str, vocabulary: di
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise ValueError("a device or a pipe, which may have no end")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         undecodable = isinstance(error, UnicodeDecodeError)
         reason = "not UTF-8 text" if undecodable else getattr(error, "strerror", None) or str(error)

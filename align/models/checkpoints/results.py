@@ -164,7 +164,7 @@ def read_result(name: str, key: str, of: str = "a finished SFT run", ours: bool 
 def check_finite(weights: dict[str, Tensor], told: str) -> None:
     """UserError, which begins with `told`, where a value is no finite floating-point number."""
     for name, tensor in weights.items():
-        if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
+        if not (tensor.is_floating_point() and torch.isfinite(tensor.float()).all()):  # 8 bits know no isfinite
             raise UserError(f"{told}: {name} has values that are not finite floating-point numbers")
 
 

@@ -167,7 +167,7 @@ def check_finite_files(folder: Path, told: str) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         with foreign(f"{told}: its weights are damaged"), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                if not torch.isfinite(file.get_tensor(name)).all():
+                if not torch.isfinite(file.get_tensor(name).float()).all():
                     raise UserError(f"{told}: {name} has values that are not finite numbers")
 
 

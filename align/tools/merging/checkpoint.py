@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
 
+from align.models.checkpoints.generation import settle
 from align.models.checkpoints.results import SCORING, Result
 from align.models.checkpoints.sources import foreign, is_file
 from align.recipe.errors import UserError
@@ -58,6 +59,7 @@ def _ends(model: PreTrainedModel, result: Result) -> Sequence[str]:
         return [f"{result.folder} has no generation_config.json: the base's own says where an answer ends"]
     with foreign(f"{KEY}: {result.folder / 'generation_config.json'} is damaged"):
         model.generation_config = GenerationConfig.from_pretrained(result.folder)
+    settle(model.generation_config, f"{KEY}: {result.folder}")
     texts = model.generation_config.stop_strings or []
     named = " or ".join(map(repr, texts))
     return [f"answers end with {named}, which is no single token: servers need it as a stop string"] if texts else []

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from align.data.templates.ends import turn_ends
 from align.models.base import load_base, load_tokenizer
 from align.models.checkpoints.adapters import stranger, trunk_of
+from align.models.checkpoints.generation import ends_of
 from align.models.checkpoints.results import CONFIG, SCORING, About, Result, read_about, read_result
 from align.models.checkpoints.sources import is_file, is_folder, speaking_of
 from align.models.sampling.adapters import BARE, Chain, chain_of
@@ -121,9 +122,8 @@ class Shelf:
 
     def _voice(self, number: int, tokenizer: PreTrainedTokenizerBase) -> Voice:
         ends = turn_ends(tokenizer)
-        named = getattr(self.trunk.plain.generation_config, "eos_token_id", None)
-        stops = {tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or []), *ends.ids}
-        return Voice(number, tokenizer, frozenset(int(stop) for stop in stops if stop is not None), ends.texts)
+        stops = {tokenizer.eos_token_id, *ends_of(self.trunk.plain.generation_config), *ends.ids}
+        return Voice(number, tokenizer, frozenset(stop for stop in stops if stop is not None), ends.texts)
 
 
 def _head(result: Result, trunk: Trunk, key: str) -> tuple[Tensor, dict[str, Tensor]]:

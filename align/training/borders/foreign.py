@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from align.recipe.errors import UserError, reason
-from align.training.borders.stops import Stopped
+from align.training.borders.stops import STOPS, Stopped
 
 T = TypeVar("T")
 
@@ -29,10 +29,13 @@ SHARED: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (_folder, os.chdir),
     (lambda: sys.stdout, lambda stream: setattr(sys, "stdout", stream)),
     (lambda: sys.stderr, lambda stream: setattr(sys, "stderr", stream)),
-    *((partial(signal.getsignal, n), partial(signal.signal, n)) for n in (signal.SIGTERM, signal.SIGINT)),
+    (lambda: signal.getitimer(signal.ITIMER_REAL)[0] > 0, lambda _: signal.setitimer(signal.ITIMER_REAL, 0)),  # alarms
+    *((partial(signal.getsignal, n), partial(signal.signal, n)) for n in (*STOPS, signal.SIGALRM)),
     (sys.getrecursionlimit, sys.setrecursionlimit),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, lambda _: torch.set_default_device(None)),
+    *((partial(torch.is_autocast_enabled, d), partial(torch.set_autocast_enabled, d)) for d in ("cpu", "cuda")),
     (torch.get_num_threads, torch.set_num_threads),
 )
 

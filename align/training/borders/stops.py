@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last where a terminal closes
+
+
 class Stopped(BaseException):
     """A signal asked this command to stop. No `Exception`: code that catches all of these lets it pass."""
 
 
 class Signals:
-    """SIGTERM and SIGINT while this is entered. The first raises Stopped where it arrives, or, within `deferred`, is
+    """SIGTERM, SIGINT and SIGHUP, unless `nohup` ignores it, while this is entered. The first raises Stopped where it arrives, or, within `deferred`, is
     only noted; a later one ends the process at once.
 
     Python runs handlers in the main thread, between two of its instructions: to be entered there.
@@ -27,7 +30,8 @@ class Signals:
         self._first, self._deferred = 0.0, False
 
     def __enter__(self) -> Signals:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = [n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -74,6 +78,6 @@ class Signals:
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT are noted here instead of ending the process; a later one ends it."""
+    """These signals are noted here instead of ending the process; a later one ends it."""
     with Signals() as found, found.deferred() as asked:
         yield asked

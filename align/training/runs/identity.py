@@ -10,19 +10,63 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import NotRequired, TypedDict
 
 from align.data.examples import Examples
 from align.data.formats.prompts import asked
 from align.data.store import writer_of
 from align.models.base import base_folder
-from align.models.checkpoints.fingerprints import result_fingerprint, weights_fingerprint
+from align.models.checkpoints.fingerprints import ELSEWHERE, result_fingerprint, weights_fingerprint
+from align.models.checkpoints.sources import first_line, is_file
 from align.recipe.errors import UserError
 from align.recipe.schema import BaseRecipe
 
-Identity = dict[str, Any]  # as JSON holds it
 NAMED = 5  # files that a message names one by one
+
+
+class _File(TypedDict):
+    examples: int
+    bytes: int | None
+    hash: str
+
+
+class _Side(TypedDict):
+    examples: int
+    hash: str
+    files: dict[str, _File]
+
+
+class Identity(TypedDict):
+    """As JSON holds it."""
+
+    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
+
+    sides: dict[str, _Side]
+    template: str
+    tokenizer: str
+    base: str
+    settings: NotRequired[str]  # of the base; runs of earlier versions have none
+    results: dict[str, str | None]
+    answered: NotRequired[str]
+
+
+IDENTITY = TypeAdapter(Identity)
+
+
+def read_identity(value: Any, where: str) -> Identity:
+    """What was written of a run, `where` it stands. Raises UserError where it is nothing that align writes."""
+    try:
+        return IDENTITY.validate_python(value)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(map(str, ("identity", *fault["loc"])))
+        raise UserError(
+            f"{where} does not say what the run was trained on ({place}: {fault['msg']}); restore the file, or start "
+            "over with --fresh"
+        ) from None
 
 
 def identity_of(
@@ -49,6 +93,7 @@ def identity_of(
         "template": _hash(writer.pop("chat")),
         "tokenizer": _hash(writer),
         "base": _base(folder, recipe.model.init == "random"),
+        "settings": _settings(folder),
         "results": {key: _result(Path(name)) for key, name in folders.items()},
     } | ({"answered": answered} if answered else {})
 
@@ -63,6 +108,8 @@ def changes(there: Identity, here: Identity) -> list[str]:
         found += _side_changes(side, there["sides"].get(side, NONE), here["sides"].get(side, NONE), bool(found))
     if there["base"] != here["base"]:
         found.append(f"the weights of model.base have changed (fingerprint {there['base']} there, {here['base']} here)")
+    elif there.get("settings", here["settings"]) != here["settings"]:
+        found.append("the config.json of model.base, or what its generation_config.json says of ends, has changed")
     if there.get("answered") != here.get("answered"):
         found.append("the prompts of train.generate, or the answers that their rows have, have changed")
     for key in dict.fromkeys([*there["results"], *here["results"]]):
@@ -71,10 +118,10 @@ def changes(there: Identity, here: Identity) -> list[str]:
     return found
 
 
-NONE = {"examples": 0, "hash": "", "files": {}}
+NONE: _Side = {"examples": 0, "hash": "", "files": {}}
 
 
-def _side(examples: Examples, records: bool) -> dict[str, Any]:
+def _side(examples: Examples, records: bool) -> _Side:
     """The examples of one side: how many, the hash of all in their order, and the same of each file."""
     whole, files = sha256(), {}
     for part in examples.parts:
@@ -91,7 +138,7 @@ def _side(examples: Examples, records: bool) -> dict[str, Any]:
     return {"examples": len(examples), "hash": whole.hexdigest()[:16], "files": files}
 
 
-def _side_changes(side: str, there: dict[str, Any], here: dict[str, Any], explained: bool) -> Iterator[str]:
+def _side_changes(side: str, there: _Side, here: _Side, explained: bool) -> Iterator[str]:
     """`explained`: another template or tokenizer already is why the same rows have other tokens."""
     if there["hash"] == here["hash"]:
         return
@@ -123,6 +170,18 @@ def _base(folder: Path, of_config: bool) -> str:
         return _hash((folder / "config.json").read_text("utf-8")) if of_config else weights_fingerprint(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model.base: {folder} cannot be loaded ({str(error).splitlines()[0][:200]})") from None
+
+
+def _settings(folder: Path) -> str:
+    """The hash of what a base computes its numbers by, besides its weights, and of what ends its answers."""
+    told = {}
+    for name in ("config.json", "generation_config.json"):
+        try:
+            values = dict(json.loads((folder / name).read_bytes())) if is_file(folder / name) else {}
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"model.base: {folder / name}: it is damaged ({first_line(error)})") from None
+        told[name] = {key: value for key, value in values.items() if key not in ELSEWHERE}
+    return _hash([told["config.json"], told["generation_config.json"].get("eos_token_id")])
 
 
 def _result(folder: Path) -> str | None:

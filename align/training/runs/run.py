@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
@@ -22,7 +22,7 @@ from align.recipe.records import parsed, read_lines, to_json
 from align.recipe.schema import BaseRecipe
 from align.training.rollouts.parts import CALLING
 from align.training.runs.checkpoint import load_state, newest_checkpoint, speaking, tidy_checkpoints, write_atomic
-from align.training.runs.identity import Identity, changes
+from align.training.runs.identity import Identity, changes, read_identity
 from align.training.best import patience_end
 from align.training.meters import environment
 from align.training.plan import Plan, learning_rate
@@ -56,7 +56,7 @@ class Run:
 
     def __init__(self, recipe: BaseRecipe) -> None:
         self.recipe, self.folder = recipe, recipe.folder
-        self.standing, self.identity = Standing(), dict[str, Any]()
+        self.standing, self.identity = Standing(), cast(Identity, {})
         self._before: BaseRecipe | None = None  # of the run that is gone on with
 
     @property
@@ -112,7 +112,7 @@ class Run:
             return Standing()
         point, passed_over = newest_checkpoint(self.checkpoints)
         state = state_of(point, load_state(point)) if point else {}
-        self._check_same(identity, state)
+        self._check_same(identity, state, point)
         step, place = state.get("step", 0), state.get("place", 0)
         end, terms = self._end()
         plan = Plan(self.recipe, examples, step, place)
@@ -134,13 +134,14 @@ class Run:
         said = (*passed_over, *self._extended(examples, plan))
         return Standing(point, step, place, evaluated, end == step, finished, said)
 
-    def _check_same(self, identity: Identity, state: dict[str, Any]) -> None:
+    def _check_same(self, identity: Identity, state: dict[str, Any], point: Path | None) -> None:
         """UserError, with what changed and the ways on, where the run was trained on something else."""
-        there = self._identity_there() or state.get("identity")
-        if there is None:  # nothing was trained yet, or nobody knows on what
+        written, saved = self._identity_there(), state.get("identity")
+        if not (written or saved):  # nothing was trained yet, or nobody knows on what
             return
+        there = read_identity(written or saved, str(self.folder / "data.json" if written else point))
         changed = changes(there, identity)
-        if not changed and state.get("identity", there) != there:
+        if not changed and saved and saved != there:
             changed = ["its newest checkpoint is of other data"]
         if changed:
             raise UserError(
@@ -149,7 +150,7 @@ class Run:
                 "or start over with --fresh, which deletes it"
             )
 
-    def _identity_there(self) -> Identity | None:
+    def _identity_there(self) -> Any:
         file = self.folder / "data.json"
         found = parsed(file.read_bytes()) if file.is_file() else None
         return (found or {}).get("identity")
