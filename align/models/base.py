@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -50,6 +51,7 @@ class Base(NamedTuple):
     source: str  # what peft and transformers can load it from: a folder or a hub id
     links: tuple[Link, ...] = ()  # what the trunk is made of: the base, and each adapter
     added: tuple[int, ...] = ()  # ids of the tokens whose embedding rows train
+    unused: tuple[str, ...] = ()  # weights of layers that the files have, and the model that config.json describes not
 
 
 def load_tokenizer(section: Model) -> Tokenizer:
@@ -124,10 +126,11 @@ def load_base(
     kind = AutoModelForCausalLM
     if is_encoder(config):
         config.num_labels, kind = outputs, AutoModelForSequenceClassification
+    unused: tuple[str, ...] = ()
     if section.init == "random":
         model, fingerprint = _new_model(section, config, seed, kind)
     else:
-        model = _load_model(section, folder, config, place, dtype, seed, kind)
+        model, unused = _load_model(section, folder, config, place, dtype, seed, kind)
         fingerprint = weights_fingerprint(folder, section.base)
     bits = section.quantize
     link = Link(name=section.base, path=str(folder.resolve()), fingerprint=fingerprint, quantize=bits)
@@ -146,7 +149,7 @@ def load_base(
         settle_generation(model.generation_config, f"model.base: {section.base}")
     local = section.base.startswith("demo/") or is_folder(Path(section.base))
     source = str(folder.resolve()) if local else section.base
-    return Base(model, tokenizer, trunk.fingerprint, section.base, source, trunk.links, added)
+    return Base(model, tokenizer, trunk.fingerprint, section.base, source, trunk.links, added, unused)
 
 
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
@@ -188,7 +191,8 @@ def _load_model(
     dtype: torch.dtype,
     seed: int,
     kind: type,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model, and the names of weights of layers that it has not."""
     options = {}
     if section.quantize:
         check_finite_files(folder, f"model.base: {section.base}")  # rounding would hide it
@@ -224,7 +228,8 @@ def _load_model(
         raise UserError(f"model.base: {section.base} is no whole {what}: it lacks {', '.join(lacking[:3])}")
     if section.quantize:
         settle(model, dtype)
-    return model
+    layers = {re.sub(r"\d+", "N", name) for name in model.state_dict() if re.search(r"\.\d+\.", name)}
+    return model, tuple(sorted(name for name in told["unexpected_keys"] if re.sub(r"\d+", "N", name) in layers))
 
 
 def _new_model(section: Model, config: PreTrainedConfig, seed: int, kind: type) -> tuple[PreTrainedModel, str]:

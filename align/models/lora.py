@@ -108,7 +108,7 @@ def check_targets(model: nn.Module, section: Lora, tokens: bool = False, scores:
             close = get_close_matches(target, layers, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(layers)}"
             problems.append(f"lora.targets: the model has no module {target!r}; {hint}")
-        elif not any(isinstance(layer, ADAPTABLE) for layer in chosen):
+        elif not any(isinstance(beneath(layer), ADAPTABLE) for layer in chosen):
             problems.append(
                 f"lora.targets: {target!r} is a {type(chosen[0]).__name__}, which takes no adapter; there are "
                 f"{', '.join(layers)}"

@@ -52,7 +52,7 @@ class Trunk(nn.Module):
     ) -> None:
         super().__init__()
         self.fingerprint, self.base_name, self.tokenizer = base.fingerprint, base.name, base.tokenizer
-        self.links, self.added = base.links, base.added
+        self.links, self.added, self.unused = base.links, base.added, base.unused
         self.outputs = outputs
         causal = base.model
         config = causal.config.get_text_config()
@@ -131,6 +131,11 @@ class Trunk(nn.Module):
         remarks = [f"padded layout, for {self.layout_reason}"] if self.layout_reason else []
         if not self.outputs and (remark := turn_ends(self.tokenizer).remark):
             remarks.append(remark)
+        if self.unused:
+            remarks.append(
+                f"warning: {len(self.unused):,} weights of {self.base_name} are not used, for its config.json "
+                f"describes fewer layers: {self.unused[0]}, …"
+            )
         if self.attention_reason:
             remarks.append(f"attention over dense scores, for {self.attention_reason}")
         return remarks + acceleration.remarks(self)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from models.tiny import save_base, stir, tiny_model, tree
 from peft import AutoPeftModelForCausalLM, PeftModel
+from results import change
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from align.data.trees import plant
 from align.models.base import compute_dtype, load_base, load_tokenizer
@@ -297,8 +298,9 @@ def test_a_broken_checkpoint(folder, tmp_path, file, content):
         (lambda w: w | {"model.norm.weight": torch.full_like(w["model.norm.weight"], math.nan)}, "norm.weight has "),
         (lambda w: w | {"model.norm.weight": torch.ones(31)}, "norm.weight has the shape (31,) where its "),
         (lambda w: {n: t for n, t in w.items() if "norm" not in n}, "whole language model: it lacks model.layers.0."),
+        (lambda w: w | {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, "norm.weight holds whole numbers, as "),
     ],
-    ids=["nan", "shape", "lacking"],
+    ids=["nan", "shape", "lacking", "integers"],
 )  # fmt: skip
 def test_odd_weights(folder, tmp_path, harm, said):
     copy = tmp_path / "copy"
@@ -325,6 +327,59 @@ def test_a_config_far_larger_than_its_weights(folder, tmp_path, key):
     config = json.loads((copy / "config.json").read_text()) | {key: 2_000_000}
     (copy / "config.json").write_text(json.dumps(config))
     assert f"its config.json has {key}: 2,000,000, which its weights are far too small for" in problem(copy)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"head_dim": 10**7}, "describes 7,"),
+        ({"num_key_value_heads": 10**7}, "describes "),
+        ({"num_labels": 10**9}, "num_labels: 1,000,000,000 is more than any model has"),
+        ({"hidden_size": 0}, "hidden_size: 0, which makes no model"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: 0, which makes no model"),
+    ],
+)
+def test_a_config_that_asks_for_all_memory_or_for_no_model(folder, tmp_path, values, said):
+    base = shutil.copytree(folder, tmp_path / "base")
+    change(base / "config.json", **values)
+    assert said in problem(base)
+
+
+def test_layers_that_the_config_leaves_out_are_told(folder, tmp_path):
+    base = shutil.copytree(folder, tmp_path / "base")
+    change(base / "config.json", num_hidden_layers=1)
+    (remark,) = trunk_on(base).remarks
+    assert remark.startswith("warning: ")
+    assert "weights of " in remark
+    assert "describes fewer layers: model.layers.1." in remark
+    assert trunk_on(folder).remarks == []
+
+
+@pytest.mark.parametrize("lora", [Lora(r=4), None])
+def test_what_a_generation_config_says_is_saved_but_for_what_does_nothing(folder, tmp_path, lora):
+    """Published ones have a temperature without `do_sample`, which transformers does not save."""
+    base = shutil.copytree(folder, tmp_path / "base")
+    idle = {"temperature": 0.6, "top_p": 0.9, "early_stopping": True}
+    GenerationConfig().save_pretrained(base)
+    change(base / "generation_config.json", eos_token_id=[2, 1], repetition_penalty=1.2, **idle)
+    trunk = trunk_on(base, lora)
+    trunk.save(tmp_path / "final", {name: p.detach() for name, p in trunk.saved().items()}, {"stage": "sft"})
+    written = json.loads((tmp_path / "final" / "generation_config.json").read_text())
+    assert written["repetition_penalty"] == 1.2
+    assert {1, 2} <= {*written["eos_token_id"]}
+    assert not written.keys() & idle.keys()
+    change(base / "generation_config.json", do_sample=True)
+    assert trunk_on(base, lora).generation_config().temperature == 0.6
+
+
+@pytest.mark.parametrize(
+    "values", [{"eos_token_id": ends} for ends in ("</s>", [[1]], 2.0, True, [1, "x"], {})] + [{"stop_strings": 5}]
+)
+def test_ends_that_are_none_are_refused(folder, tmp_path, values):
+    base = shutil.copytree(folder, tmp_path / "base")
+    GenerationConfig().save_pretrained(base)
+    change(base / "generation_config.json", **values)
+    assert f"generation_config.json: {[*values][0]}: expected " in problem(base)
 
 
 def test_pickled_weights_are_told_how_to_be_converted(folder, tmp_path):

@@ -12,7 +12,7 @@ from align.data.formats.message import NOTHING, ROLES, THOUGHTS, Turn, mapping, 
 from align.data.formats.rows import Refused
 from align.data.formats.shown import a, shown
 from align.data.formats.values import filled, from_json, text
-from align.data.formats.verdicts import truth
+from align.data.formats.verdicts import MARKS, truth
 
 
 def alpaca(row: dict[str, Any]) -> list[Turn]:
@@ -97,8 +97,13 @@ def remarks_of(turns: list[Turn]) -> tuple[str, ...]:
 
 
 def thoughts_beside(row: dict[str, Any]) -> tuple[str, ...]:
-    """What is to be said of thoughts in columns of their own, which nothing reads."""
-    return tuple(
+    """What is to be said of thoughts, and of marks of turns, in columns of their own, which nothing reads."""
+    marks = tuple(
+        f"nothing reads the column `{name}`; a turn that is not to be learnt has a key `train: false` of its own"
+        for name in MARKS
+        if name != "loss_mask" and row.get(name) not in NOTHING and truth(row[name]) is not None
+    )
+    return marks + tuple(
         f"nothing reads the column `{name}`; thoughts are read from a key `reasoning_content` of a turn, or from "
         "<think> … </think> before the answer"
         for name in THOUGHTS

@@ -64,9 +64,11 @@ def _ordered(pool: ProcessPoolExecutor, first: list[T], rest: Iterator[T], windo
 
 
 def _begin(make: Callable[..., Callable[[Any], Any]], given: tuple) -> None:
-    """A worker's beginning. It ends with the process that started it, however that ends; Ctrl-C is for that one."""
+    """A worker's beginning. It ends with the process that started it, however that ends; Ctrl-C, and the
+    end of a terminal, are for that one."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["RAYON_NUM_THREADS"] = "1"  # of rensa: the workers share out the cores
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     _worker = make(*given)

@@ -56,8 +56,8 @@ def chat_tokenizer(
     elif isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         names = ", ".join(sorted(map(shown, tokenizer.chat_template)))
         raise UserError(
-            f"{tokenizer.name_or_path or 'the tokenizer'} has chat templates for {names}, and none that is its default; "
-            "give one as a file in model.chat_template"
+            f"{tokenizer.name_or_path or 'the tokenizer'} has chat templates for {names}, and none that is its "
+            "default; give one as a file in model.chat_template"
         )
     if options:
         plain = plain_template(tokenizer.get_chat_template())

@@ -1,4 +1,4 @@
-"""A generation_config.json: what a checkpoint says of how its answers end and are drawn, as far as it can be saved again.
+"""A generation_config.json: what a checkpoint says of how its answers end and are drawn, made fit to be saved.
 
 transformers saves no config in which a setting does nothing, such as a temperature without `do_sample`; but many
 checkpoints have such ones, and what a run saves has other ends of turns than its base.

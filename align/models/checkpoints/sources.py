@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from align.models.demo import NAMES, cache_folder, demo_model
 from align.recipe.errors import UserError
@@ -21,6 +22,7 @@ from align.recipe.schema import Model
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a hub repository
 CODE = "it asks for Python code beside it, which does not run unless you allow it: model.trust_remote_code of the base"
+MOST_LABELS = 10**6  # of a classifier
 PACKED = 16  # weights that a quantised checkpoint may hold in one value
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -125,6 +127,10 @@ def read_config(folder: Path, told: str, trust: bool = False) -> PreTrainedConfi
     Raises UserError for a file that is none, or that asks for code that the user has not allowed.
     """
     with foreign(f"{told} has no usable config.json"):
+        written = json.loads((folder / "config.json").read_bytes()) if is_file(folder / "config.json") else {}
+        labels = written.get("num_labels") if isinstance(written, dict) else None
+        if isinstance(labels, int) and labels > MOST_LABELS:  # each of which would get a name in memory
+            raise ValueError(f"num_labels: {labels:,} is more than any model has")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         if not all(isinstance(name, str) for name in config.architectures or ()):
             raise ValueError("architectures: expected names of classes")
@@ -176,11 +182,25 @@ def _check_size(files: list[Path], config: PreTrainedConfig, told: str) -> None:
     with foreign(f"{told}: its weights are damaged"):
         for path in files:
             with safe_open(path, framework="pt") as file:
-                shapes += [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    shapes.append(part.get_shape())
+                    if name.endswith(".weight") and part.get_dtype()[0] in "IUB" and part.get_dtype() != "BF16":
+                        raise ValueError(f"{name} holds whole numbers, as weights that were quantised")
     values = PACKED * sum(map(math.prod, shapes))
-    width = getattr(config, "hidden_size", None) or 1
-    most = {"num_hidden_layers": len(shapes), "vocab_size": values // width, "intermediate_size": values // width}
+    width = getattr(config, "hidden_size", None)
+    most = {"hidden_size": values, "num_hidden_layers": len(shapes)}
+    most |= {key: values // max(width or 1, 1) for key in ("vocab_size", "intermediate_size")}
     for key, limit in most.items():
         size = getattr(config, key, None)
         if isinstance(size, int) and size > limit:
             raise UserError(f"{told}: its config.json has {key}: {size:,}, which its weights are far too small for")
+        if size == 0 and key in ("hidden_size", "num_hidden_layers"):
+            raise UserError(f"{told}: its config.json has {key}: 0, which makes no model")
+    size = 0
+    with suppress(Exception), torch.device("meta"):  # where none can be made, what loads it says so
+        size = sum(p.numel() for p in AutoModel.from_config(config, trust_remote_code=False).parameters())
+    if size > values:
+        raise UserError(
+            f"{told}: its config.json describes {size:,} parameters, which its weights are far too small for"
+        )

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last where a terminal closes
 
 
@@ -18,8 +17,8 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGHUP, unless `nohup` ignores it, while this is entered. The first raises Stopped where it arrives, or, within `deferred`, is
-    only noted; a later one ends the process at once.
+    """SIGTERM, SIGINT and SIGHUP while this is entered, but for a SIGHUP that `nohup` ignores. The first raises Stopped
+    where it arrives, or, within `deferred`, is only noted; a later one ends the process at once.
 
     Python runs handlers in the main thread, between two of its instructions: to be entered there.
     """

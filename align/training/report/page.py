@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from markupsafe import Markup
 
 from align.training.meters import SPIKE_SIGMAS, SPIKE_WINDOW, SPREAD_STEPS, loss_stability
 from align.training.report.answered import answers_section
@@ -54,7 +55,7 @@ def write_report(run: Path, state: str = "") -> Path:
         words=words(metrics),
         curves=curves(metrics),
         distributions=distributions(metrics, data),
-        classification=classification_section(_json(run / "classification.json")),
+        classification=_classification(run / "classification.json"),
         rollout=rollout_section(metrics, run / "episodes.jsonl", recipe),
         answers=answers_section(run / "answers.jsonl"),
         data=data,
@@ -235,6 +236,13 @@ def plain(entry: Any) -> str:
     return "–" if entry is None else str(entry)
 
 
+def _classification(path: Path) -> Markup:
+    try:
+        return classification_section(_json(path))
+    except (LookupError, TypeError, ValueError, AttributeError):  # somebody changed it
+        return Markup("<p>classification.json is not as align writes it, and is left out.</p>")
+
+
 def _settings(recipe: str | None) -> dict[str, Any]:
     """The recipe's own values; nothing where it cannot be read."""
     try:
@@ -250,6 +258,7 @@ def _text(path: Path) -> str | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(_text(path) or "{}")
-    except ValueError:  # torn by a kill
+        found = json.loads(_text(path) or "{}")
+    except (ValueError, RecursionError):  # torn by a kill
         return {}
+    return found if isinstance(found, dict) else {}

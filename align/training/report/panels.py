@@ -71,10 +71,8 @@ class Metrics(NamedTuple):
             if row is None or not isinstance(row.get("step"), int) or not isinstance(row.get("split"), str):
                 unreadable += 1
                 continue
-            numbers = {
-                k: np.nan if v is None else float(v) for k, v in row.items() if type(v) in (int, float, NoneType)
-            }
-            vectors = {k: np.array(v, np.float64) for k, v in row.items() if _is_vector(v)}
+            numbers = {k: _number(v) for k, v in row.items() if type(v) in (int, float, NoneType)}
+            vectors = {k: np.array([*map(_number, v)]) for k, v in row.items() if _is_vector(v)}
             splits.setdefault(row["split"], {}).setdefault(row["step"], {}).update(numbers)
             lists.setdefault(row["split"], {}).setdefault(row["step"], {}).update(vectors)
         splits, lists = ({name: dict(sorted(side.items())) for name, side in by.items()} for by in (splits, lists))
@@ -165,6 +163,13 @@ def panel_title(name: str) -> str:
     if name.startswith(ANSWERS):
         return f"{TITLES['generate']}: {name.removeprefix(ANSWERS).replace('_', ' ')}"
     return TITLES.get(name, name.replace("_", " ").capitalize())
+
+
+def _number(value: float | None) -> float:
+    try:
+        return np.nan if value is None else float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return np.nan
 
 
 def _is_vector(value: Any) -> bool:

@@ -583,6 +583,15 @@ def test_thoughts_in_a_column_of_their_own_are_remarked(format, row):
     assert remark.startswith("nothing reads the column `reasoning`; thoughts are read from a key `reasoning_content`")
 
 
+def test_marks_in_columns_of_their_own_are_remarked():
+    """Nothing reads them: they stand beside turns, and a row's other columns may say anything."""
+    (remark,) = convert({"messages": HI, "weight": 0, "loss": "smooth"}, "messages", "f", 1).remarks
+    assert remark.startswith(
+        "nothing reads the column `weight`; a turn that is not to be learnt has a key `train: false`"
+    )
+    assert convert({"messages": HI, "loss_mask": [1, 1], "mask": None}, "messages", "f", 1).remarks == ()
+
+
 ORDERS = {
     "an assistant first": [assistant("hello"), *HI],
     "users in a row": [user("a"), *HI],

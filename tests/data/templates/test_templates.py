@@ -1,4 +1,5 @@
 import hashlib
+import os
 import re
 import resource
 import signal
@@ -162,6 +163,31 @@ def test_options_become_the_defaults_of_the_template(tmp_path):
     ):
         with pytest.raises(UserError, match=problem):
             chat_tokenizer(tiny_tokenizer(SMOLLM), None, options)
+
+
+@pytest.mark.parametrize("value", ["😀 é", 'a \\n "b" \' {{ 1 }} %} #} \u2028', {"ключ": ["😀", 1.5, None, True]}])
+def test_an_option_is_what_the_template_gets(value):
+    tokenizer = chat_tokenizer(tiny_tokenizer("{{ greeting }}" + SMOLLM), None, {"greeting": value})
+    assert tokenizer.apply_chat_template(talk_of("q"), tokenize=False).startswith(f"{value}<|im_start|>system")
+
+
+def test_templates_by_name_without_a_default():
+    tokenizer = tiny_tokenizer(SMOLLM)
+    tokenizer.chat_template = {"rag": SMOLLM, "tool_use": SMOLLM}
+    with pytest.raises(UserError, match="has chat templates for rag, tool_use, and none that is its default"):
+        chat_tokenizer(tokenizer, None)
+    assert chat_tokenizer(tokenizer, "chatml").chat_template.startswith("{")
+
+
+def test_files_of_templates(tmp_path):
+    """A mark of the byte order is no part of the text; and a pipe, which might never end, is not read."""
+    file = tmp_path / "a.jinja"
+    file.write_text(SMOLLM, "utf-8-sig")
+    assert chat_tokenizer(tiny_tokenizer(), str(file)).chat_template == SMOLLM
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("/dev/zero", str(tmp_path / "pipe")):
+        with pytest.raises(UserError, match="is neither chatml, plain nor a Jinja file: a device or a pipe"):
+            chat_tokenizer(tiny_tokenizer(), name)
 
 
 def test_an_option_turns_thinking_off():

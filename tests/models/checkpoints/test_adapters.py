@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.data.trees import plant
 from align.models.base import load_base
-from align.models.checkpoints.results import META, read_result
+from align.models.checkpoints.results import META, check_finite, read_result
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
@@ -177,12 +177,21 @@ def test_added_tokens_without_a_lora_are_rows_of_a_whole_model(tmp_path):
         ("llama", Lora(targets=["embed_tokens"]), "lora.targets: 'embed_tokens' has the rows that model.add_tokens"),
         ("llama", Lora(targets=["q_porj", "v_proj"]), "lora.targets: the model has no module 'q_porj'; did you mean "),
         ("gpt2", Lora(targets=["zzzzz"]), "lora.targets: the model has no module 'zzzzz'; there are c_attn, c_fc"),
+        ("llama", Lora(targets=["norm", "q_proj"]), "lora.targets: 'norm' is a LlamaRMSNorm, which takes no adapter; "),
     ],
 )  # fmt: skip
 def test_targets_that_cannot_be(family, lora, said, tmp_path):
     with pytest.raises(UserError) as error:
         trunk_on(save_base(tmp_path / "base", family), lora, add_tokens=ADDED)
     assert error.value.problems[0].startswith(said)
+
+
+def test_numbers_of_8_bits_are_looked_at_too():
+    """torch has no `isfinite` for all of them."""
+    ones = {"a": torch.ones(2).to(torch.float8_e4m3fn)}
+    check_finite(ones, "told")
+    with pytest.raises(UserError, match="told: a has values that are not finite"):
+        check_finite({"a": torch.full((2,), torch.nan).to(torch.float8_e4m3fn)}, "told")
 
 
 # -- chains ------------------------------------------------------------------------------------------------------------

@@ -10,13 +10,24 @@ import pytest
 from align.training.borders.stops import Signals, Stopped, signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_it_is_raised_at_once_past_all_that_catches_exceptions(number):
     before = signal.getsignal(number)
     with Signals() as found, pytest.raises(Stopped), suppress(Exception):
         signal.raise_signal(number)
     assert found.asked == [number]
     assert signal.getsignal(number) is before
+
+
+def test_under_nohup_the_end_of_the_terminal_is_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as found:
+            signal.raise_signal(signal.SIGHUP)
+        assert found.asked == []
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_it_is_kept_while_it_would_lose_something():

@@ -317,6 +317,14 @@ def test_each_file_may_be_missing_or_torn(run, missing):
     assert {file for file, mark in marks.items() if mark not in told} == marks.keys() & {missing}
 
 
+def test_files_of_another_shape_stop_no_report(run):
+    (run / "summary.json").write_text("[1]")
+    (run / "classification.json").write_text('{"labels": []}')
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "split": "train", "loss": 1' + "0" * 400 + "}\n")
+    assert "classification.json is not as align writes it, and is left out." in report(run).text
+
+
 def test_an_empty_run_still_gives_a_page(tmp_path):
     assert "No metrics yet." in report(tmp_path).text
     (tmp_path / "metrics.jsonl").touch()

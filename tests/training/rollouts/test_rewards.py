@@ -204,6 +204,8 @@ def test_what_a_function_changes_is_put_back(trunk, mine, here, monkeypatch):
         "    os.chdir('below'); sys.stdout = open(os.devnull, 'w'); sys.setrecursionlimit(400)\n"
         "    signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
         "    torch.set_grad_enabled(False); torch.set_default_dtype(torch.float64); torch.set_num_threads(3)\n"
+        "    torch.set_default_device('meta'); torch.set_autocast_enabled('cpu', True)\n"
+        "    signal.signal(signal.SIGALRM, lambda *_: 1 / 0); signal.setitimer(signal.ITIMER_REAL, 60)\n"
         "    prompts.clear(); rows[0]['answer'] = 'changed'\n"
         "    return [float(r) for r in responses]\n"
     )

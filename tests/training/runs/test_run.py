@@ -11,7 +11,7 @@ import pytest
 from align.recipe.errors import UserError
 from align.recipe.schema import BaseRecipe, Batch, Data, Model, Source, Train
 from align.training.runs.checkpoint import save_checkpoint, tidy_checkpoints
-from align.training.runs.identity import changes
+from align.training.runs.identity import changes, read_identity
 from align.training.plan import Plan
 from align.training.runs.run import Run
 
@@ -128,7 +128,26 @@ def test_changes_are_told_by_what_they_come_from():
         "eval: 0 examples there, 1 here, no row of z there",
         "model.adapter s: its weights or its configuration have changed",
     ]
+    settings = "the config.json of model.base, or what its generation_config.json says of ends, has changed"
+    assert changes(here | {"settings": "p"}, here | {"settings": "q"}) == [settings]
+    assert changes(here, here | {"settings": "q"}) == [], "an earlier version wrote none"
     assert changes(here | {"base": "c", "tokenizer": "l"}, here) == [
         "the tokenizer has changed",
         "the weights of model.base have changed (fingerprint c there, b here)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("found", "place"),
+    [
+        (5, "identity: "),
+        ({}, "identity.sides: "),
+        ({"sides": {"train": 5}}, "identity.sides.train: "),
+        ({"sides": {"train": side(1, "a") | {"files": {"x": 1}}}}, "identity.sides.train.files.x: "),
+        ({"sides": {}, "template": "t", "tokenizer": "k", "base": "b", "results": [1]}, "identity.results: "),
+    ],
+)
+def test_a_damaged_identity_is_one_line(found, place):
+    with pytest.raises(UserError, match=f"data.json does not say what the run was trained on .{place}") as error:
+        read_identity(found, "data.json")
+    assert len(error.value.problems) == 1
