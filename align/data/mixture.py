@@ -32,6 +32,9 @@ from align.recipe.functions import Border
 from align.recipe.schema import Data, Source
 
 
+MOST = 2**31  # rows of an epoch, whose order is made at once
+
+
 class Prepared(NamedTuple):
     """What a run trains and evaluates on, and what became of every row."""
 
@@ -118,6 +121,8 @@ def prepare(
         ]
         _some(train, "train", read, ledger)
     sides = Examples(train, data.max_length, data.weigh_by), Examples(held, data.max_length)
+    if (asked := float((sides[0].passes * np.diff(sides[0].starts)).sum())) > MOST:
+        raise UserError(f"data.train: by these weights an epoch has {asked:.3g} rows; a weight of 2 is two passes")
     duplicates = sum(int(mask.sum()) for masks in copies for mask in masks)
     notes = [*dict.fromkeys(notes + more), *_summary(*sides, ledger, read, duplicates)]
     notes += proportions(sides[0]) if data.weigh_by == "tokens" else []

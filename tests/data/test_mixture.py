@@ -153,6 +153,12 @@ def test_weights_are_passes_over_a_source(folder, tokenizer, weight, per_epoch, 
     assert all(set(a[a >= 80]) != set(b[b >= 80]) for a, b in pairwise(orders) if weight < 1)
 
 
+def test_an_epoch_without_end_is_refused(folder, tokenizer):
+    data = _data().model_copy(update={"train": [Source(path="chat.jsonl", weight=1e300)]})
+    with pytest.raises(UserError, match=r"data\.train: by these weights an epoch has 8e\+301 rows"):
+        _prepare(data, tokenizer, folder)
+
+
 def test_weights_by_tokens_are_shares_of_an_epochs_tokens(folder, tokenizer):
     """By hand: of T tokens in all, 3/4 T are of the first source, which has t of them: 3/4 T / t passes."""
     train = [Source(path="chat.jsonl", weight=3), Source(path="other.jsonl", weight=1)]
