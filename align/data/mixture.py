@@ -31,7 +31,6 @@ from align.recipe.errors import UserError, printable
 from align.recipe.functions import Border
 from align.recipe.schema import Data, Source
 
-
 MOST = 2**31  # rows of an epoch, whose order is made at once
 
 

@@ -102,6 +102,8 @@ def check_targets(model: nn.Module, section: Lora, tokens: bool = False, scores:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     layers = sorted({name.rpartition(".")[2] for name, layer in named.items() if isinstance(layer, ADAPTABLE)})
     problems = []
+    if not section.targets:
+        problems.append(f"lora.targets: an empty list; there are {', '.join(layers)}")
     for target in [] if isinstance(section.targets, str) else section.targets:
         chosen = [layer for name, layer in named.items() if name == target or name.endswith(f".{target}")]
         if not chosen:

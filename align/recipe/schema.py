@@ -84,7 +84,7 @@ class Lora(Section):
     """The update is scaled by alpha / r (alpha / sqrt(r) with `rslora`)."""
     dropout: Fraction = 0.0
     """Dropout on the adapters' input, in training only."""
-    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    targets: Literal["all-linear"] | list[str] = "all-linear"
     """Every linear layer but the output head, or the names of the modules to adapt."""
     rslora: bool = False
     """Rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732)."""

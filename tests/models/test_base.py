@@ -379,7 +379,7 @@ def test_ends_that_are_none_are_refused(folder, tmp_path, values):
     base = shutil.copytree(folder, tmp_path / "base")
     GenerationConfig().save_pretrained(base)
     change(base / "generation_config.json", **values)
-    assert f"generation_config.json: {[*values][0]}: expected " in problem(base)
+    assert f"generation_config.json: {next(iter(values))}: expected " in problem(base)
 
 
 def test_pickled_weights_are_told_how_to_be_converted(folder, tmp_path):
