@@ -6,7 +6,7 @@ chat: .venv/installed
 	.venv/bin/accelerate launch -m align.sft recipes/chat.yaml
 
 test: .venv/installed
-	.venv/bin/python -m pytest --ignore=tests/real -n 4 --dist loadfile --no-loadscope-reorder
+	.venv/bin/python -m pytest --ignore=tests/real -n 3 --dist loadfile --no-loadscope-reorder
 
 # All tests, the long ones too, with every example of the fuzz tests.
 test-all: .venv/installed

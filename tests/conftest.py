@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("align", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("align")
 
-FIRST = ("processes", "pipeline", "stops", "ppo_truth", "shards", "preference_resume", "ppo_resume")
+FIRST = ("shards", "processes", "ppo_resume", "resume", "plain_path", "dpo", "classify", "ppo_truth", "pipeline")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # of what a test starts too: tests share the cores, and threads wait busily
@@ -24,6 +25,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long, or wait for processes, come first: what is left at the end is short."""
     rank = {f"test_{name}.py": number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(FIRST)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported now stays, and need not be looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope="session")

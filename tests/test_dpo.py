@@ -216,6 +216,7 @@ def test_a_cached_reference_changes_no_figure(kind, more, request, world, here):
     assert {name: w.shape for name, w in weights(run).items()} == {n: w.shape for n, w in weights(reference).items()}
 
 
+@pytest.mark.slow
 def test_the_cache_knows_what_its_numbers_depend_on(world, here, monkeypatch):
     """Another learning rate, beta or loss finds them; another max_length, base or set does not."""
     monkeypatch.setenv("ALIGN_CACHE", str(here / "cache"))

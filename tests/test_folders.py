@@ -51,7 +51,9 @@ def assert_nothing_changes(whole, run, told):
     assert {one.status for one in told} <= {0, 2}
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(50 * REPEATS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("times", [50 * REPEATS])
 def test_two_starts_at_once(whole, here, times):
     for number in range(times):
         run, told = two_starts(whole[1], here, number)

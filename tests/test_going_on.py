@@ -203,6 +203,7 @@ def test_a_start_of_something_else_is_refused_with_the_difference(world, recipe,
     )
 
 
+@pytest.mark.slow
 def test_every_stage_starts_from_another_run_of_it(world, recipe, here):
     """SFT's LoRA under DPO, with the trunk as its reference; whole weights; a head with its labels."""
     short = {"steps": 2, "save_every": 1, "eval_every": None}

@@ -83,6 +83,7 @@ def test_the_coefficient_follows_its_target(whole):
     assert metrics(whole[0], "eval")[-1]["kl_coef"] == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_another_run_starts_from_its_actor_and_critic(whole, here):
     """From its folder both, with their moments; from its result the actor alone. It then says what it said before."""
     reference, recipe = whole

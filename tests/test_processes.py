@@ -99,6 +99,7 @@ def test_a_real_launcher(world, here):
     assert_close(here / "launched", here / "run")
 
 
+@pytest.mark.slow
 def test_a_fault_on_two_processes(world, here):
     """Both end with status 2, whether both find it or the first alone, without a traceback; nothing is written."""
     (here / "bad.jsonl").write_text('{"messages": []}\n')

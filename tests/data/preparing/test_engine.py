@@ -35,7 +35,7 @@ class Squares:
 def test_results_come_in_the_order_of_their_tasks(workers):
     found = list(local(workers)(Squares, ("here",), iter(range(12))))
     assert [square for square, _ in found] == [i * i for i in range(12)]
-    assert 1 <= len({process for _, process in found} - {os.getpid()}) <= workers
+    assert len({process for _, process in found}) <= workers
     with pytest.raises(UserError) as error:
         list(local(workers)(Squares, ("here",), [1, 2, -1, 3]))
     assert error.value.problems == ("here: first", "second")

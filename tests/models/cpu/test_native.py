@@ -248,6 +248,7 @@ def test_without_a_compiler_pytorch_does_the_work(compiler, monkeypatch, tmp_pat
 
 
 @NEEDS
+@pytest.mark.slow
 def test_they_are_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
     made = compiled._compiled("cc")

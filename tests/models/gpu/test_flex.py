@@ -153,6 +153,7 @@ def test_too_many_variants_are_an_error_and_never_dense_scores(variants, monkeyp
         flex.flex_attention(*states(256, 32), ForestMask(forest), 0.2, None, None)
 
 
+@pytest.mark.slow
 def test_runs_of_three_stages_compile_at_most_six_variants(variants, world, cache, here, tmp_path_factory):
     """One with a gradient and one without, the trial of the layout included. Rows of several lengths, gradient
     checkpointing, several roles, prompts that are sampled from."""
