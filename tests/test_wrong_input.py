@@ -188,6 +188,8 @@ def test_a_run_folder_that_is_a_file(refused, here):
     (here / "notes").write_text("mine")
     assert refused("run=notes") == "run: notes is a file; name another folder"
     assert "notes" in refused("run=notes/run")
+    (here / "old").symlink_to("gone")
+    assert refused("run=old") == "run: old is a link to nothing; name another folder"
 
 
 def test_a_folder_that_may_not_be_written(refused, here):

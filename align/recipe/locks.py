@@ -30,7 +30,8 @@ def claimed(folder: Path, what: str = "another process is writing to") -> Iterat
         raise UserError(f"run: {what} {folder}; wait for it, or stop it") from None
     except (NotADirectoryError, FileExistsError):
         file = next((path for path in (folder, *folder.parents) if path.exists() or path.is_symlink()), folder)
-        what = "is a file" if file == folder else f"lies in {file}, which is a file"
+        kind = "is a file" if file.exists() else "is a link to nothing"
+        what = kind if file == folder else f"lies in {file}, which {kind}"
         raise UserError(f"run: {folder} {what}; name another folder") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

@@ -27,6 +27,35 @@ SPACE = re.compile(r"[ \t\r\n]*")
 CHUNK = 1 << 16  # bytes of a JSON array read at once; more only for a row that is longer
 
 
+class _Parser:
+    """JSON in which no object says one key twice: which of both is meant, nobody knows."""
+
+    def __init__(self) -> None:
+        self._twice: list[str] = []
+        self._json = json.JSONDecoder(object_pairs_hook=self._once)
+
+    def _once(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            self._twice.append(next(name for at, name in enumerate(names) if name in names[:at]))
+        return made
+
+    def at(self, text: str, start: int) -> tuple[Any, int]:
+        """The value that starts there, or `Broken`, and where it ends."""
+        self._twice.clear()
+        value, end = self._json.raw_decode(text, start)
+        return self._clear(value), end
+
+    def whole(self, text: str) -> Any:
+        """The one value of this text, or `Broken`."""
+        self._twice.clear()
+        return self._clear(self._json.decode(text))
+
+    def _clear(self, value: Any) -> Any:
+        return Broken(f"the key '{self._twice[0]}' stands twice in one object") if self._twice else value
+
+
 def lines_of(stream: BinaryIO, file: str) -> Iterator[tuple[int, str]]:
     """Numbered lines with their ends, decoded one at a time so that broken UTF-8 has a line."""
     for number, raw in enumerate(stream, 1):
@@ -39,6 +68,7 @@ def lines_of(stream: BinaryIO, file: str) -> Iterator[tuple[int, str]]:
 
 def json_lines(stream: BinaryIO, file: str) -> Iterator[Record]:
     """One value a line; empty lines are passed over. A line that is not JSON, or not UTF-8, is `Broken`."""
+    parser = _Parser()
     for number, raw in enumerate(stream, 1):
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -50,7 +80,7 @@ def json_lines(stream: BinaryIO, file: str) -> Iterator[Record]:
         if line.strip() == "{":
             raise UserError(f"{file}:{number}: a row spans several lines; expected an array of rows or one row a line")
         try:
-            yield number, json.loads(line)
+            yield number, parser.whole(line)
         except json.JSONDecodeError as error:
             yield number, Broken(f"broken JSON at column {error.colno}: {error.msg}")
         except (ValueError, RecursionError) as error:
@@ -84,6 +114,7 @@ class _Window:
     def __init__(self, stream: BinaryIO, file: str) -> None:
         self.stream, self.file = stream, file
         self.decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self.parser = _Parser()
         self.text, self.at, self.line, self.column, self.ended = "", 0, 1, 1, False
 
     def grow(self, size: int = CHUNK) -> None:
@@ -121,7 +152,7 @@ class _Window:
         size = CHUNK
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
+                value, end = self.parser.at(self.text, self.at)
                 if end < len(self.text) or self.ended:
                     self.advance(end)
                     return value

@@ -11,7 +11,9 @@ from align.data.formats.shown import a, in_yaml, shown
 KINDS = ("image", "video", "audio")
 ENDS = ("path", "url", "file", "byte", "base64")
 NAMES = {f"{kind}{end}{s}": kind for kind in KINDS for end in ("", *ENDS) for s in ("", "s")}
-NAMES |= dict.fromkeys(("img", "imgs", "picture", "pictures", "pixelvalues"), "image")
+NAMES |= dict.fromkeys(("img", "imgs", "picture", "pictures", "photo", "photos", "pixelvalues"), "image")
+NAMES |= dict.fromkeys(("clip", "clips", "videoframes"), "video") | dict.fromkeys(("sound", "sounds", "wav"), "audio")
+NAMES |= dict.fromkeys(("media", "mmdata", "multimodal", "multimodaldata", "attachments"), "media file")
 FILE = {"bytes", "path"}  # the keys of an image, a sound or a video in a hub data set, whatever its column is called
 REASON = "only text can be learnt, and this row refers to"
 

@@ -221,6 +221,14 @@ def test_a_broken_json_line_is_a_fault_of_that_line_alone(tmp_path):
     assert list_row == Fault(str(path), 3, "expected a row of named columns, found the list [1]")
 
 
+def test_a_key_that_stands_twice_in_an_object_is_a_fault_of_that_row_alone(tmp_path):
+    """Which of both values is meant, nobody knows."""
+    told, fine = Broken("the key 'a' stands twice in one object"), {"a": [{"a": 1}, {"a": 2}]}
+    texts = ('{"a": 1, "a": 1}', json.dumps(fine), '{"b": {"a": 1, "c": 2, "a": 3}}')
+    for name, text in ("d.jsonl", "\n".join(texts)), ("d.json", f"[{', '.join(texts)}]"):
+        assert [value for _, value in records(tmp_path, name, text)] == [told, fine, told]
+
+
 @pytest.mark.parametrize("depth", [200, 900, 960, 990, 100_000])
 def test_a_bottomless_nest_is_a_fault_or_an_error(tmp_path, depth):
     nest = f'{{"prompt": {"[" * depth}{"]" * depth}, "completion": "a"}}'

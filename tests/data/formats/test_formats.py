@@ -277,6 +277,12 @@ REFUSED = [
     ("messages", {"messages": HI, "imageUrl": "a.png"}, "imageUrl: only text can be learnt"),
     ("messages", {"messages": HI, "img": "a.png"}, "img: only text can be learnt, and this row refers to images"),
     ("messages", {"messages": HI, "frame 1": {"bytes": b"x"}}, "frame 1: only text can be learnt"),
+    (
+        "messages",
+        {"messages": HI, "mm_data": {"x": "a.png"}},
+        "mm_data: only text can be learnt, and this row refers to",
+    ),
+    ("messages", {"messages": HI, "Photo": "a.png"}, "Photo: only text can be learnt, and this row refers to images"),
     ("messages", {"messages": HI, "takes": [{"bytes": None, "path": "a.wav"}]}, "takes: only text can be learnt"),
     (
         "messages",
