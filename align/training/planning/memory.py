@@ -107,7 +107,8 @@ def _loading(at: Setting) -> Moment:
     if at.device.type != "cpu" and (at.shards > 1 or at.recipe.model.quantize):
         stored = 0
     whole = max(stored, trunk_bytes(at) // at.shards)
-    return Moment("loading", (Part("weights", whole), Part("the tensor that is cast", 4 * sizes.largest)))
+    cast = 0 if at.skeleton.stored == at.dtype else at.dtype.itemsize * sizes.largest
+    return Moment("loading", (Part("weights", whole), Part("the tensor that is cast", cast)))
 
 
 def _trained_share(at: Setting, one: Row, load: Load) -> Row:
