@@ -48,7 +48,7 @@ class Identity(TypedDict):
     template: str
     tokenizer: str
     base: str
-    settings: NotRequired[str]  # of the base; runs of earlier versions have none
+    settings: str  # of the base
     results: dict[str, str | None]
     answered: NotRequired[str]
 
@@ -108,7 +108,7 @@ def changes(there: Identity, here: Identity) -> list[str]:
         found += _side_changes(side, there["sides"].get(side, NONE), here["sides"].get(side, NONE), bool(found))
     if there["base"] != here["base"]:
         found.append(f"the weights of model.base have changed (fingerprint {there['base']} there, {here['base']} here)")
-    elif there.get("settings", here.get("settings")) != here.get("settings"):
+    elif there["settings"] != here["settings"]:
         found.append("the config.json of model.base, or what its generation_config.json says of ends, has changed")
     if there.get("answered") != here.get("answered"):
         found.append("the prompts of train.generate, or the answers that their rows have, have changed")
