@@ -200,7 +200,7 @@ def _check_size(files: list[Path], config: PreTrainedConfig, told: str) -> None:
     size = 0
     with suppress(Exception), torch.device("meta"):  # where none can be made, what loads it says so
         size = sum(p.numel() for p in AutoModel.from_config(config, trust_remote_code=False).parameters())
-    if size > values:
+    if size > 2 * values:  # some lack what is made anew, such as a pooler
         raise UserError(
             f"{told}: its config.json describes {size:,} parameters, which its weights are far too small for"
         )

@@ -24,6 +24,7 @@ from align.training.planning.parts import (
     trained,
     trunk_bytes,
     unpacked,
+    wide,
 )
 
 HEADROOM = 0.9  # share of what is free that rows may take where `batch.row_tokens` is auto
@@ -101,14 +102,18 @@ def _row_bytes(at: Setting, tokens: int, length: int | None) -> int:
 
 
 def _loading(at: Setting) -> Moment:
-    """The checkpoint as it is stored, then cast tensor by tensor. Shards come by the host's memory."""
-    sizes = at.skeleton.sizes
-    stored = 0 if at.recipe.model.init == "random" else at.skeleton.stored.itemsize * sizes.weights
-    if at.device.type != "cpu" and (at.shards > 1 or at.recipe.model.quantize):
+    """The checkpoint as it is stored, then cast tensor by tensor; on a CPU the file's pages stay until all of it is
+    cast. A trunk is whole before it is sharded; beside a GPU that is in the host's memory."""
+    stored, whole = at.skeleton.stored.itemsize * at.skeleton.sizes.weights, trunk_bytes(at)
+    if at.recipe.model.init == "random":
         stored = 0
-    whole = max(stored, trunk_bytes(at) // at.shards)
-    cast = 0 if at.skeleton.stored == at.dtype else at.dtype.itemsize * sizes.largest
-    return Moment("loading", (Part("weights", whole), Part("the tensor that is cast", cast)))
+    if at.device.type == "cpu":
+        same = at.skeleton.stored.itemsize == wide(at) and not at.recipe.model.quantize
+        return Moment("loading", (Part("the file", stored), Part("weights", 0 if stored and same else whole)))
+    if at.shards > 1 or at.recipe.model.quantize:
+        stored = 0
+    cast = Part("the tensor that is cast", 4 * at.skeleton.sizes.largest)
+    return Moment("loading", (Part("weights", max(stored, whole // at.shards)), cast))
 
 
 def _trained_share(at: Setting, one: Row, load: Load) -> Row:
@@ -154,9 +159,9 @@ def _chunk(at: Setting, limits: Budgets, labels: int | None = None) -> int:
     """Logits that are held at once: float32, and in the products' dtype besides."""
     rows = max(1, limits.logits_bytes // (4 * at.skeleton.sizes.vocabulary))
     rows = rows if labels is None else min(rows, labels)
-    wide = 4 + (at.dtype.itemsize if at.dtype != torch.float32 else 0)
+    each = 4 + (at.dtype.itemsize if at.dtype != torch.float32 else 0)
     entropies = {"ppo": 4, "distill": 16}.get(at.recipe.stage, 0)  # a distillation has two distributions at once
-    return rows * at.skeleton.sizes.vocabulary * (wide + entropies)
+    return rows * at.skeleton.sizes.vocabulary * (each + entropies)
 
 
 def _budgets(at: Setting, room: int) -> Budgets:

@@ -103,7 +103,7 @@ def _head(at: Setting) -> int:
 
 def trunk_bytes(at: Setting) -> int:
     """The whole trunk as it is held."""
-    return _whole(at.skeleton, _wide(at))
+    return _whole(at.skeleton, wide(at))
 
 
 def _whole(skeleton: Skeleton, wide: int) -> int:
@@ -114,7 +114,7 @@ def _whole(skeleton: Skeleton, wide: int) -> int:
     return sizes.weights * wide
 
 
-def _wide(at: Setting) -> int:
+def wide(at: Setting) -> int:
     """Bytes of a number of the trunk."""
     return at.dtype.itemsize if at.adapted else 4
 
@@ -124,7 +124,7 @@ def held(at: Setting) -> list[Part]:
     sizes, recipe = at.skeleton.sizes, at.recipe
     parts = [Part("trunk", trunk_bytes(at) // at.shards)]
     if at.shards > 1:
-        parts.append(Part("layers that are gathered", _gathered(at.skeleton, _wide(at))))
+        parts.append(Part("layers that are gathered", _gathered(at.skeleton, wide(at))))
     if at.adapted:
         roles = policies(at) + sum(part.adapter is not None for part in rewards_of(recipe))
         if recipe.stage == "distill":
