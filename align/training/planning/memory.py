@@ -108,8 +108,9 @@ def _loading(at: Setting) -> Moment:
     if at.recipe.model.init == "random":
         stored = 0
     if at.device.type == "cpu":
-        same = at.skeleton.stored.itemsize == wide(at) and not at.recipe.model.quantize
-        return Moment("loading", (Part("the file", stored), Part("weights", 0 if stored and same else whole)))
+        if stored and at.skeleton.stored.itemsize == wide(at) and not at.recipe.model.quantize:
+            whole = whole // at.shards if at.shards > 1 else 0  # they are the file's pages, of which shards are copies
+        return Moment("loading", (Part("the file", stored), Part("weights", whole)))
     if at.shards > 1 or at.recipe.model.quantize:
         stored = 0
     cast = Part("the tensor that is cast", 4 * at.skeleton.sizes.largest)
