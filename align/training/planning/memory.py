@@ -30,6 +30,7 @@ from align.training.planning.parts import (
 HEADROOM = 0.9  # share of what is free that rows may take where `batch.row_tokens` is auto
 MOST_ROW = {"cpu": 2048, "cuda": 16_384}  # tokens that keep the device busy; more only costs memory
 LEAST_ROW = 256
+SENT = 2 * 250 * 2**20  # bytes of weights that DDP sends round at once as it begins (PyTorch: buckets of 250 MB)
 FEW_LOGITS = 5  # tensors of the vocabulary that the choice of a token makes
 
 
@@ -72,6 +73,9 @@ def memory(at: Setting, length: int | None = None, load: Load | None = None) -> 
     if at.device.type == "cpu":  # elsewhere the copy lies in the host's memory
         copy = Part("the checkpoint's copy", 12 * trained(at))  # whole in the first process
         moments.append(Moment("saving", (*always, *moments_of_adam(at), copy)))
+    if at.processes > 1 and at.shards == 1:
+        copies = Part("weights that are sent round", min(SENT, trunk_bytes(at)))
+        moments.append(Moment("DDP's beginning", (*always, copies)))
     for name, drawn in drawings(at.recipe, load, at.processes, length):
         moments.append(_sampling(name, at, always, drawn, limits))
     return Memory(tuple(moments), one, load, limits.cache_tokens)
