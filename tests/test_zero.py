@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from forks import PRELOADED
 from test_processes import free_port
 from world import Child, align, lines, metrics, weights
 
@@ -16,7 +17,7 @@ from align import dpo, ppo, reward, sft
 deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 if find_spec("deepspeed"):
     os.environ["DS_ACCELERATOR"] = "cpu"  # before the children's server imports it
-    Child._context.set_forkserver_preload(["align.sft", "align.reward", "align.dpo", "align.ppo", "deepspeed"])
+    PRELOADED.append("deepspeed")
 STAGES = {"sft": sft, "dpo": dpo, "reward": reward}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import io
 import json
-import multiprocessing
 import os
 import socket
 import time
@@ -19,6 +18,7 @@ import psutil
 import torch
 import yaml
 from data.voices import SMOLLM, tiny_tokenizer
+from forks import forked
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -219,21 +219,15 @@ class Child:
     `rank` makes it one of several processes, with the environment that `accelerate launch` would give it.
     """
 
-    _context = multiprocessing.get_context("forkserver")
-    _context.set_forkserver_preload(
-        ["align.sft", "align.reward", "align.dpo", "align.ppo", "align.grpo", "align.distill"]
-    )
-
     def __init__(
         self, folder: Path, *argv: object, stage: ModuleType = sft, rank: dict[str, str] | None = None
     ) -> None:
         self.log = folder / f"child{(rank or {}).get('RANK', '')}.log"
         env = {"ALIGN_CACHE": os.environ["ALIGN_CACHE"], "HF_HUB_OFFLINE": "1", **(rank or {})}
         words = [str(word) for word in argv]
-        self.process = self._context.Process(target=_child, args=(stage.main, words, env, str(self.log)))
         for path in (self.log, self.log.with_suffix(".err")):
             path.write_text("")
-        self.process.start()
+        self.process = forked(_child, stage.main, words, env, str(self.log))
 
     @classmethod
     def pair(cls, folder: Path, port: int, *argv: object, stage: ModuleType = sft) -> list[Child]:

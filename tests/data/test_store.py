@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import time
 from pathlib import Path
 
 import pytest
+from forks import forked
 from models.tiny import tiny_tokenizer
 from world import write_rows
 
@@ -19,8 +19,6 @@ from align.data.templates.templates import chat_tokenizer
 from align.recipe.schema import Source
 
 CHANCE = random.Random()
-# Not forked off the tests' own process, whose threads would be gone in the child, and what they hold locked for ever.
-FORK = multiprocessing.get_context("forkserver")
 
 
 def ask(folder: Path, distance: float) -> None:
@@ -46,9 +44,7 @@ def test_runs_that_ask_at_once_wait_for_the_first(tmp_path, times):
         folder.mkdir()
         write_rows(folder / "d.jsonl", [{"prompt": f"Say {i}", "completion": "yes"} for i in range(5)])
         runs = 4 if number < 3 else 2
-        asking = [FORK.Process(target=ask, args=(folder, i * distance)) for i in range(runs)]
-        for process in asking:
-            process.start()
+        asking = [forked(ask, folder, i * distance) for i in range(runs)]
         for process in asking:
             process.join()
         assert [process.exitcode for process in asking] == [0] * runs

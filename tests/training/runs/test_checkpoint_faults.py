@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import resource
@@ -15,13 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import forked
 from test_checkpoint import names, parts, save, value_of
 
 from align.recipe.errors import UserError
 from align.training.runs.checkpoint import CheckpointWriter, newest_checkpoint, save_checkpoint, write_atomic
-
-children = multiprocessing.get_context("forkserver")  # imports torch once, before any thread that a fork would lose
-children.set_forkserver_preload(["align.training.runs.checkpoint"])
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}  # audited by Python
 
@@ -59,8 +56,7 @@ def die_at_every_moment(folder: Path, keep: int) -> None:
 @pytest.mark.parametrize("keep", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_any_file_operation(tmp_path, keep):
     """Every moment of a save, a replacement and a clean-up is tried; what was acknowledged is never lost."""
-    child = children.Process(target=die_at_every_moment, args=(tmp_path, keep))
-    child.start()
+    child = forked(die_at_every_moment, tmp_path, keep)
     child.join()
     assert child.exitcode == 0
     seen = []
@@ -86,8 +82,7 @@ def save_without_end(folder: Path) -> None:
 def test_killed_at_random_moments(tmp_path):
     for trial in range(8):
         folder = tmp_path / str(trial)
-        child = children.Process(target=save_without_end, args=(folder,))
-        child.start()
+        child = forked(save_without_end, folder)
         while not (folder / "saved").exists():
             time.sleep(0.001)
         time.sleep(random.Random(trial).uniform(0, 0.1))
@@ -137,8 +132,7 @@ def save_under_a_limit(folder: Path) -> None:
 
 def test_a_file_that_may_not_grow(tmp_path):
     save(tmp_path, 1)
-    child = children.Process(target=save_under_a_limit, args=(tmp_path,))
-    child.start()
+    child = forked(save_under_a_limit, tmp_path)
     child.join()
     assert child.exitcode == 0
     assert "step-000002: cannot be written: File too large (0.2 MB to write, " in (tmp_path / "said").read_text()
