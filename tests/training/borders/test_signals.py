@@ -57,7 +57,15 @@ def test_code_that_swallows_it_is_not_gone_on_with():
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_a_later_one_ends_the_process():
+@pytest.fixture
+def interruptible():
+    """Python's own handler; a shell's background has none, for SIGINT is ignored there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_later_one_ends_the_process(interruptible):
     with signals() as asked:
         signal.raise_signal(signal.SIGINT)
         assert asked == [signal.SIGINT]
