@@ -71,3 +71,24 @@ def test_a_teacher_lies_over_the_processes_as_the_trunk_does(base):
     trunk, teacher = held["none"]
     assert trunk == teacher
     assert held["layers"] == (trunk // 2, teacher // 2)
+
+
+def test_loading_holds_the_file_and_what_is_made_of_it(base):
+    """float32 in the file: its pages are the weights, of which shards are copies, or are cast and stay beside."""
+    rewards = [{"function": "align.training.rules:sentiment"}]
+    for dtype, shard, made in ((torch.float32, "none", 0), (torch.float32, "layers", 2), (torch.bfloat16, "layers", 2)):
+        at, _ = planned(ppo, base, 2, shard=shard, rewards=rewards)
+        at = at._replace(device=at.device._replace(dtype=dtype))
+        weights = at.skeleton.sizes.weights
+        assert moments(memory(at))["loading"] == {"the file": 4 * weights, "weights": made * weights}
+
+
+def test_ddp_sends_weights_round_as_it_begins(base):
+    rewards = [{"function": "align.training.rules:sentiment"}]
+    parts = {
+        (processes, shard): moments(planned(ppo, base, processes, shard=shard, rewards=rewards)[1])
+        for processes, shard in ((1, "none"), (2, "none"), (2, "layers"))
+    }
+    assert [at for at, found in parts.items() if "DDP's beginning" in found] == [(2, "none")]
+    whole = parts[2, "none"]["DDP's beginning"]
+    assert whole["weights that are sent round"] == whole["trunk"], "of so small a trunk, all"
