@@ -10,7 +10,9 @@ A template without words for calls has them written so in training, too. What on
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from align.tools.serving.protocol import no_constant
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 
@@ -64,16 +66,12 @@ def _without_beginning(text: str) -> str:
 def _read(text: str) -> Call | None:
     """The call that stands between the two marks; None where it is none."""
     try:
-        given = json.loads(text, parse_constant=_no_constant)
+        given = json.loads(text, parse_constant=no_constant)
         arguments = given.get("arguments", {}) if isinstance(given, dict) else None
         if isinstance(arguments, str):  # JSON in JSON, as OpenAI's API has it
-            arguments = json.loads(arguments, parse_constant=_no_constant)
+            arguments = json.loads(arguments, parse_constant=no_constant)
     except (ValueError, RecursionError):
         return None
     if not isinstance(arguments, dict) or not isinstance(given.get("name"), str):
         return None
     return Call(given["name"], json.dumps(arguments, ensure_ascii=False))
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")

@@ -208,7 +208,7 @@ class UnloadAsking(BaseModel):
 def read(body: bytes, kind: type[Kind]) -> Kind:
     """A request's body. Raises Faulty with what is wrong in it."""
     try:
-        given = json.loads(body, parse_constant=_no_constant)
+        given = json.loads(body, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
         raise Faulty(f"the body is not JSON: {reason}") from None
@@ -245,5 +245,6 @@ def _told(error: ValidationError) -> list[str]:
     return lines
 
 
-def _no_constant(name: str) -> Literal[0]:
+def no_constant(name: str) -> Literal[0]:
+    """For JSON: NaN and the infinities are none."""
     raise ValueError(f"{name} is no JSON")
