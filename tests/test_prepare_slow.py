@@ -75,6 +75,7 @@ def test_kill_9_at_any_time(rows, whole, here, workers):
         child = Child(here, path, stage=prepare)
         ready = time.monotonic() + rng.uniform(0.2, 3.0)
         if not child.send_when(signal.SIGKILL, lambda ready=ready: time.monotonic() > ready):
+            assert child.wait().status == 0
             break
         kills += 1
     told = align(path, stage=prepare)

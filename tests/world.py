@@ -6,6 +6,7 @@ import ctypes
 import io
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -244,7 +245,7 @@ class Child:
         return Told(self.process.exitcode, self.log.read_text(), self.log.with_suffix(".err").read_text())
 
     def send_when(self, number: int, ready: Callable[[], bool], wait: float = WAIT) -> bool:
-        """Send a signal as soon as `ready()`; False if the process ended before."""
+        """Send a signal as soon as `ready()`; False if it ended before. After SIGKILL it is gone, with its locks."""
         deadline = time.monotonic() + wait
         while not ready():
             assert time.monotonic() < deadline, self.log.read_text()
@@ -254,6 +255,8 @@ class Child:
         if self.process.exitcode is not None:
             return False
         os.kill(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.join(WAIT)
         return True
 
 
