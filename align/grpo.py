@@ -220,6 +220,7 @@ class Algorithm(FromRewards):
         learnt = kept.flatten() & episodes.ended if grpo.unended == "mask" else kept.flatten()  # (N k,)
         if not learnt.any():
             metrics |= {"updates": 0, **spent(started, sampled_at, sampled_at, drawn)}
+            self.experience.watch.learnt(loop, step, metrics)
             return Learnt(metrics, 0, int(episodes.lengths.sum()))
         episodes, learnt = episodes.kept(kept.flatten()), learnt[kept.flatten()]  # from here on (E,)
 

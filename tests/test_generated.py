@@ -37,6 +37,10 @@ def letters(prompts, responses, rows):
     return [len(response) + len(row["messages"]) / 10 for response, row in zip(responses, rows, strict=True)]
 
 
+def first_alone(prompts, responses, rows):
+    return [3.0] + [None] * (len(responses) - 1)
+
+
 def held_in_two(world, here):
     """The held-out talks as two sources with titles."""
     rows = lines(world.held)
@@ -210,6 +214,10 @@ def test_an_extended_patience_equals_one_that_was_longer_from_the_start(world, h
         ({"best": {"metric": "accuracy", "goal": "greatest"}}, "'accuracy'; there are loss, perplexity"),
         ({"patience": 3}, "`patience` needs `best`: {metric: loss, goal: least}"),
         (
+            {"patience": 3, "best": {"metric": "loss", "goal": "least"}},
+            "`patience` counts evaluations: give `eval_ever",
+        ),
+        (
             {"generate": GENERATE, "best": {"metric": "generate/exact_mach", "goal": "greatest"}},
             "is not measured by `generate`; did you mean 'generate/exact_match'?",
         ),
@@ -311,6 +319,18 @@ def test_other_stages_answer_too_and_a_reward_on_the_trunk_scores(world, start, 
     for record in held:
         own = [row["scores"]["gold"] for row in rows if row["step"] == record["step"]]
         assert record["generate/gold"] == pytest.approx(sum(own) / 3, rel=1e-6)
+
+
+def test_answers_without_a_score_are_left_out_counted_and_told_of(world, here):
+    score = {"function": "test_generated:first_alone", "on_failure": "leave_out"}
+    train = {"steps": 1, "eval_every": None, "save_every": None, "generate": GENERATE | {"scores": [score]}}
+    told = align(world.recipe(here / "run.yaml", run=str(here / "run"), train=train))
+    assert (told.status, told.err) == (0, "")
+    assert told.out.count("the reward function of first_alone gave no score for the response") == 1
+    for record in metrics(here / "run", "eval"):
+        assert (record["generate/failures/first_alone"], record["generate/first_alone"]) == (4, 3.0)
+    rows = lines(here / "run" / "answers.jsonl")
+    assert [row["scores"]["first_alone"] for row in rows] == [3.0, None, None, None, None] * 2
 
 
 def test_an_adapter_cannot_score_where_the_trunk_itself_trains(world, start, here):

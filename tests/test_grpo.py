@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ppo_start import MOST, UNEVALUATED, make_start
+from ppo_start import MOST, TRAIN, UNEVALUATED, make_start
 from safetensors.torch import load_file
 from samplers import recipe_of
 from world import align, flat, lines, metrics, tree
@@ -105,9 +105,11 @@ def test_equal_groups_are_counted_sampled_anew_and_dropped(world, start, here):
     assert dropped["learnt_groups"] == pytest.approx(1 - share)
     assert dropped["sampled_tokens"] < again["sampled_tokens"]
     constant = own | {"rewards": [{"function": "align.training.rules:sentiment"}], "equal_groups": "drop"}
-    run = ran(world, start, here, constant, "nothing", **sections)
-    (record,) = metrics(run, "train")
-    assert (record["equal_groups"], record["learnt_groups"], record["updates"]) == (1, 0, 0)
+    run, train = here / "nothing", {"train": TRAIN | {"steps": 5}}
+    told = align(recipe_of(world, start, here / "nothing.yaml", grpo, constant, **train, **sections), stage=grpo)
+    assert told.out.count("warning, step 5: 5 steps in a row learnt nothing") == 1, told.err
+    for record in metrics(run, "train"):
+        assert (record["equal_groups"], record["learnt_groups"], record["updates"]) == (1, 0, 0)
     trained = load_file(run / "final" / "adapter_model.safetensors")
     assert all(not tensor.any() for name, tensor in trained.items() if "lora_B" in name)
 

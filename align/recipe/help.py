@@ -77,10 +77,11 @@ def sections(kind: type[BaseModel], name: str = "") -> Iterator[tuple[str, type[
 
 
 def arms(kind: Any) -> list[Any]:
-    """The types that a union joins, without None; one type is a union of itself."""
-    bare, _ = split(kind)
+    """The types that a union joins, without None, each with the union's constraints; one type is a union of itself."""
+    bare, constraints = split(kind)
     if get_origin(bare) in (Union, types.UnionType):
-        return [arm for arm in get_args(bare) if arm is not type(None)]
+        joined = [arm for arm in get_args(bare) if arm is not type(None)]
+        return [Annotated[arm, *constraints] for arm in joined] if constraints else joined
     return [kind]
 
 
@@ -128,6 +129,8 @@ def _limit(constraint: Any) -> str:
             return f"at most {bound:g}"
         case limits.MinLen(length):
             return f"of length {length} or more"
+        case object(pattern=str(pattern)):
+            return f"that matches {pattern}"
         case _:
             return f"({constraint})"
 

@@ -49,4 +49,6 @@ class Train(Section):
     def _patience_has_a_measure(self) -> Train:
         if self.patience and self.best is None:
             raise ValueError("`patience` needs `best`: {metric: loss, goal: least}, which says what it waits for")
+        if self.patience and self.eval_every is None:
+            raise ValueError("`patience` counts evaluations: give `eval_every`, else there is only one, at the end")
         return self

@@ -77,4 +77,5 @@ def in_words(loop: Loop) -> str:
     best, metric = loop.memory.get(BEST), loop.recipe.train.best.metric
     since = f"since step {best['step']}, the best" if best else "none may be kept"
     count = loop.memory[JUDGED]["without_gain"]
-    return f"no gain in {metric} in {count} evaluations ({since}): it ended after step {loop.step} of {loop.plan.steps}"
+    many = f"{count} evaluation{'s' * (count > 1)}"
+    return f"no gain in {metric} in {many} ({since}): it ended after step {loop.step} of {loop.plan.steps}"

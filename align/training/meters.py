@@ -121,7 +121,8 @@ def interval(successes: float, trials: float) -> tuple[float, float]:
         return math.nan, math.nan
     z, p = 1.959964, successes / trials
     middle, reach = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
-    return (middle - reach) / (1 + z * z / trials), (middle + reach) / (1 + z * z / trials)
+    low, high = (middle - reach) / (1 + z * z / trials), (middle + reach) / (1 + z * z / trials)
+    return max(low, 0.0), min(high, 1.0)  # beyond them by rounding alone
 
 
 def mean_interval(values: Tensor) -> tuple[float, float]:

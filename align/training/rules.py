@@ -33,16 +33,26 @@ def one_sentence(prompts: Sequence[str], responses: Sequence[str], rows: Sequenc
     ]
 
 
-def exact_answer(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+def exact_answer(
+    prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]
+) -> list[float | None]:
     """1 where the last number of the response is the last one of the row's `answer`, as in GSM8K (arXiv 2110.14168).
 
     Where `math-verify` is installed, also where it finds both equal (1/2 and 0.5, \\frac{1}{2}, sets). Of an
-    answer with `####` in it, what stands behind that counts there.
+    answer with `####` in it, what stands behind that counts there. A row without an answer has no score. Raises
+    ValueError where no row has one.
     """
+    answers = [row.get("answer") for row in rows]
+    if answers and answers.count(None) == len(answers):
+        raise ValueError("no row has a column `answer` to compare with")
     by_mathematics = _knows_mathematics()
+
+    def same(response: str, answer: str) -> bool:
+        return _same_number(response, answer) or (by_mathematics and equal(response, answer))
+
     return [
-        float(_same_number(response, answer) or (by_mathematics and equal(response, answer)))
-        for response, answer in zip(responses, (str(row.get("answer", "")) for row in rows), strict=True)
+        None if answer is None else float(same(response, str(answer)))
+        for response, answer in zip(responses, answers, strict=True)
     ]
 
 

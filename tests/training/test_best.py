@@ -22,7 +22,8 @@ class Run:
     """Of a loop, what the choice of the best looks at; `published` are the steps that were kept."""
 
     def __init__(self, metric: str = "loss", goal: str = "least", patience: int | None = None, budget=math.inf) -> None:
-        self.recipe = SimpleNamespace(train=Train(best={"metric": metric, "goal": goal}, patience=patience))
+        train = Train(eval_every=1, best={"metric": metric, "goal": goal}, patience=patience)
+        self.recipe = SimpleNamespace(train=train)
         self.plan, self.run = SimpleNamespace(steps=99), SimpleNamespace(folder=Path("run"))
         self.algorithm = SimpleNamespace(
             may_be_best=lambda figures: figures.get("kl", 0.0) <= budget, described=lambda loop, last: {"last": last}

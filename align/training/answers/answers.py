@@ -94,12 +94,15 @@ class Answers:
                 for name in self.section.measures
             }
 
-        found = loop.session.decided(beside_references)  # a time limit may come earlier in another process
+        with loop.leaving_off():
+            found = loop.session.decided(beside_references)  # a time limit may come earlier in another process
         every = [np.arange(len(episodes))]
         scores = scored(self.scorers, loop.batches, episodes, every, [*self.rewards.scorers], loop.screen)
         read = answered if self.rewards.read_texts else []
         with loop.leaving_off():
             scores |= self.rewards.of_texts(read, loop.batches.rank, loop.batches.world, loop.session.signals)
+        for line in self.rewards.news():
+            loop.session.say(line)
         found |= {name: scores[name].tolist() for name in self.rewards.parts}
         return {name: np.array(column, np.float64).reshape(shape) for name, column in found.items()}
 

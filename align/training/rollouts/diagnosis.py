@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 RECENT = 5  # records that a judgement on a course rests on
-NEEDED = ("ended", "response_tokens", "entropy", "score")
+NEEDED = ("ended", "response_tokens", "score")
 
 
 class Finding(NamedTuple):
@@ -27,7 +27,7 @@ def diagnose(train: Course, held: Course, judges: Sequence[str] = ()) -> list[Fi
     train, held = (_known(course, *NEEDED) for course in (train, held))
     found = []
     if len(train) >= RECENT:
-        found += [*_negative_kl(train), *_no_end(train), *_blind_critic(train), *_equal_groups(train)]
+        found += [*_negative_kl(train), *_no_end(train), *_blind_critic(train), *_equal_groups(train), *_idle(train)]
     for course in (held, train):
         if len(course) > 1:
             found += [*_lengths(course), *_entropy(course)]
@@ -88,6 +88,19 @@ def _equal_groups(train: Course) -> list[Finding]:
     ]
 
 
+def _idle(train: Course) -> list[Finding]:
+    if any(record.get("updates") != 0 for record in train[-RECENT:]):
+        return []
+    return [
+        Finding(
+            "nothing learnt",
+            f"{RECENT} steps in a row learnt nothing: their groups have equal scores and are dropped, or their "
+            "responses do not end and are masked. Look at the responses and their scores, take more samples or raise "
+            "generation.max_new",
+        )
+    ]
+
+
 def _lengths(course: Course) -> list[Finding]:
     first, last = course[0]["response_tokens"], course[-1]["response_tokens"]
     if abs(last - first) < 8 or 0.5 < last / first < 1.5:
@@ -102,6 +115,8 @@ def _lengths(course: Course) -> list[Finding]:
 
 
 def _entropy(course: Course) -> list[Finding]:
+    if len(course := _known(course, "entropy")) < 2:  # a step that learns nothing does not ask for it
+        return []
     first, last = course[0]["entropy"], course[-1]["entropy"]
     if last > 0.25 * first or last > 0.5:
         return []

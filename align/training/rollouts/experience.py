@@ -68,12 +68,10 @@ class Experience:
         loop.screen.phase("scoring")
         on_trunk = scored(self.roles, loop.batches, episodes, groups, [*self.rewards.scorers], loop.screen)
         texts = self.watch.texts(examples, chosen, episodes) if self.rewards.read_texts else []
-        known_before = {*self.rewards.failed}
         with loop.leaving_off():
             read = self.rewards.of_texts(texts, loop.batches.rank, loop.batches.world, loop.session.signals)
-        for title in self.rewards.failed.keys() - known_before:
-            why = self.rewards.failed[title]
-            loop.session.say(f"the reward function of {title} {why}; such responses are left out, and counted")
+        for line in self.rewards.news():
+            loop.session.say(line)
         return on_trunk | read
 
     def score(self, parts: dict[str, Tensor], episodes: Episodes) -> Tensor:

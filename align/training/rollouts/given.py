@@ -6,7 +6,7 @@ Processes that functions have for themselves read with it too, so it imports nei
 from __future__ import annotations
 
 import math
-from collections.abc import Coroutine, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence, Set
 from itertools import islice
 from numbers import Complex, Real
 from typing import Any
@@ -29,7 +29,8 @@ def numbers(given: Any, count: int) -> list[float | None]:
         raise TypeError(f"it returned {a(given)}, not a list of numbers")
     scores = list(islice(given, count + 1))
     for score in scores:
-        if isinstance(score, str | bytes) or (isinstance(score, Complex) and not isinstance(score, Real)):
+        several = isinstance(score, Collection) and not hasattr(score, "__float__")  # a tensor of one number has that
+        if several or (isinstance(score, Complex) and not isinstance(score, Real)):
             raise TypeError(f"it returned {a(score)} among its scores, which are to be real numbers")
     return [None if score is None else float(score) for score in scores]
 

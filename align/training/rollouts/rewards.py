@@ -47,6 +47,7 @@ class Rewards:
         self.judges: dict[str, Judge] = {}
         self.functions: dict[str, Function] = {}
         self.failed: dict[str, str] = {}  # why functions gave no score, the last reason of each
+        self._told: set[str] = set()  # of which a user has been told
         problems = []
         if len(self.parts) < len(parts):
             raise UserError(f"{key}: two parts have the same name; give each its `name`")
@@ -100,6 +101,15 @@ class Rewards:
             for title, scores in part.scores.items():
                 found[title][number::world] = torch.tensor(scores, dtype=torch.float32)
         return found
+
+    def news(self) -> list[str]:
+        """A line for each function that has left a response out for the first time."""
+        new = [title for title in self.failed if title not in self._told]
+        self._told.update(new)
+        return [
+            f"the reward function of {title} {self.failed[title]}; such responses are left out, and counted"
+            for title in new
+        ]
 
     def total(self, scores: dict[str, Tensor]) -> Tensor:
         """Raw scores by part, (E,) each -> (E,), the weighted sum of what is normalised and clipped.

@@ -17,7 +17,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -52,8 +52,14 @@ class Generation(Section):
     """Only tokens with this share of the likeliest's probability (arXiv 2407.01082)."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """Logits of what was said are divided by it (arXiv 1909.05858)."""
-    stop: list[str] = Field(default_factory=list)
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Texts that end a response; they stay in it."""
+
+    @model_validator(mode="after")
+    def _can_end(self) -> Generation:
+        if self.min_new > self.max_new:
+            raise ValueError(f"`min_new`: {self.min_new:,} is more than `max_new`, {self.max_new:,}")
+        return self
 
     @property
     def sampling(self) -> Sampling:

@@ -90,6 +90,7 @@ def test_intervals_are_wilsons_of_right_and_wrong_and_the_bootstraps_of_all_else
     right = np.array([1.0, 0.0, 1.0, 1.0, np.nan])
     assert estimated(right, 0, share=True) == (0.75, *interval(3, 4), 4)
     assert estimated(right, 0, share=False)[1:3] != interval(3, 4), "a score may be 0 and 1 by chance"
+    assert (interval(0, 7)[0], interval(7, 7)[1]) == (0, 1), "a share is not below 0 by rounding"
     assert estimated(np.ones(20), 0, share=True).low == pytest.approx(20 / (20 + 1.959964**2))  # n / (n + z²)
     assert np.isnan(estimated(np.ones(20), 0, share=False).low), "equal scores say nothing of their spread"
     scores = np.random.default_rng(0).normal(2, 1, 400)

@@ -44,6 +44,7 @@ HACKED = {"score": (0.5, 1.5), "score/judge": (1.0, 0.8)}
     [
         (course("train", 5, kl_per_token=-0.05), "negative KL", "-0.050 nats a token"),
         (course("train", 5, ended=0.05), "no end", "5% of responses come to an end"),
+        (course("train", 5, updates=0, entropy=None), "nothing learnt", "5 steps in a row learnt nothing"),
         (course("train", 20, explained_variance=-0.5), "blind critic", "explained variance -0.50"),
         (course("train", 2, response_tokens=(30.0, 50.0)), "length drift", "from 30 to 50 tokens"),
         (course("eval", 3, response_tokens=(30.0, 12.0)), "length drift", "from 30 to 12 tokens"),

@@ -84,6 +84,8 @@ def plain(prompts, responses, rows):
         ("return [float('nan')]", "gave nan for the response 'x'"),
         ("return [None]", "gave no score for the response 'x'; on_failure: leave_out goes on without"),
         ("return 'x'", "failed (TypeError: it returned the text 'x'"),
+        ("return [[1.0]]", "failed (TypeError: it returned the list [1.0] among its scores"),
+        ("return [dict(score=1.0)]", "failed (TypeError: it returned the object {'score': 1.0} among its scores"),
         ("await asyncio.sleep(60)", "took longer than 0.2 s"),
         (
             "while True:\n        try: await asyncio.sleep(60)\n        except BaseException: pass",

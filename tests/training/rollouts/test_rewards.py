@@ -354,12 +354,18 @@ def test_one_sentence(response, score):
         ("7 or 8", "7", 0),
         ("none", "7", 0),
         ("none", "no number", 0),
-        ("7", None, 0),
+        ("None", "", 0),
     ],
 )
 def test_exact_answer(response, answer, score):
-    row = {} if answer is None else {"answer": answer}
-    assert exact_answer(["q"], [response], [row]) == [score]
+    assert exact_answer(["q"], [response], [{"answer": answer}]) == [score]
+
+
+def test_a_row_without_an_answer_has_no_score():
+    """And a file that calls its answers otherwise is no file of wrong answers."""
+    assert exact_answer(["q"] * 3, ["7", "7", "None"], [{"answer": 7}, {}, {"answer": None}]) == [1, None, None]
+    with pytest.raises(ValueError, match="no row has a column `answer`"):
+        exact_answer(["q"], ["7"], [{"solution": 7}])
 
 
 def test_exact_answer_without_math_verify(monkeypatch, capsys):
