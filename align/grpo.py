@@ -206,7 +206,8 @@ class Algorithm(FromRewards):
         # 1. Sample a group of responses to each of the step's prompts, and score them.
         episodes, scores, metrics = self._sampled(loop, chosen, (seed, SAMPLING, step))
         # 2. Groups whose scores are all equal are sampled anew; those that stay so are kept or dropped.
-        drawn, equal = int(episodes.said.sum()), groups.equal(scores)  # (N,)
+        whole = grpo.advantage == "batch"  # then all responses of the step are one group
+        drawn, equal = int(episodes.said.sum()), groups.equal(scores.view(1, -1) if whole else scores)  # (1,) or (N,)
         metrics["equal_groups"] = float(equal.float().mean())
         for attempt in range(grpo.resample if equal.any() else 0):
             again = equal.nonzero()[:, 0].numpy()
@@ -215,9 +216,9 @@ class Algorithm(FromRewards):
             if not equal.any():
                 break
         kept = self.experience.known(loop, scores) & (~equal[:, None] | (grpo.equal_groups == "keep"))  # (N, k)
-        metrics |= {"learnt_groups": float(kept.any(1).float().mean()), "learning_rate": rate}
         sampled_at = time.perf_counter()
         learnt = kept.flatten() & episodes.ended if grpo.unended == "mask" else kept.flatten()  # (N k,)
+        metrics |= {"learnt_groups": float(learnt.view_as(kept).any(1).float().mean()), "learning_rate": rate}
         if not learnt.any():
             metrics |= {"updates": 0, **spent(started, sampled_at, sampled_at, drawn)}
             self.experience.watch.learnt(loop, step, metrics)

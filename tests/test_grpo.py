@@ -114,6 +114,16 @@ def test_equal_groups_are_counted_sampled_anew_and_dropped(world, start, here):
     assert all(not tensor.any() for name, tensor in trained.items() if "lora_B" in name)
 
 
+def test_with_the_advantage_of_the_batch_the_step_is_the_group(world, start, here):
+    """One response has none to be equal to; and a group whose responses are all masked is not learnt from."""
+    own = {"advantage": "batch", "samples": 1, "kl": "none"}
+    (record,) = metrics(ran(world, start, here, own, "one", data=UNEVALUATED), "train")
+    assert (record["equal_groups"], record["learnt_groups"]) == (0, 1)
+    own |= {"unended": "mask", "generation": {"max_new": 1}}
+    (record,) = metrics(ran(world, start, here, own, "masked", data=UNEVALUATED), "train")
+    assert (record["ended"], record["learnt_groups"], record["updates"]) == (0, 0, 0)
+
+
 def test_without_kl_no_step_asks_the_reference(world, start, here, monkeypatch):
     """An evaluation still does: it says how far the actor has gone."""
     asked = []
