@@ -65,7 +65,9 @@ def read(path: str, overrides: Sequence[str]) -> BaseRecipe:
 def planned(asked: argparse.Namespace) -> Report:
     """The whole plan."""
     recipe = read(asked.recipe, asked.overrides)
-    at = setting(recipe, device(asked.device), asked.processes)
+    if asked.tokens and asked.tokens > recipe.data.max_length:
+        raise UserError(f"--tokens {asked.tokens}: no example is longer than data.max_length={recipe.data.max_length}")
+    at = setting(recipe, device(asked.device, asked.hosts), asked.processes)
     plan = memory(at, asked.tokens)
     changes, mended = advice(at, plan, asked.tokens)
     return Report(

@@ -30,6 +30,21 @@ def test_the_glossary_links_each_word_to_lines_that_stand():
             assert re.search(rf"^ *(def|class) {symbol}\b|^{symbol}\b.* = ", source, re.MULTILINE), (word, symbol)
 
 
+def test_the_design_names_every_file_and_the_picture_every_folder():
+    design, picture = ((DOCS / name).read_text("utf-8") for name in ("design.md", "house.svg"))
+    files = [file for kind in ("*.py", "*.jinja") for file in (ROOT / "align").rglob(kind) if file.stem != "__init__"]
+    assert len(files) > 200
+    assert [str(file) for file in files if f"{file.name}`" not in design] == []
+    known = {"/".join(file.parts[-n:]) for file in ROOT.rglob("*.*") for n in (1, 2, 3)}
+    assert [name for name in re.findall(r"`([\w/]+\.(?:py|jinja|html|yaml))`", design) if name not in known] == []
+
+    floors = [ROOT / "align" / name for name in ("data", "models", "training")]
+    folders = [part for floor in floors for part in floor.iterdir() if (part / "__init__.py").exists()]
+    commands = [file for file in (ROOT / "align").glob("*.py") if file.stem != "__init__"]
+    words = re.findall(r"\w+", picture)
+    assert [part.stem for part in (*floors, *folders, *commands) if part.stem not in words] == []
+
+
 @pytest.mark.parametrize("page", PAIRS)
 def test_the_chinese_page_keeps_step(page):
     """The same headings by level, tables by shape, code, links and pictures, in the same order; and no word is left."""

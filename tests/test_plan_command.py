@@ -85,6 +85,8 @@ def test_lines_for_a_reader(seven):
         (("--device", "h300"), "there is no 'h300'; expected h200"),
         (("--processes", "0"), "expected a number of 1 or more, found 0"),
         (("--processes", "8", "--hosts", "3"), "cannot be shared out over 3 hosts"),
+        (("--device", "0.4GB"), "a GPU has 1 GB or more"),
+        (("--tokens", "513"), "no example is longer than data.max_length=512"),
         (("model.base=nowhere",), "there is no model 'nowhere'"),
     ],
 )

@@ -6,12 +6,14 @@ precision.
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from align.recipe.errors import UserError
 from align.recipe.schema import BaseRecipe
-from align.training.planning.load import sampling_of
+from align.training.planning.load import answering_of, drawings, sampling_of
 from align.training.planning.memory import Memory, memory
 from align.training.planning.parts import Setting, setting
 from align.training.planning.words import room
@@ -27,10 +29,20 @@ class Change(NamedTuple):
 
     @property
     def words(self) -> str:
-        """As overrides on a command line."""
+        """As overrides on a command line, quoted for a shell."""
         return " ".join(
-            f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in self.keys.items()
+            shlex.quote(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+            for key, value in _flat(self.keys)
         )
+
+
+def _flat(keys: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of single values."""
+    for key, value in keys.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def changed(recipe: BaseRecipe, keys: dict[str, Any]) -> BaseRecipe:
@@ -76,29 +88,42 @@ def _changes(at: Setting, plan: Memory) -> Iterator[Change]:
     recipe, longest = at.recipe, at.recipe.data.max_length
     rows = recipe.batch.row_tokens
     row = plan.load.row if rows == "auto" else min(rows, plan.load.row)
-    drawn = sampling_of(recipe)
-    if drawn and plan.peak.name in ("sampling", "evaluating"):
-        at_once = plan.cache_tokens // 2
-        if at_once >= plan.load.prompt + plan.load.answer:
-            yield Change({"batch.cache_tokens": at_once}, "fewer responses are sampled at once")
+    drawn, shown = sampling_of(recipe), _shown(recipe)
+    asked = [d.prompt + d.answer for name, d in drawings(recipe, plan.load, at.processes) if name == plan.peak.name]
+    if asked and plan.cache_tokens // 2 >= max(asked):
+        yield Change({"batch.cache_tokens": plan.cache_tokens // 2}, "fewer responses are sampled at once")
     if drawn:
         longest += drawn.samples * (drawn.generation.max_new + 1) - 1
     if row // 2 >= longest:
         yield Change({"batch.row_tokens": max(longest, row // 2)}, "shorter rows, more of them")
     if not recipe.model.gradient_checkpointing:
         yield Change({"model.gradient_checkpointing": True}, "activations are computed again: a third more time")
+    if recipe.stage == "dpo" and recipe.lora is None:
+        yield Change({"dpo.reference": "cached"}, "the reference's numbers are computed once, ahead")
     if at.processes > 1 and recipe.train.shard == "none":
         yield Change({"train.shard": "layers"}, "the trunk lies over the devices")
+        if shown:
+            words = "the trunk lies over the devices; nothing is sampled to be shown, for which it would be whole"
+            yield Change({"train.shard": "layers", **shown}, words)
+    if shown and plan.peak.name in ("answering", "log.samples"):
+        yield Change(shown, "nothing is sampled to be shown")
     if drawn and drawn.samples > 1 and row <= longest:
         yield Change({f"{recipe.stage}.samples": drawn.samples // 2}, "fewer responses to a prompt: a smaller tree")
-    if recipe.lora is None and recipe.stage != "classify":
-        yield Change({"lora": {"r": 16}}, "a LoRA trains instead of all weights")
-    if recipe.lora is not None and recipe.model.quantize is None and at.shards == 1:
+    if recipe.lora is None:
+        more = {"classify.train": "lora"} if recipe.stage == "classify" else {}
+        yield Change({"lora": {"r": 16}, **more}, "a LoRA trains instead of all weights")
+    if recipe.lora is not None and recipe.model.quantize is None:
         yield Change({"model.quantize": "8bit"}, "the trunk in 8 bits")
     if recipe.lora is not None and recipe.model.quantize == "8bit":
         yield Change({"model.quantize": "4bit"}, "the trunk in 4 bits")
     if recipe.data.max_length > 64:
         yield Change({"data.max_length": recipe.data.max_length // 2}, "shorter examples")
+
+
+def _shown(recipe: BaseRecipe) -> dict[str, Any]:
+    """Keys that leave out what is sampled beside training, to be read."""
+    keys: dict[str, Any] = {"log.samples": []} if recipe.log.samples else {}
+    return keys | ({"train.generate": None} if answering_of(recipe) else {})
 
 
 def _merged(changes: list[Change]) -> list[Change]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from align.tools.plan.advice import Change
 from align.training.planning.memory import Memory, Moment
-from align.training.planning.parts import Setting, trained
+from align.training.planning.parts import Setting, host_bytes, trained
 from align.training.planning.words import room, size
 from align.training.planning.work import Work
 
@@ -51,6 +51,8 @@ def told(report: Report) -> list[str]:
     verdict = "it fits" if report.fits else "it does NOT fit"
     lines.append(f"  {size(plan.peak.bytes):>10}  peak, of {size(report.have)}: {verdict}")
     lines.append("  " + "; ".join(f"{m.name} {size(m.bytes)}" for m in plan.moments if m is not plan.peak))
+    if host := host_bytes(at, report.hosts):
+        lines.append(f"  {size(host):>10}  of the host's own memory while its processes load the base")
     lines += ["", *_work_lines(report), "", *_limit_lines(report)]
     if report.changes:
         lines += ["", *_advice_lines(report)]
@@ -82,7 +84,8 @@ def _work_lines(report: Report) -> list[str]:
 def _limit_lines(report: Report) -> list[str]:
     lines = [f"the largest row that fits: {report.largest_row:,} tokens" if report.largest_row else "no row fits"]
     if report.largest_rollout is not None:
-        lines.append(f"the most responses that can be sampled at once: {report.largest_rollout:,}")
+        most = f"{report.largest_rollout:,}" if report.largest_rollout else "none, even one by one"
+        lines.append(f"the most responses that can be sampled at once: {most}")
     return lines
 
 
@@ -112,6 +115,7 @@ def record(report: Report) -> dict[str, Any]:
         "rows": plan.load.rows,
         "moments": [_moment(moment) for moment in plan.moments],
         "peak_bytes": plan.peak.bytes,
+        "host_bytes": host_bytes(at, report.hosts),
         "fits": report.fits,
         "changes": {key: value for change in report.changes for key, value in change.keys.items()},
         "changed_peak_bytes": report.mended.peak.bytes,

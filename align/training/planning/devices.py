@@ -19,6 +19,7 @@ from align.training.costs import peak_flops
 
 GB = 10**9
 NETWORK = 25 * GB  # bytes/s between hosts and device: one 200 Gbit/s adapter a device, a usual cluster
+LEAST = GB  # of a GPU
 CONTEXT, WASTE = GB // 2, 0.04  # what a CUDA context takes, and the share that an allocator loses to gaps
 
 
@@ -27,9 +28,9 @@ class Device(NamedTuple):
 
     name: str
     type: str  # as torch names it
-    memory: int  # bytes that a run can have
+    memory: int  # bytes that a run can have; of a CPU those of all its processes, on all hosts
     dtype: torch.dtype  # that `model.dtype: auto` takes
-    flops: float | None  # dense peak in `dtype`, per second
+    flops: float | None  # dense peak in `dtype`, per second; of a CPU with all its cores
     bandwidth: float | None  # of its memory, bytes/s
     link: float | None  # to a device of the same host, bytes/s in each direction
     kernels: bool = False  # C kernels compute on it
@@ -60,14 +61,15 @@ CARDS = {
 }
 
 
-def device(name: str) -> Device:
+def device(name: str, hosts: int = 1) -> Device:
     """A device by name, or one of a size such as 24GB. UserError for what is neither.
 
-    `cpu` is this machine: its free memory, and a speed that is measured in a moment.
+    `cpu` is this machine, or so many like it: its free memory, and a speed that is measured in a moment.
     """
     name = name.lower().replace(" ", "")
     if name == "cpu":
-        return this_cpu()
+        cpu = this_cpu()
+        return cpu._replace(memory=cpu.memory * hosts)
     if card := CARDS.get(name):
         # A T4 multiplies no bfloat16, so a trunk is float32 there, as `compute_dtype` decides.
         dtype = torch.bfloat16 if card.bfloat16 else torch.float32
@@ -76,8 +78,10 @@ def device(name: str) -> Device:
             card.link * GB, source=card.source,
         )  # fmt: skip
     if size := re.fullmatch(r"(\d+(?:\.\d+)?)(gb|gib)", name):
-        unit = GB if size[2] == "gb" else 2**30
-        return Device(name, "cuda", usable(int(float(size[1]) * unit)), torch.bfloat16, None, None, None)
+        memory = int(float(size[1]) * (GB if size[2] == "gb" else 2**30))
+        if memory < LEAST:
+            raise UserError(f"--device {name}: a GPU has {LEAST // GB} GB or more; its driver alone takes 0.5 GB")
+        return Device(name, "cuda", usable(memory), torch.bfloat16, None, None, None)
     raise UserError(f"--device: there is no {name!r}; expected {', '.join(CARDS)}, cpu, or a size such as 24GB")
 
 
@@ -105,10 +109,10 @@ def this_cpu() -> Device:
 def _cpu(flops: float | None) -> Device:
     place = torch.device("cpu")
     dtype = compute_dtype("auto", place)
-    workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     name = f"this CPU, {torch.get_num_threads()} threads"
     kernels = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-    return Device(name, "cpu", free_bytes(place) * workers, dtype, flops, None, None, kernels, "measured")
+    return Device(name, "cpu", free_bytes(place) * processes, dtype, flops, None, None, kernels, "measured")
 
 
 def _measured(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:

@@ -106,6 +106,24 @@ def trunk_bytes(at: Setting) -> int:
     return _whole(at.skeleton, wide(at))
 
 
+def teacher_bytes(at: Setting) -> int:
+    """The whole teacher of a distillation, where it has a trunk of its own; else nothing."""
+    return _whole(at.teacher, at.dtype.itemsize) if at.teacher else 0
+
+
+def host_bytes(at: Setting, hosts: int) -> int:
+    """Of one host's own memory, while its processes load a base that they will share out over their GPUs: each reads
+    all of it. What is not changed stays in the file's pages, which they have in common."""
+    if at.device.type == "cpu" or at.shards == 1:
+        return 0
+    model, sizes = at.recipe.model, at.skeleton.sizes
+    changed = bool(model.adapters or model.quantize or model.init == "random")
+    changed |= at.skeleton.stored.itemsize != wide(at)
+    if not changed:
+        return at.skeleton.stored.itemsize * sizes.weights
+    return at.processes // hosts * (4 * sizes.weights if model.adapters and not model.quantize else trunk_bytes(at))
+
+
 def _whole(skeleton: Skeleton, wide: int) -> int:
     """A model's weights, those that are not packed of so many bytes."""
     sizes, packed = skeleton.sizes, skeleton.model.quantize
@@ -141,7 +159,7 @@ def held(at: Setting) -> list[Part]:
     for judge in at.judges:
         parts.append(Part("another model", _whole(judge, at.dtype.itemsize)))
     if at.teacher:
-        parts.append(Part("the teacher", _whole(at.teacher, at.dtype.itemsize) // at.shards))
+        parts.append(Part("the teacher", teacher_bytes(at) // at.shards))
     if at.device.type == "cpu":
         parts.append(Part("PyTorch's own", LIBRARIES))
     if at.processes > 1 and at.shards == 1:
@@ -151,8 +169,9 @@ def held(at: Setting) -> list[Part]:
 
 def _gathered(skeleton: Skeleton, wide: int) -> int:
     """Layers that are whole for a moment: the one that computes, the next, and what lies outside of them."""
-    sizes = skeleton.sizes
-    return wide * (2 * sizes.layer + sizes.weights - sizes.depth * sizes.layer)
+    sizes, packed = skeleton.sizes, skeleton.model.quantize
+    layer = int(sizes.layer * (PACKED[packed] if packed else wide))
+    return 2 * layer + wide * (sizes.weights - sizes.depth * sizes.layer)
 
 
 def teaching(at: Setting) -> list[Part]:

@@ -13,7 +13,7 @@ from align.training.costs import causal_attended, flops_per_token
 from align.training.planning.devices import NETWORK
 from align.training.planning.load import Load, sampling_of
 from align.training.planning.memory import Memory
-from align.training.planning.parts import Setting, asks_reference, rewards_of, trained, trunk_bytes
+from align.training.planning.parts import Setting, asks_reference, policies, teacher_bytes, trained, trunk_bytes
 
 REACHED = {"cuda": (0.25, 0.55), "cpu": (0.3, 0.9)}  # share of the peak in training
 READ = (0.3, 0.8)  # share of the memory's bandwidth while sampling
@@ -52,10 +52,9 @@ def traffic(at: Setting, load: Load) -> float:
     if at.shards == 1:
         return sent
     whole = trunk_bytes(at)
-    policies = 2 if at.recipe.stage == "ppo" else 1
-    gathers = policies * (3 if at.recipe.model.gradient_checkpointing else 2) + _forwards(at)
     rows = load.rows * updates
-    sent += share * whole * rows * gathers
+    sent += share * whole * rows * policies(at) * (3 if at.recipe.model.gradient_checkpointing else 2)
+    sent += share * (whole * _read(at) + teacher_bytes(at)) * rows / load.passes
     if not at.adapted:  # gradients are reduced to the shards, row by row
         sent += share * 4 * trained(at) * rows
     if load.episodes:
@@ -63,11 +62,18 @@ def traffic(at: Setting, load: Load) -> float:
     return sent
 
 
-def _forwards(at: Setting) -> int:
-    """Passes without gradient beside each one that learns."""
-    if at.recipe.stage == "distill":  # the teacher's, as if it were of the student's size
-        return 1
-    return int(at.recipe.stage == "dpo" and asks_reference(at.recipe))
+def _read(at: Setting) -> int:
+    """Passes of the trunk over a step's rows that nothing is learnt from: reference, rewards, roles before they train,
+    and a teacher that is an adapter."""
+    match at.recipe.stage:
+        case "ppo" | "grpo":
+            rewards = sampling_of(at.recipe).rewards
+            return policies(at) + 1 + sum(part.adapter is not None for part in rewards)
+        case "distill":
+            return int(at.teacher is None)
+        case "dpo":
+            return int(asks_reference(at.recipe))
+    return 0
 
 
 def _flops(at: Setting, load: Load) -> float:
@@ -81,22 +87,28 @@ def _flops(at: Setting, load: Load) -> float:
         except AttributeError:  # layers of another kind than attention
             return (4 if lora else 6) * n
 
-    learning, forward = a_token(at.adapted), 2 * n
-    drawn = sampling_of(recipe)
-    if drawn is None:
-        return load.tokens * (learning + _forwards(at) * forward)
-    policies = 2 if recipe.stage == "ppo" else 1
-    scorers = sum(part.adapter is not None for part in rewards_of(recipe))
-    scoring = (policies + 1 + scorers) * forward  # what trains, the reference, and rewards
-    sampled = recipe.batch.examples * (drawn.samples * load.answer + load.prompt) if load.episodes else 0
-    return load.tokens * (policies * learning * load.passes + scoring) + sampled * forward
+    learning = policies(at) * a_token(at.adapted) * load.passes
+    read = 2 * (n * _read(at) + (at.teacher.sizes.multiplied if at.teacher else 0))
+    flops = load.tokens * (learning + read)
+    if (drawn := sampling_of(recipe)) is None:
+        return flops
+    if load.episodes:
+        flops += 2 * n * recipe.batch.examples * (drawn.samples * load.answer + load.prompt)
+    return flops + 2 * _judged(at) * recipe.batch.examples * drawn.samples * (load.prompt + load.answer)
+
+
+def _judged(at: Setting) -> int:
+    """Weights of the models beside the trunk that each response of a step is put to."""
+    asked = sum(part.model is not None for part in getattr(sampling_of(at.recipe), "rewards", ()))
+    return sum(judge.sizes.multiplied for judge in at.judges[:asked])
 
 
 def _seconds(at: Setting, load: Load, flops: float, sent: float, hosts: int) -> tuple[float, float] | None:
     if not at.device.flops:
         return None
     low, high = REACHED.get(at.device.type, REACHED["cuda"])
-    own = flops / at.processes / at.device.flops
+    devices = hosts if at.device.type == "cpu" else at.processes  # processes on a CPU share its cores
+    own = flops / devices / at.device.flops
     sampling = _sampling(at, load)
     link = NETWORK if hosts > 1 else at.device.link
     waiting = sent / link if link and at.processes > 1 else 0.0

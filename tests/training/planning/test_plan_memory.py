@@ -7,9 +7,10 @@ import torch
 from models.tiny import save_base
 
 from align import distill, ppo
-from align.training.planning.devices import Device
+from align.training.planning.devices import Device, here
 from align.training.planning.memory import memory
-from align.training.planning.parts import setting
+from align.training.planning.parts import host_bytes, setting
+from align.training.planning.words import room
 from align.training.planning.work import work
 
 DEVICE = Device("a CPU", "cpu", 8 * 10**9, torch.float32, 10.0**12, 10.0**11, None)
@@ -92,3 +93,49 @@ def test_ddp_sends_weights_round_as_it_begins(base):
     assert [at for at, found in parts.items() if "DDP's beginning" in found] == [(2, "none")]
     whole = parts[2, "none"]["DDP's beginning"]
     assert whole["weights that are sent round"] == whole["trunk"], "of so small a trunk, all"
+
+
+def test_processes_on_one_cpu_share_its_cores_and_its_memory(base, monkeypatch):
+    """As do two of four on each of two hosts."""
+    rewards = [{"function": "align.training.rules:sentiment"}]
+    took = {}
+    for processes, hosts in ((1, 1), (2, 1), (2, 2)):
+        at, plan = planned(ppo, base, processes, rewards=rewards)
+        took[processes, hosts] = work(at, plan, hosts).seconds[0]
+    assert took[2, 1] == pytest.approx(took[1, 1], rel=0.05)  # but for its memory's speed
+    assert took[2, 2] == pytest.approx(took[1, 1] / 2, rel=0.05)
+    monkeypatch.setattr("align.training.planning.devices.free_bytes", lambda place: 10**9)  # a process's share
+    for launched, of_host in (("4", "4"), ("4", "2")):
+        monkeypatch.setenv("WORLD_SIZE", launched)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", of_host)
+        assert room(here(), 4) == 10**9
+
+
+def test_every_pass_over_shards_is_sent(base):
+    """Those that score a rollout too: once a step, of each reward."""
+    one, two = [{"adapter": "a"}], [{"adapter": "a"}, {"adapter": "b"}]
+    (at, fewer), (there, more) = (planned(ppo, base, 2, shard="layers", rewards=rewards) for rewards in (one, two))
+    trunk = 2 * moments(fewer)["update"]["trunk"]
+    rows = fewer.load.rows * at.recipe.ppo.minibatches
+    assert work(there, more).sent - work(at, fewer).sent == pytest.approx(rows * trunk / 2)
+
+
+def test_a_teacher_costs_what_its_own_size_is(base, tmp_path):
+    """Weights that a token is multiplied with, twice as operations; and its shards are sent as it reads."""
+    found = []
+    for name in (base, str(save_base(tmp_path / "qwen", "qwen3"))):
+        at, plan = planned(distill, base, 2, shard="layers", on_policy=0, teacher={"base": name})
+        did, teacher = work(at, plan), at.teacher.sizes
+        own = did.flops - 2 * teacher.multiplied * plan.load.tokens
+        found.append((own, did.sent - 4 * teacher.weights / 2 * plan.load.rows))
+    assert found[0] == pytest.approx(found[1])
+
+
+def test_a_host_holds_what_its_processes_change_of_a_base(base):
+    """Before it lies over their GPUs: each makes its own copy, or all look at the file's pages."""
+    rewards = [{"function": "align.training.rules:sentiment"}]
+    at, _ = planned(ppo, base, 8, shard="layers", rewards=rewards)
+    weights, gpu = at.skeleton.sizes.weights, DEVICE._replace(type="cuda")
+    assert host_bytes(at, 1) == 0  # on a CPU it is in the plan itself
+    assert host_bytes(at._replace(device=gpu), 2) == 4 * weights  # float32 in the file and in the run
+    assert host_bytes(at._replace(device=gpu._replace(dtype=torch.bfloat16)), 2) == 4 * 2 * weights
