@@ -3,7 +3,7 @@
 PYTHON ?= python3
 
 chat: .venv/installed
-	.venv/bin/accelerate launch -m align.sft recipes/chat.yaml
+	.venv/bin/accelerate launch -q -m align.sft recipes/chat.yaml
 
 test: .venv/installed
 	.venv/bin/python -m pytest --ignore=tests/real -n 3 --dist loadfile --no-loadscope-reorder

@@ -1,6 +1,6 @@
 """Classifier heads: tell texts apart, such as spam from ham, with a few trained weights on a frozen trunk.
 
-    accelerate launch -m align.classify recipes/spam.yaml
+    accelerate launch -q -m align.classify recipes/spam.yaml
     python -m align.classify --predict runs/spam/final FILE
 
 For a text x of class y, with a linear head W on the hidden state h of its last token, the loss is the mean over the

@@ -1,6 +1,6 @@
 """Distillation: a student learns the whole distribution of a teacher, on what it says itself.
 
-    accelerate launch -m align.distill recipes/distill.yaml
+    accelerate launch -q -m align.distill recipes/distill.yaml
 
 A step samples responses y to its prompts x from the student, and lowers, over the tokens of y,
 

@@ -1,6 +1,6 @@
 """Direct preference optimisation: raise the chosen answer over the rejected one, held by a reference.
 
-    accelerate launch -m align.dpo recipes/dpo.yaml
+    accelerate launch -q -m align.dpo recipes/dpo.yaml
 
 For a prompt x with a chosen answer c and a rejected one r, h = log p(c|x)/ref(c|x) - log p(r|x)/ref(r|x), and the loss
 is the mean over the step's pairs of

@@ -1,6 +1,6 @@
 """Evaluate a policy: its responses to prompts, scored, and how far it has gone from where it started.
 
-    accelerate launch -m align.evaluate recipes/evaluate.yaml
+    accelerate launch -q -m align.evaluate recipes/evaluate.yaml
 
 For prompts x, each once, it samples y ~ p(·|x) and measures, each with an interval over prompts,
 

@@ -1,6 +1,6 @@
 """Group relative policy optimisation: a response is worth what it scores beside the other responses to its prompt.
 
-    accelerate launch -m align.grpo recipes/grpo.yaml
+    accelerate launch -q -m align.grpo recipes/grpo.yaml
 
 A step samples k responses y_1 … y_k to each of its prompts x and scores them. There is no critic: the advantage of a
 response, and so of each of its tokens, comes from its group,

@@ -1,6 +1,6 @@
 """Proximal policy optimisation from a reward: actor, critic, reward and reference as roles on one trunk.
 
-    accelerate launch -m align.ppo recipes/ppo.yaml
+    accelerate launch -q -m align.ppo recipes/ppo.yaml
 
 A step samples responses y to its prompts x, and gives every token the reward
 

@@ -1,6 +1,6 @@
 """Reward modelling: a score for a whole answer, such that of two answers the better one scores higher.
 
-    accelerate launch -m align.reward recipes/reward.yaml
+    accelerate launch -q -m align.reward recipes/reward.yaml
 
 For a prompt x with a chosen answer c and a rejected one r, the loss is the mean over the step's pairs of
 

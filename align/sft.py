@@ -1,6 +1,6 @@
 """Supervised fine-tuning: raise the likelihood of the assistant's turns (or of plain text), token by token.
 
-    accelerate launch -m align.sft recipes/chat.yaml
+    accelerate launch -q -m align.sft recipes/chat.yaml
 
 For a conversation x and its assistant tokens A, the loss is the mean over all A of the step's examples of
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,9 @@ from world import WAIT, align
 
 from align.training.launch import _asked
 
-FOLDER = Path(__file__).parents[1] / "accelerate_configs"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "accelerate_configs"
+SHOWN = ("README*.md", "docs/*.md", "Makefile", ".ci/run", "recipes/*.yaml", "accelerate_configs/*", "align/**/*.py")
 # file -> processes, hosts, and which of accelerate's launchers
 FILES = {
     "cpu_2": (2, 1, "use_cpu"),
@@ -69,3 +73,28 @@ def test_a_run_by_a_configuration(name, world, here):
     assert "on 2 x cpu" in told.stdout
     assert ("sharded: " in told.stdout) == (name == "gpus_8_shard")
     assert_close(here / "launched", here / "run")
+
+
+def test_every_command_that_is_shown_keeps_the_launcher_quiet():
+    """Without -q, accelerate adds its own traceback to the line that says what a user can mend."""
+    shown = 0
+    for file in (file for pattern in SHOWN for file in ROOT.glob(pattern)):
+        text = re.sub(r"\\\n#?", " ", file.read_text("utf-8"))
+        for options in re.findall(r"accelerate launch (-.*?) -m ", text):
+            args = launch_command_parser().parse_args([*shlex.split(options), "-m", "align.sft"])
+            assert args.quiet, f"{file.relative_to(ROOT)}: accelerate launch {options}"
+            shown += 1
+        assert not re.search(r"accelerate launch -m", text), file
+    assert shown > 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["", "--cpu --num_processes 2 --main_process_port PORT"], ids=["one", "two"])
+def test_behind_a_quiet_launcher_a_users_error_is_one_line(options, world, here):
+    recipe = world.recipe(here / "recipe.yaml", data={"train": [{"path": "nowhere.jsonl"}]})
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
+    command += [*options.replace("PORT", str(free_port())).split(), "-m", "align.sft", str(recipe)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    told = subprocess.run(command, capture_output=True, text=True, timeout=WAIT, env=env)
+    said = [line for line in told.stderr.splitlines() if "`" not in line]  # accelerate's own defaults
+    assert (told.returncode, said) == (1, ["nowhere.jsonl: no such file or folder"])

@@ -210,9 +210,7 @@ def test_stages_are_launched_with_the_config_and_processes_that_are_given(folder
     launcher = Launcher(section, "auto", ["3", "5", "6", "7"])
     assert launcher.room == 2
     assert launcher.environment(1) == {"CUDA_VISIBLE_DEVICES": "6,7"}
-    words = (
-        "accelerate launch --quiet --config_file two.yaml --num_processes 2 --main_process_port 29501 -m align.sft x"
-    )
+    words = "accelerate launch -q --config_file two.yaml --num_processes 2 --main_process_port 29501 -m align.sft x"
     assert launcher.command(stage, Path("x"), fresh=False, slot=1) == words.split()
     assert Launcher(None, "auto", []).command(stage, Path("x"), fresh=True)[2:] == ["align.sft", "x", "--fresh"]
     assert Launcher(section, "auto", []).room == Launcher({**section, "processes": None}, "auto", ["0", "1"]).room == 1

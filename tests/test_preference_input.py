@@ -147,7 +147,7 @@ def test_a_recipe_of_another_stage(world, here):
     told = align(recipe, stage=reward)
     assert (told.status, told.err.replace(f"{here}/", "")) == (
         2,
-        "other.yaml:1: this is a recipe of stage 'dpo'; run it with: accelerate launch -m align.dpo other.yaml\n",
+        "other.yaml:1: this is a recipe of stage 'dpo'; run it with: accelerate launch -q -m align.dpo other.yaml\n",
     )
     assert set(tree(here)) == {"other.yaml"}
 

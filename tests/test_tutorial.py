@@ -86,7 +86,9 @@ def run(line: str, monkeypatch) -> str:
     if line == ". .venv/bin/activate":
         return ""
     if line == "make chat":
-        (line,) = re.findall(r"^chat:.*\n\t\.venv/bin/accelerate launch (.*)$", (ROOT / "Makefile").read_text(), re.M)
+        (line,) = re.findall(
+            r"^chat:.*\n\t\.venv/bin/accelerate launch -q (.*)$", (ROOT / "Makefile").read_text(), re.M
+        )
         line = f"python {line}"
     command = PYTHON.fullmatch(line)
     assert command, f"the test cannot run: {line}"

@@ -50,7 +50,8 @@ def refused(world, here):
         ),
         (
             ("stage: sft", "stage: dpo"),
-            "recipe.yaml:1: this is a recipe of stage 'dpo'; run it with: accelerate launch -m align.dpo recipe.yaml",
+            "recipe.yaml:1: this is a recipe of stage 'dpo'; run it with: "
+            "accelerate launch -q -m align.dpo recipe.yaml",
         ),
         (("seed: 17", "seed: [17"), "recipe.yaml:4: this is not YAML: while parsing a flow sequence, "),
         (

@@ -27,7 +27,7 @@ OPTIONS = {
 
 def usage(program: str) -> str:
     """The command line in one line."""
-    return f"accelerate launch -m {program} RECIPE [key.path=value ...] [--fresh] [--extend] [--show]"
+    return f"accelerate launch -q -m {program} RECIPE [key.path=value ...] [--fresh] [--extend] [--show]"
 
 
 def recipe_help(recipe_type: type[BaseModel], program: str) -> str:

@@ -82,7 +82,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str], recipe_type: type[Ba
         document.override(number, override)
     stage, here = document.values.get("stage"), document.place(("stage",)).where
     if stage in STAGES and stage not in choices(recipe_type.model_fields["stage"].annotation):
-        run = f"accelerate launch -m align.{stage} {path}"
+        run = f"accelerate launch -q -m align.{stage} {path}"
         raise UserError(f"{here}: this is a recipe of stage {stage!r}; run it with: {run}")
     recipe, problems = None, document.problems
     try:

@@ -37,6 +37,7 @@ MEMORY = (
     "lower batch.row_tokens, or batch.cache_tokens where it samples, set model.gradient_checkpointing=true, or choose "
     "a smaller model"
 )
+TORCHRUN = "align.training.borders.torchrun"  # by name: its imports are of no use here
 CUBLAS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with it cuBLAS sums in the same order every time (its manual, 2.1.4)
 
 
@@ -154,7 +155,7 @@ def _join_processes(program: str, words: Sequence[str]) -> None:
         "master_addr": environment["MASTER_ADDR"],
         "master_port": environment.get("MASTER_PORT", "29500"),
     }
-    command = [sys.executable, "-m", "torch.distributed.run", *(f"--{name}={value}" for name, value in options.items())]
+    command = [sys.executable, "-m", TORCHRUN, *(f"--{name}={value}" for name, value in options.items())]
     sys.stdout.flush()
     os.execve(sys.executable, [*command, "-m", program, *words], {**environment, "ACCELERATE_USE_CPU": "true"})
 

@@ -12,7 +12,7 @@ from align.recipe.errors import UserError
 from align.recipe.load import json_schema, parse_command, recipe_help
 from align.recipe.schema import BaseRecipe
 
-USAGE = "usage: accelerate launch -m align.sft RECIPE [key.path=value ...] [--fresh] [--extend] [--show]"
+USAGE = "usage: accelerate launch -q -m align.sft RECIPE [key.path=value ...] [--fresh] [--extend] [--show]"
 
 
 class Recipe(BaseRecipe):

@@ -249,7 +249,7 @@ def test_float16_is_refused_where_something_trains(problems):
 
 def test_another_stage_is_the_only_thing_said(problems):
     assert problems("# ours\nstage: dpo\noptim: 3\ndpo: {beta: 0.1}\nrun: x\nrun: y\n") == [
-        "r.yaml:2: this is a recipe of stage 'dpo'; run it with: accelerate launch -m align.dpo r.yaml"
+        "r.yaml:2: this is a recipe of stage 'dpo'; run it with: accelerate launch -q -m align.dpo r.yaml"
     ]
 
 

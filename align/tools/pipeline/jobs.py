@@ -43,7 +43,7 @@ class Launcher:
         if stage.kind in TOOLS or self.accelerate is None:
             return ["python", *words]
         config, processes = self.accelerate["config"], self.accelerate["processes"]
-        options = ["--quiet", *(["--config_file", config] if config else [])]
+        options = ["-q", *(["--config_file", config] if config else [])]
         options += ["--num_processes", str(processes)] if processes else []
         options += ["--main_process_port", str(29500 + slot)] if slot else []  # where its processes meet
         return ["accelerate", "launch", *options, *words]
