@@ -7,13 +7,17 @@ import os
 import sys
 
 import pytest
+from forks import ending
 from hypothesis import HealthCheck, settings
 
 # Machines are shared and slow at times: how long an example takes says nothing. And a green run stays green.
 settings.register_profile("align", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("align")
 
-FIRST = ("shards", "processes", "ppo_resume", "resume", "plain_path", "dpo", "classify", "ppo_truth", "pipeline")
+FIRST = (
+    "hosts", "pipeline_kill", "shards", "processes", "ppo_resume", "resume", "plain_path", "dpo", "classify",
+    "ppo_truth", "pipeline",
+)  # fmt: skip
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # of what a test starts too: tests share the cores, and threads wait busily
@@ -21,10 +25,14 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile al
 sys.dont_write_bytecode = False
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long, or wait for processes, come first: what is left at the end is short."""
     rank = {f"test_{name}.py": number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(FIRST)))
+    for item in items:  # for --dist loadgroup: the tests of a file share what takes long to make
+        if not item.get_closest_marker("apart"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def pytest_collection_finish() -> None:
@@ -32,6 +40,13 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
+
+
+@pytest.fixture(autouse=True)
+def _ending():
+    """Processes that a test has forked end with it, so that none of a test that fails slows the next ones."""
+    with ending():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,17 +6,52 @@ They have no threads of the tests' own process, whose locks a fork of it would h
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+import multiprocessing.forkserver
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-PRELOADED = ["align.sft", "align.reward", "align.dpo", "align.ppo", "align.grpo", "align.distill"]
+import psutil
+
+STAGES = ("sft", "reward", "dpo", "ppo", "grpo", "distill", "evaluate", "compare", "pipeline")
+PRELOADED = [f"align.{stage}" for stage in STAGES]
+BEGUN: list[psutil.Process] = []  # by the tests that run now
 
 
-def forked(target: Callable[..., Any], *args: Any) -> BaseProcess:
-    """A process that has begun to call `target`."""
+def ends_with_its_test(pid: int) -> None:
+    """However that test ends."""
+    with suppress(psutil.NoSuchProcess):
+        BEGUN.append(psutil.Process(pid))
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """What is begun within ends here, with all that it has begun itself."""
+    before = len(BEGUN)
+    try:
+        yield
+    finally:
+        begun = BEGUN[before:]
+        del BEGUN[before:]
+        for process in begun:
+            with suppress(psutil.Error):
+                for one in (*process.children(recursive=True), process):
+                    with suppress(psutil.Error):
+                        one.kill()
+
+
+def forked(target: Callable[..., Any], *args: Any, kept: bool = False) -> BaseProcess:
+    """A process that has begun to call `target`. It ends with its test, unless it is `kept` for several tests."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)  # each time: the server begins with the first fork, and keeps what it has
     process = context.Process(target=target, args=args)
     process.start()
+    if not kept:
+        ends_with_its_test(process.pid)
     return process
+
+
+def share_server() -> None:
+    """In such a process: what it forks comes from the same server, not from one of its own that imports all again."""
+    multiprocessing.forkserver._forkserver.ensure_running = lambda: None  # its address is known from the fork

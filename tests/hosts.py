@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from forks import ends_with_its_test
 from world import Child
 
 from align import sft
@@ -52,7 +53,9 @@ class Hosts:
         inside = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh"]
         env = os.environ | {"GLOO_SOCKET_IFNAME": CABLE, "OMP_NUM_THREADS": "1"}
         with log.open("w") as out:
-            return subprocess.Popen([*inside, *command], stdout=out, stderr=out, env=env, start_new_session=True)
+            process = subprocess.Popen([*inside, *command], stdout=out, stderr=out, env=env, start_new_session=True)
+        ends_with_its_test(process.pid)
+        return process
 
 
 def ip(*words: str) -> None:

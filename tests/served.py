@@ -43,13 +43,14 @@ class Address:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def await_health(self, alive, seconds: float) -> None:
-        """Until it answers; AssertionError where it ends before."""
+        """Until it answers; AssertionError where it ends before, or does not answer and is ended."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             assert alive(), "the server has ended"
             with suppress(URLError, OSError), urlopen(f"{self.url}/health", timeout=5):
                 return
             time.sleep(0.05)
+        self.kill()
         raise AssertionError("the server does not answer")
 
     def models(self) -> list[str]:
@@ -69,7 +70,7 @@ class Ours(Address):
 
     def start(self) -> None:
         """Also after a kill."""
-        self.child = Child(self.folder, *self.argv, stage=serve)
+        self.child = Child(self.folder, *self.argv, stage=serve, kept=True)
         self.await_health(lambda: self.child.process.is_alive(), 60)
 
     def kill(self) -> None:

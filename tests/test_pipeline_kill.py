@@ -8,7 +8,6 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def laid_out(world) -> None:
     written(STAGES, SHARED, "study.yaml")
 
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.apart, pytest.mark.timeout(1800)]
 MOMENTS = (
     "sft/checkpoints/step-000001",
     "ppo/checkpoints/step-000001",
@@ -96,7 +95,7 @@ def same_figures(study: Path) -> bool:
 def kill_stages(folder: Path) -> int:
     """SIGKILL to all that runs in this folder but this process; how many there were."""
     killed = 0
-    for process in psutil.Process(os.getpid()).children(recursive=True):  # stages are forks of a server of its own
+    for process in psutil.Process(os.getpid()).children(recursive=True):  # the tests' server of forks is another
         with suppress(psutil.Error):
             if Path(process.cwd()) == folder and process.status() != psutil.STATUS_ZOMBIE:
                 process.kill()
@@ -104,7 +103,6 @@ def kill_stages(folder: Path) -> int:
     return killed
 
 
-@pytest.mark.slow
 def test_stages_killed_at_all_kinds_of_moments_come_to_the_same_comparison(study, world, here):
     """What a kill of stage and pipeline leaves on the disk is the same: a pipeline notes nothing of a stage's fall."""
     laid_out(world)
@@ -130,43 +128,44 @@ def test_stages_killed_at_all_kinds_of_moments_come_to_the_same_comparison(study
     assert same_figures(study)
 
 
-def killed_when(ready: Callable[[], bool], folder: Path, whole: bool = True) -> bool:
-    """SIGKILL to a pipeline as soon as `ready()`, and to its stages too if `whole`; False if it ended before."""
-    child = Child(folder, "study.yaml", stage=pipeline)
-    family = []
-
-    def now() -> bool:
-        family[:] = psutil.Process(child.process.pid).children(recursive=True) if ready() else []
-        return ready()
-
-    killed = child.send_when(signal.SIGKILL, now, wait=600)  # several stages may come before
-    for process in family if whole else ():
-        with suppress(psutil.Error):
-            process.kill()
-    child.process.join()
-    return killed
+def stages_of(child: Child) -> list[psutil.Process]:
+    """With the server that they are forks of; none as long as that imports what they need, which takes seconds."""
+    with suppress(psutil.Error):
+        for server in psutil.Process(child.process.pid).children():
+            if stages := server.children(recursive=True):
+                return [server, *stages]
+    return []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False], ids=["with its stages", "alone"])
 def test_a_pipeline_killed_at_all_kinds_of_moments_comes_to_the_same_comparison(whole, study, world, here):
     laid_out(world)
     for moment in ("stages/sft.json", *MOMENTS):
-        assert killed_when((STUDY / moment).exists, here, whole), moment
+        child = Child(here, "study.yaml", stage=pipeline, shared=True)
+        assert child.send_when(signal.SIGKILL, (STUDY / moment).exists, wait=600), moment  # several stages come before
+        if whole:
+            kill_stages(here)
     told = align("study.yaml", stage=pipeline)
     assert told.status == 0, told.out + told.err
     assert same_figures(study)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_pipeline_killed_by_chance_comes_to_the_same_comparison(seed, study, world, here):
+    """Each has a server of forks of its own, as a user's has, which is killed too or left."""
     laid_out(world)
     chance = random.Random(seed)
-    for _ in range(8):  # each takes some seconds to import what its stages need
-        until = time.monotonic() + chance.uniform(2, 7)
-        if not killed_when(lambda at=until: time.monotonic() > at, here, chance.random() < 0.7):
+    for _ in range(4):
+        child = Child(here, "study.yaml", stage=pipeline)
+        while child.process.is_alive() and not stages_of(child):
+            time.sleep(0.1)
+        time.sleep(chance.uniform(0, 5))
+        family = stages_of(child)
+        if not child.send_when(signal.SIGKILL, lambda: True):
             break
+        for process in family if chance.random() < 0.7 else ():
+            with suppress(psutil.Error):
+                process.kill()
     told = align("study.yaml", stage=pipeline)
     assert told.status == 0, told.out + told.err
     assert same_figures(study)

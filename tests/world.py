@@ -19,7 +19,7 @@ import psutil
 import torch
 import yaml
 from data.voices import SMOLLM, tiny_tokenizer
-from forks import forked
+from forks import forked, share_server
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -215,20 +215,27 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 class Child:
-    """A stage in a process of its own, forked where everything is already imported.
+    """A stage in a process of its own, forked where everything is already imported. It ends with its test.
 
-    `rank` makes it one of several processes, with the environment that `accelerate launch` would give it.
+    `rank` makes it one of several processes, with the environment that `accelerate launch` would give it. Whoever asks
+    for it to be `kept` ends it. With `shared`, what it forks itself is forked like it: at once, but not as its child.
     """
 
     def __init__(
-        self, folder: Path, *argv: object, stage: ModuleType = sft, rank: dict[str, str] | None = None
+        self,
+        folder: Path,
+        *argv: object,
+        stage: ModuleType = sft,
+        rank: dict[str, str] | None = None,
+        kept: bool = False,
+        shared: bool = False,
     ) -> None:
         self.log = folder / f"child{(rank or {}).get('RANK', '')}.log"
         env = {"ALIGN_CACHE": os.environ["ALIGN_CACHE"], "HF_HUB_OFFLINE": "1", **(rank or {})}
         words = [str(word) for word in argv]
         for path in (self.log, self.log.with_suffix(".err")):
             path.write_text("")
-        self.process = forked(_child, stage.main, words, env, str(self.log))
+        self.process = forked(_child, stage.main, words, env, str(self.log), shared, kept=kept)
 
     @classmethod
     def pair(cls, folder: Path, port: int, *argv: object, stage: ModuleType = sft) -> list[Child]:
@@ -260,8 +267,10 @@ class Child:
         return True
 
 
-def _child(main: Callable[[list[str]], None], argv: list[str], env: dict[str, str], log: str) -> None:
+def _child(main: Callable[[list[str]], None], argv: list[str], env: dict[str, str], log: str, shared: bool) -> None:
     os.environ.update(env)
+    if shared:
+        share_server()
     if host := env.get("NAMESPACE"):
         _move(host)
     for number, path in ((1, log), (2, str(Path(log).with_suffix(".err")))):
