@@ -95,6 +95,6 @@ def test_behind_a_quiet_launcher_a_users_error_is_one_line(options, world, here)
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
     command += [*options.replace("PORT", str(free_port())).split(), "-m", "align.sft", str(recipe)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    told = subprocess.run(command, capture_output=True, text=True, timeout=WAIT, env=env)
+    told = subprocess.run(command, capture_output=True, text=True, timeout=2 * WAIT, env=env)
     said = [line for line in told.stderr.splitlines() if "`" not in line]  # accelerate's own defaults
     assert (told.returncode, said) == (1, ["nowhere.jsonl: no such file or folder"])
