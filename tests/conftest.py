@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from forks import ending
@@ -18,6 +19,7 @@ FIRST = (
     "hosts", "pipeline_kill", "shards", "processes", "ppo_resume", "resume", "plain_path", "dpo", "classify",
     "ppo_truth", "pipeline",
 )  # fmt: skip
+APART = ("test_hosts.py", "test_pipeline_kill.py")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # of what a test starts too: tests share the cores, and threads wait busily
@@ -25,14 +27,25 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile al
 sys.dont_write_bytecode = False
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long, or wait for processes, come first: what is left at the end is short."""
     rank = {f"test_{name}.py": number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(FIRST)))
-    for item in items:  # for --dist loadgroup: the tests of a file share what takes long to make
-        if not item.get_closest_marker("apart"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """With --dist loadfile, tests of a file share what takes long to make; those of some that wait long run apart."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return nodeid if Path(file).name in APART else file
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:

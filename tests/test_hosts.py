@@ -20,7 +20,7 @@ from world import metrics
 
 from align import ppo, sft
 
-pytestmark = [pytest.mark.slow, pytest.mark.apart, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 MINUTE = 60.0  # seconds
 TIMES = int(os.environ.get("ALIGN_FAILURES", "2"))  # of each kind, for each stage
 SEED = int(os.environ.get("ALIGN_SEED", "0"))

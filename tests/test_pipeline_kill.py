@@ -74,7 +74,7 @@ def laid_out(world) -> None:
     written(STAGES, SHARED, "study.yaml")
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.apart, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 MOMENTS = (
     "sft/checkpoints/step-000001",
     "ppo/checkpoints/step-000001",
