@@ -252,6 +252,8 @@ class Loop:
         """A checkpoint of now, unless there is one; with shards, every process must call it."""
         if self.saved == self.step:
             return
+        if self.session.first:
+            self.writer.begin()
         tensors = self.learner.captured()
         state = {
             "step": self.step, "place": self.plan.place(self.step), "tokens_seen": self.tokens_seen,

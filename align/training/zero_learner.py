@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from align.training import zero
 from align.training.learner import Learner
-from align.training.runs.checkpoint import Tensors
+from align.training.runs.checkpoint import Tensors, copied
 from align.training.runs.state import adamw, trained_parameters
 
 
@@ -65,8 +65,9 @@ class ZeroLearner(Learner):
 
     def captured(self) -> Tensors:
         """What a checkpoint holds."""
-        model = self._kept((name, zero.full(p)) for name, p in self.named.items())
-        return {"model": model, "optimizer": self._kept(zero.moments(self.named, self.model))}
+        model = self._kept((name, copied(zero.full(p))) for name, p in self.named.items())
+        moments = ((name, copied(moment)) for name, moment in zero.moments(self.named, self.model))
+        return {"model": model, "optimizer": self._kept(moments)}
 
     def result(self) -> dict[str, Tensor]:
         """What a result holds."""

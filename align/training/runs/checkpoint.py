@@ -36,10 +36,10 @@ Tensors = dict[str, dict[str, Tensor]]  # file name without suffix -> name -> te
 def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int) -> Path:
     """Write `folder/step-XXXXXX` durably, replacing one of the same step, then leave only the newest `keep`.
 
-    `tensors`: one safetensors file per entry, of any dtype and layout; `state`: what JSON can hold. Returns
-    the checkpoint's path. Raises UserError when the disk is full or refuses; earlier ones then stay whole.
+    `tensors`: one safetensors file per entry, each tensor `copied`; `state`: what JSON can hold. Returns the
+    checkpoint's path. Raises UserError when the disk is full or refuses; earlier ones then stay whole.
     """
-    return _write(folder, step, snapshot(tensors), to_json(state), keep)
+    return _write(folder, step, tensors, to_json(state), keep)
 
 
 def newest_checkpoint(folder: Path, only: str | None = None) -> tuple[Path | None, list[str]]:
@@ -96,23 +96,28 @@ class CheckpointWriter:
         self.folder, self.keep = folder, keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")  # joined when the interpreter exits, so no save is cut off
         self._last: Future[float] | None = None
+        self._held = self._begun = 0.0
+
+    def begin(self) -> None:
+        """Before the tensors of a save are made: wait for the previous one, so that one copy is held, and raise its
+        error."""
+        self._held = time.perf_counter()
+        self.wait()
+        self._begun = time.perf_counter()
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> float:
-        """Copy everything to the CPU, start writing, and return the seconds that training was held up.
+        """After `begin`: start writing, and return the seconds that training was held up.
 
-        Takes it out of `tensors`. Waits for the previous save first, and raises its error.
+        `tensors`: as for `save_checkpoint`; nobody changes them any more.
         """
-        start = time.perf_counter()
-        self.wait()
-        begun = time.perf_counter()
-        copy, text = snapshot(tensors), to_json(state)
+        text, begun = to_json(state), self._begun
 
         def write() -> float:
-            _write(self.folder, step, copy, text, self.keep)
+            _write(self.folder, step, tensors, text, self.keep)
             return time.perf_counter() - begun
 
         self._last = self._thread.submit(write)
-        return time.perf_counter() - start
+        return time.perf_counter() - self._held
 
     def wait(self) -> float:
         """Wait for the last save; the seconds from its start until it was durable (0.0 if there was none).
@@ -128,18 +133,9 @@ class CheckpointWriter:
             raise
 
 
-def snapshot(tensors: Tensors) -> Tensors:
-    """Contiguous copies on the CPU that share no storage: with each other, or with the originals.
-
-    Each original is taken out of `tensors` as it is copied: what was gathered from shards for this is held once.
-    """
-    return {
-        part: {
-            name: named.pop(name).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name in list(named)
-        }
-        for part, named in tensors.items()
-    }
+def copied(tensor: Tensor) -> Tensor:
+    """Its numbers on the CPU, contiguous, in a storage of their own."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

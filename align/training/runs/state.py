@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from align.recipe.errors import UserError
 from align.recipe.schema import Optim
-from align.training.runs.checkpoint import Tensors, load_checkpoint
+from align.training.runs.checkpoint import Tensors, copied, load_checkpoint
 
 Named = dict[str, nn.Parameter]
 MOST = 2**53  # what a number of JSON counts to exactly
@@ -44,23 +44,24 @@ def adamw(model: nn.Module, optim: Optim, rates: dict[str, float]) -> torch.opti
 
 
 def capture(named: Named, optimizer: torch.optim.Optimizer, keep: bool = True) -> Tensors:
-    """Weights and AdamW moments; with shards, every process must call it, and those that do not `keep` get none."""
+    """Copies of weights and AdamW moments, on the CPU; with shards, every process must call it, and those that do not
+    `keep` get none."""
     moments = {
         f"{name}/{key}": value for name, p in named.items() for key, value in optimizer.state.get(p, {}).items()
     }
-    return {"model": gathered(named, keep), "optimizer": gathered(moments, keep)}
+    return {"model": gathered(named, keep, copies=True), "optimizer": gathered(moments, keep, copies=True)}
 
 
-def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+def gathered(tensors: Mapping[str, Tensor], keep: bool, copies: bool = False) -> dict[str, Tensor]:
     """Tensors whole, those of shards on the CPU, one after another; none where this process does not `keep` them.
 
-    With shards, every process must call it.
+    With shards, every process must call it. `copies`: the others are copied; what was gathered is a copy already.
     """
     found = {}
     for name, tensor in tensors.items():
         full = whole(tensor).detach().cpu() if isinstance(tensor, DTensor) else tensor
         if keep:
-            found[name] = full
+            found[name] = copied(full) if copies and full is tensor else full
     return found
 
 

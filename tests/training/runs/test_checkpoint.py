@@ -15,6 +15,7 @@ from align.recipe.errors import UserError
 from align.training.runs import checkpoint
 from align.training.runs.checkpoint import (
     CheckpointWriter,
+    copied,
     load_checkpoint,
     newest_checkpoint,
     published,
@@ -30,6 +31,12 @@ def parts(value: float) -> dict:
 def save(folder: Path, step: int, keep: int = 2, value: float | None = None) -> Path:
     value = step if value is None else value
     return save_checkpoint(folder, step, parts(value), {"value": value}, keep)
+
+
+def written(writer: CheckpointWriter, step: int, state: dict) -> float:
+    """A save as a run begins and makes it."""
+    writer.begin()
+    return writer.save(step, parts(float(step)), state)
 
 
 def value_of(path: Path) -> float:
@@ -55,7 +62,8 @@ def test_round_trip(tmp_path):
         "empty": {},
     }  # fmt: skip
     state = {"step": 3, "rng": [1, 2**63], "lr": 5e-324, "name": "你好", "nothing": None}
-    path = save_checkpoint(tmp_path / "deep" / "er", 3, {part: {**own} for part, own in tensors.items()}, state, keep=1)
+    copies = {part: {name: copied(tensor) for name, tensor in own.items()} for part, own in tensors.items()}
+    path = save_checkpoint(tmp_path / "deep" / "er", 3, copies, state, keep=1)
     assert path == tmp_path / "deep" / "er" / "step-000003"
     assert newest_checkpoint(path.parent) == (path, [])
     loaded, loaded_state = load_checkpoint(path)
@@ -144,17 +152,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, how, why):
     assert sentence.startswith(str(tmp_path / "step-0000"))
 
 
-def test_the_writer_snapshots_before_it_returns(tmp_path, monkeypatch):
+def test_the_writer_returns_before_it_has_written(tmp_path, monkeypatch):
     go = threading.Event()
     write = checkpoint._write
     monkeypatch.setattr(checkpoint, "_write", lambda *args: (go.wait(), write(*args)))
     writer = CheckpointWriter(tmp_path, keep=3)
     assert writer.wait() == 0
-    weights, state = parts(1.0), {"value": 1.0}
-    given = weights["model"]["w"], weights["optimizer"]["m"]
-    blocking = writer.save(1, weights, state)
-    assert weights == {"model": {}, "optimizer": {}}  # what was gathered for this is let go
-    given[0].zero_(), given[1].zero_(), state.update(value=0)
+    state = {"value": 1.0}
+    blocking = written(writer, 1, state)
+    state.update(value=0)
     assert newest_checkpoint(tmp_path) == (None, [])  # still waiting
     time.sleep(0.05)
     go.set()
@@ -163,7 +169,7 @@ def test_the_writer_snapshots_before_it_returns(tmp_path, monkeypatch):
     assert blocking < durable
     assert value_of(newest_checkpoint(tmp_path)[0]) == 1
     for value in (2.0, 3.0):  # one after the other, without a wait between
-        writer.save(int(value), parts(value), {"value": value})
+        written(writer, int(value), {"value": value})
     writer.wait()
     assert names(tmp_path) == ["step-000001", "step-000002", "step-000003"]
 
@@ -172,11 +178,11 @@ def test_the_next_save_raises_the_error_of_the_last(tmp_path):
     blocker = tmp_path / "checkpoints"
     blocker.touch()
     writer = CheckpointWriter(blocker, keep=1)
-    writer.save(1, parts(1.0), {})
+    written(writer, 1, {})
     with pytest.raises(UserError, match="cannot be written"):
-        writer.save(2, parts(2.0), {})
+        writer.begin()
     blocker.unlink()
-    writer.save(3, parts(3.0), {"value": 3.0})
+    written(writer, 3, {"value": 3.0})
     writer.wait()
     assert value_of(newest_checkpoint(blocker)[0]) == 3
 

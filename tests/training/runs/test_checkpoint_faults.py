@@ -121,12 +121,14 @@ def test_a_full_disk(tmp_path):
 def save_under_a_limit(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     writer = CheckpointWriter(folder, keep=1)
+    writer.begin()
     writer.save(2, {"model": {"w": torch.ones(50_000)}}, {})
     try:
         writer.wait()
     except UserError as error:
         (folder / "said").write_text(str(error))
-    writer.save(3, parts(3.0), {"value": 3.0})  # and goes on
+    writer.begin()  # and goes on
+    writer.save(3, parts(3.0), {"value": 3.0})
     assert writer.wait() > 0
 
 
