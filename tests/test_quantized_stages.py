@@ -11,12 +11,13 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
-from ppo_start import make_start, recipe_of
+from ppo_start import Start, make_start, recipe_of
+from samplers import recipe_of as sampling
 from test_processes import assert_close, pair
 from transformers import AutoModelForCausalLM
-from world import align
+from world import align, metrics
 
-from align import chat, classify, dpo, evaluate, merge, ppo, reward, sft
+from align import chat, classify, distill, dpo, evaluate, grpo, merge, ppo, reward, sft
 from align.models.base import load_base
 from align.models.checkpoints.adapters import put
 from align.models.checkpoints.results import read_result
@@ -33,13 +34,17 @@ class Chain(NamedTuple):
     """`final/` folders: each but the classifier's on those before it."""
 
     bits: str
-    base: Path
+    start: Start
     sft: Path
     dpo: Path
     kto: Path
     reward: Path
     ppo: Path
     classify: Path
+
+    @property
+    def base(self) -> Path:
+        return self.start.base
 
 
 @pytest.fixture(scope="module", params=["4bit", "8bit"])
@@ -71,7 +76,7 @@ def chain(world, cache, tmp_path_factory, request):
         (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
         data = {"train": [{"path": str(folder / "texts.jsonl")}], "eval": {"sources": []}}
         classes = final("classes", classify, world.recipe(folder / "c.yaml", stage="classify", data=data, **common))
-        yield Chain(bits, start.base, one, two, unpaired, score, last, classes)
+        yield Chain(bits, start, one, two, unpaired, score, last, classes)
 
 
 def test_every_stage_runs_and_says_what_it_stands_on(chain):
@@ -106,6 +111,21 @@ def test_evaluation_finds_the_numbers_of_the_run(chain, world, here):
     told = align("e.yaml", "run=other", "model.quantize=null", stage=evaluate)
     assert told.status == 2
     assert told.err.rstrip().endswith("; set model.quantize: " + chain.bits)
+
+
+def test_grpo_and_distillation(chain, world, here):
+    """From another base, which takes the same bits, with and without its adapter; and from an adapter on the trunk."""
+    model = {"base": str(chain.base), "quantize": chain.bits, "dtype": "float32"}
+    teachers = {"other": {"base": str(world.base)}, "beside": {"adapter": str(chain.sft)}}
+    teachers["both"] = {"base": str(chain.base), "adapter": str(chain.sft)}
+    jobs = [(grpo, "grpo", {}), *((distill, name, {"teacher": teacher}) for name, teacher in teachers.items())]
+    for stage, name, own in jobs:
+        recipe = sampling(world, chain.start, here / f"{name}.yaml", stage, own, model=model, train=TRAIN)
+        told = align(recipe, stage=stage)
+        assert (told.status, told.err) == (0, ""), told.err
+    alike = [[record["loss"] for record in metrics(here / name, "train")] for name in ("beside", "both")]
+    assert alike[0] == pytest.approx(alike[1], rel=1e-4, abs=1e-6)
+    assert metrics(here / "other", "train")[0]["loss"] > 0
 
 
 def test_chat_finds_the_trunk_by_itself(chain, here, monkeypatch):

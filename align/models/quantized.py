@@ -89,6 +89,13 @@ def numbers(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
+def ask_for_gradients(model: nn.Module, asked: bool) -> None:
+    """Have its numbers learn, or nothing; bits never do."""
+    model.requires_grad_(False)
+    for _, parameter in numbers(model):
+        parameter.requires_grad_(asked)
+
+
 def like(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
     """A model that has taken over the layers of another: peft has to know that they are quantised."""
     for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):

@@ -31,6 +31,7 @@ from align.models.checkpoints.results import META
 from align.models.layout import faster_attention, layout_of
 from align.models.lora import Switch, acts, adapted, beneath
 from align.models.memory import budgets
+from align.models.quantized import ask_for_gradients
 from align.objectives.logprobs import linear_logprobs
 from align.recipe.schema import Lora, Model
 
@@ -59,7 +60,7 @@ class Trunk(nn.Module):
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         self.adapted, self.sharded = lora is not None, shard is not None
-        causal.requires_grad_(not self.adapted)
+        ask_for_gradients(causal, not self.adapted)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.causal = adapted(causal, lora, bool(outputs), base.added) if self.adapted else causal

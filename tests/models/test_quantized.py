@@ -141,6 +141,19 @@ def test_no_token_feels_the_rest_of_its_batch(folder, bits):
 
 @needed
 @both
+def test_a_trunk_without_an_adapter_is_the_same(folder, bits):
+    """Such as a teacher of its own. Its bits are not asked for gradients, which integers cannot have."""
+    section = Model(base=str(folder), dtype="float32", quantize=bits)
+    trunk = Trunk(load_base(section, CPU, frozen=True), section, None)
+    packed = [layer.weight for layer in trunk.modules() if isinstance(layer, quantized.LAYERS)]
+    assert packed
+    assert not any(weight.requires_grad for weight in packed)
+    with torch.no_grad():
+        torch.testing.assert_close(trunk(FOREST), trunk_on(folder, quantize=bits)(FOREST), rtol=1e-5, atol=1e-5)
+
+
+@needed
+@both
 def test_samples_are_those_of_generate(folder, chains, bits):
     trunk = stir(trunk_on(folder, quantize=bits, adapter=str(chains[bits][0])))
     prompts = [tree(length, seed=length).segments[0] for length in (3, 7, 5)]
