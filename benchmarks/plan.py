@@ -61,6 +61,7 @@ def recipes(paths: dict[str, Path], steps: int) -> dict[str, dict[str, Any]]:
 
     checkpointed = {"model": {"base": "demo/smollm2-135m", "gradient_checkpointing": True}}
     whole = {"lora": None}
+    few_bits = {n: {"model": {"base": "demo/smollm2-135m", "quantize": n}} for n in ("4bit", "8bit")}
     rewards = [{"function": "align.training.rules:sentiment", "name": "rule"}]
     drawn = {"samples": 2, "generation": {"max_new": 24}}
     return {
@@ -78,6 +79,10 @@ def recipes(paths: dict[str, Path], steps: int) -> dict[str, dict[str, Any]]:
         "ppo": recipe("ppo", "prompts", 4, ppo=drawn | {"rewards": rewards, "epochs": 2}),
         "grpo": recipe("grpo", "prompts", 4, grpo=drawn | {"rewards": rewards}),
         "distill": recipe("distill", "prompts", 4, distill=drawn | {"teacher": {"base": "demo/smollm2-135m"}}),
+        "sft 4bit": recipe("sft", "text", 4, **few_bits["4bit"]),
+        "sft 8bit": recipe("sft", "text", 4, **few_bits["8bit"]),
+        "dpo 4bit": recipe("dpo", "pairs", 3, **few_bits["4bit"]),
+        "ppo 8bit": recipe("ppo", "prompts", 4, ppo=drawn | {"rewards": rewards, "epochs": 2}, **few_bits["8bit"]),
     }
 
 

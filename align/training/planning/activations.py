@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from peft.tuners import lora
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,7 +97,7 @@ def _row(skeleton: Skeleton, way: Way, tokens: int, segment: int) -> Row:
     depth = config.num_hidden_layers
     one, two = (_traced(skeleton, layers, way, tokens, segment) for layers in (1, 2))
     kept = one.kept + (depth - 1) * (two.kept - one.kept)
-    if way.kernels:  # they keep the product of gate and up besides
+    if way.kernels and not skeleton.model.quantize:  # they keep the product of gate and up besides
         kept += depth * tokens * (getattr(config, "intermediate_size", 0) or 0) * way.dtype.itemsize
     # What a pass needs at once is that of one layer, however many there are.
     return Row(kept, max(one.forward, two.forward), max(one.backward, two.backward))
@@ -110,8 +109,6 @@ def _traced(skeleton: Skeleton, layers: int, way: Way, tokens: int, segment: int
         device, dtype = ("cpu", torch.float32) if way.autocast else ("meta", way.dtype)
         model = skeleton.made(layers, dtype, device)
         base = plain(model)
-        if skeleton.model.quantize:
-            _pack(model)
         if not way.autocast:
             fast.adopt(base, True)
         model.train()
@@ -163,16 +160,6 @@ def _is_tensor(value: object) -> bool:
 
 def _drop(p: Tensor) -> None:
     p.grad = None
-
-
-class _Packed(lora.Linear):
-    """An adapter on a quantised layer: peft's own forward, which nothing faster replaces."""
-
-
-def _pack(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module) is lora.Linear:
-            module.__class__ = _Packed
 
 
 def _mask(tokens: int, segment: int) -> ForestMask:

@@ -54,6 +54,12 @@ class Setting(NamedTuple):
         return self.device.dtype if choice == "auto" else compute_dtype(choice, torch.device("meta"))
 
     @property
+    def arranged(self) -> int:
+        """Bytes of a copy of the weights that is laid out for its products; packed ones have none."""
+        ready = self.way.kernels and not self.recipe.model.quantize
+        return self.skeleton.sizes.matrices * self.dtype.itemsize * ready
+
+    @property
     def way(self) -> Way:
         """How a row is computed."""
         kernels = self.device.kernels and self.adapted and self.dtype == torch.bfloat16
@@ -153,9 +159,8 @@ def held(at: Setting) -> list[Part]:
     if at.device.type == "cpu" and at.adapted and at.shards == 1 and at.skeleton.stored == at.dtype:
         # Weights that need no cast stay in the file's pages; those that are joined are copied out of them.
         parts.append(Part("joined weights, beside the file", joined(at.skeleton, "cpu") * at.dtype.itemsize))
-    prepared = 2 * sizes.matrices * at.dtype.itemsize
-    if at.way.kernels and at.shards == 1 and prepared <= COPIES:
-        parts.append(Part("weights prepared for oneDNN", prepared))
+    if at.shards == 1 and 0 < 2 * at.arranged <= COPIES:
+        parts.append(Part("weights prepared for oneDNN", 2 * at.arranged))
     for judge in at.judges:
         parts.append(Part("another model", _whole(judge, at.dtype.itemsize)))
     if at.teacher:
@@ -201,6 +206,7 @@ def asks_reference(recipe: BaseRecipe) -> bool:
 
 def unpacked(at: Setting) -> list[Part]:
     """A quantised weight in the dtype of its product."""
-    return (
-        [Part("a weight, unpacked", at.skeleton.sizes.largest * at.dtype.itemsize)] if at.recipe.model.quantize else []
-    )
+    if not at.recipe.model.quantize:
+        return []
+    largest = max(one.sizes.matrix for one in (at.skeleton, at.teacher) if one)
+    return [Part("a weight, unpacked", largest * at.dtype.itemsize)]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners import lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -33,6 +34,7 @@ class Sizes(NamedTuple):
     vectors: int  # norms, biases
     layer: int  # all of one layer
     largest: int  # the largest single tensor
+    matrix: int  # the largest of the matrices
     multiplied: int  # N: weights that a token is multiplied with, a tied head included
     adapter: int  # what one LoRA has; 0 without
     depth: int
@@ -98,7 +100,7 @@ class Skeleton:
         count = {name: first + (depth - 1) * (two[name] - first) for name, first in one.items()}
         heads = getattr(text, "num_attention_heads", 1)
         return Sizes(
-            **count | {"largest": two["largest"]},
+            **count | {name: two[name] for name in ("largest", "matrix")},
             layer=sum(two[name] - one[name] for name in ("matrices", "tables", "vectors")),
             depth=depth,
             width=text.hidden_size,
@@ -125,7 +127,14 @@ class Skeleton:
         if self.lora is not None:
             made.requires_grad_(False)
             made = get_peft_model(made, lora_config(self.lora, made))
+        if self.model.quantize:
+            for layer in [m for m in made.modules() if type(m) is lora.Linear]:
+                layer.__class__ = _Packed
         return made
+
+
+class _Packed(lora.Linear):
+    """An adapter on a quantised layer: peft's own forward, which nothing faster replaces."""
 
 
 @lru_cache(maxsize=16)
@@ -165,6 +174,7 @@ def _counted(model: nn.Module, scores: bool) -> dict[str, int]:
         if scores and not tied:
             del own[id(head.weight)]
     sums = {"matrices": 0, "tables": 0, "vectors": 0, "largest": max(p.numel() for p in own.values())}
+    sums["matrix"] = max((own[key].numel() for key in matrices), default=0)
     for key, p in own.items():
         sums["vectors" if p.ndim < 2 else "matrices" if key in matrices else "tables"] += p.numel()
     if head is None or scores:

@@ -22,19 +22,19 @@ def base(tmp_path_factory):
     return str(save_base(tmp_path_factory.mktemp("base") / "llama", "llama"))
 
 
-def planned(module, base, processes=1, generation=None, shard="none", **own):
+def planned(module, base, processes=1, generation=None, shard="none", model=None, device=DEVICE, **own):
     """The setting of a recipe, and its plan."""
     stage = module.__name__.removeprefix("align.")
     recipe = {
         "stage": stage,
         "run": "run",
-        "model": {"base": base},
+        "model": {"base": base} | (model or {}),
         "data": {"train": [{"path": "prompts.jsonl"}], "max_length": 32},
         "batch": {"examples": 4},
         "train": {"steps": 1, "shard": shard},
         stage: {"generation": {"max_new": 8} | (generation or {})} | own,
     }
-    at = setting(module.Recipe.model_validate(recipe), DEVICE, processes)
+    at = setting(module.Recipe.model_validate(recipe), device, processes)
     return at, memory(at)
 
 
@@ -139,3 +139,21 @@ def test_a_host_holds_what_its_processes_change_of_a_base(base):
     assert host_bytes(at, 1) == 0  # on a CPU it is in the plan itself
     assert host_bytes(at._replace(device=gpu), 2) == 4 * weights  # float32 in the file and in the run
     assert host_bytes(at._replace(device=gpu._replace(dtype=torch.bfloat16)), 2) == 4 * 2 * weights
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantised_trunk_has_no_copies_and_unpacks_one_matrix(base, bits):
+    """No weights are joined or prepared; and what is unpacked is never the embedding, which is no packed matrix."""
+    device = DEVICE._replace(dtype=torch.bfloat16, kernels=True)
+    teacher = {"teacher": {"base": base}}
+    whole, packed = (
+        moments(planned(distill, base, model=model, device=device, **teacher)[1]) for model in ({}, {"quantize": bits})
+    )
+    assert "weights prepared for oneDNN" in whole["sampling"]
+    assert "weights prepared for sampling" in whole["sampling"]
+    assert not [name for parts in packed.values() for name in parts if "prepared" in name]
+    assert {parts.get("joined weights, beside the file", 0) for parts in packed.values()} == {0}
+    at, _ = planned(distill, base, model={"quantize": bits}, device=device, **teacher)
+    layers = [p.numel() for name, p in at.skeleton.made(1).named_parameters() if "_proj.base_layer" in name]
+    assert packed["backward pass"]["a weight, unpacked"] == 2 * max(layers) < 2 * at.skeleton.sizes.largest
+    assert packed["sampling"]["trunk"] < whole["sampling"]["trunk"]
