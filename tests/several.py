@@ -6,6 +6,7 @@ import gc
 import importlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def main(argv: list[str]) -> None:
     variables among them."""
     folder, *runs = argv
     for number, word in enumerate(runs):
+        if deepspeed := sys.modules.get("deepspeed.comm.comm"):
+            deepspeed.cdb = None  # it keeps the processes of the run before
         stage, *words = json.loads(word)
         os.environ["MASTER_PORT"] = agreed_port(Path(folder) / f"port{number}")
         os.environ.update(word.split("=") for word in words if word.startswith("ACCELERATE_"))

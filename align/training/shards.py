@@ -18,7 +18,6 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import str_to_bool
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -42,9 +41,9 @@ def fsdp_asked() -> list[str]:
     What is set of it in the environment goes: accelerate would wrap the model itself, on a GPU alone, and transformers
     would load weights in the first process only. Raises UserError for what `train.shard` cannot do.
     """
-    if not str_to_bool(os.environ.pop(FSDP, "false")):
+    if not zero.is_true(FSDP, os.environ.pop(FSDP, "false")):
         return []
-    if str_to_bool(os.environ.get("FSDP_OFFLOAD_PARAMS", "false")):
+    if zero.is_true("FSDP_OFFLOAD_PARAMS", os.environ.get("FSDP_OFFLOAD_PARAMS", "false")):
         raise UserError(
             "accelerate's fsdp_offload_params: weights cannot be kept in the host's memory; set it to false, and "
             "lower batch.row_tokens or set model.gradient_checkpointing=true where memory is short"
