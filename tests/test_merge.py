@@ -8,6 +8,7 @@ from pathlib import Path
 import peft.tuners.lora.layer as peft_layers
 import pytest
 import torch
+import yaml
 from models.tiny import save_base, tiny_tokenizer
 from results import KINDS as SCORING
 from results import save_result
@@ -74,7 +75,7 @@ def refused(*argv: object) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_computes_what_base_and_adapter_compute(kind, tmp_path):
     family, lora = KINDS[kind]
-    base = save_base(tmp_path / "base", family)
+    base = save_base(tmp_path / "a_base: 2", family)
     trunk = trained(base, tmp_path / "final", lora=Lora(r=3, alpha=6, **lora))
     out = tmp_path / "out"
     assert "done" in merged(tmp_path / "final", out)
@@ -85,7 +86,7 @@ def test_it_computes_what_base_and_adapter_compute(kind, tmp_path):
     assert 0 <= told["on_disk"]["largest"] < 1e-4
     card = (out / "README.md").read_text()
     assert "# license" in card
-    assert "base_model" in card
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == str(base)
 
 
 def test_a_chain_of_three_with_added_tokens_and_the_base_elsewhere(tmp_path, monkeypatch):

@@ -86,31 +86,40 @@ PROMPTING: Formats = {
 }
 
 
-def _render(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[Tree | Fault]:
+def written(row: Row, tokenizer: PreTrainedTokenizerBase) -> Written:
+    """A row as text, up to where its answer begins. Raises Unwritable."""
     controls = controls_of(tokenizer)
-    chat = chat_of(tokenizer) if any(row.messages is not None for row in rows) else None
-    written: list[Written | Fault] = []
+    if row.messages is None:
+        text = controls.words(row, row.text)
+    else:
+        last = sum(message["role"] == "assistant" for message in row.messages)
+        messages, tools = controls.words(row, row.messages), controls.words(row, row.tools)
+        text, (turn,) = chat_of(tokenizer).turns([*messages, ANSWER], tools, {last})
+        text = text[: turn.begin]
+    return text, [], controls.notes(text)
+
+
+def stems(rows: list[tuple[Row, Written]], tokenizer: PreTrainedTokenizerBase) -> list[Tree | Fault]:
+    """The tokens of rows that were written."""
+    controls = controls_of(tokenizer)
+    chats = iter(tokenised([each for row, each in rows if row.messages is not None], controls))
+    texts = iter(controls.encode([text for row, (text, *_) in rows if row.messages is None], add_special_tokens=True))
+    return [
+        _stem(row, next(chats)[0] if row.messages else _beginning(next(texts).ids, tokenizer), notes)
+        for row, (*_, notes) in rows
+    ]
+
+
+def _render(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[Tree | Fault]:
+    found: list[Written | Fault] = []
     for row in rows:
         try:
-            if row.messages is None:
-                text = controls.words(row, row.text)
-            else:
-                last = sum(message["role"] == "assistant" for message in row.messages)
-                messages, tools = controls.words(row, row.messages), controls.words(row, row.tools)
-                text, (turn,) = chat.turns([*messages, ANSWER], tools, {last})
-                text = text[: turn.begin]
-            written.append((text, [], controls.notes(text)))
+            found.append(written(row, tokenizer))
         except Unwritable as error:
-            written.append(Fault(row.file, row.line, str(error)))
-    usable = [(row, each) for row, each in zip(rows, written, strict=True) if not isinstance(each, Fault)]
-    chats = iter(tokenised([each for row, each in usable if row.messages is not None], controls))
-    texts = iter(controls.encode([text for row, (text, *_) in usable if row.messages is None], add_special_tokens=True))
-    return [
-        each
-        if isinstance(each, Fault)
-        else _stem(row, next(chats)[0] if row.messages else _beginning(next(texts).ids, tokenizer), each[2])
-        for row, each in zip(rows, written, strict=True)
-    ]
+            found.append(Fault(row.file, row.line, str(error)))
+    usable = [(row, each) for row, each in zip(rows, found, strict=True) if not isinstance(each, Fault)]
+    trees = iter(stems(usable, tokenizer))
+    return [each if isinstance(each, Fault) else next(trees) for each in found]
 
 
 def _beginning(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

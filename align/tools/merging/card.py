@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from align import __version__
 from align.models.checkpoints.results import SCORING, Result
 from align.recipe.errors import UserError, printable
-from align.recipe.records import read_lines
+from align.recipe.records import read_lines, to_json
 from align.tools.merging.averages import Average
 from align.tools.merging.chain import Whole
 from align.tools.merging.compared import Difference
@@ -49,10 +49,11 @@ def card(whole: Whole, result: Result, average: Average | None, on_disk: Differe
     ends = None if scores else getattr(whole.model.generation_config, "eos_token_id", None)
     tokens = [ends] if isinstance(ends, int) else ends or []
     return page.get_template("card.md.jinja").render(
-        base=whole.links[0].name,
+        base=about.base,
+        base_id=_Plain(to_json(about.base)),  # in YAML, which takes a JSON text
         scores=scores,
         stage=about.stage,
-        title=f"{Path(whole.links[0].name).name} after {about.stage}",
+        title=f"{Path(about.base).name} after {about.stage}",
         what=_Plain(WHAT[about.stage]) if about.stage in WHAT else "A model with its adapters merged in.",
         steps=whole.steps,
         average=str(average) if average else None,

@@ -15,7 +15,7 @@ from align.tools.serving.limits import Limits, Refusal
 from align.tools.serving.models import Served
 from align.tools.serving.protocol import MOST_AT_ONCE, Asking, ChatAsking, TextAsking
 from align.tools.serving.replies import JSON, Answer, Reply, event, fault
-from align.tools.serving.words import conversation, text
+from align.tools.serving.words import Prose, conversation, text
 
 
 class Answering:
@@ -137,15 +137,16 @@ def submit(engine: Engine, requests: Sequence[Asked]) -> None:
         raise Refusal(503, str(error), "server_error") from None
 
 
-def prompts_of(served: Served, asked: Asking) -> list[np.ndarray]:
-    """What it is to go on from, token ids (l,) int32 each. Raises Refusal."""
+def prompts_of(served: Served, asked: Asking) -> list[Prose]:
+    """What it is to go on from. Raises Refusal."""
     tokenizer = served.voice.tokenizer
     try:
         if isinstance(asked, ChatAsking):
             return [conversation(tokenizer, asked.messages, asked.told_tools)]
         assert isinstance(asked, TextAsking)
         prompts = [
-            text(tokenizer, each) if isinstance(each, str) else np.array(each, np.int32) for each in asked.prompts
+            text(tokenizer, each) if isinstance(each, str) else Prose(0, partial(np.array, each, np.int32))
+            for each in asked.prompts
         ]
     except UserError as error:
         raise Refusal(400, str(error)) from None

@@ -20,6 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -28,7 +29,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from align.models.sampling.running import Event
-from align.tools.serving.answering import Answering, answers, model_of, prompts_of
+from align.recipe.errors import UserError
+from align.tools.serving.answering import Answering, answers, full, model_of, prompts_of
 from align.tools.serving.desk import Desk
 from align.tools.serving.engine import Engine, tell
 from align.tools.serving.limits import Door, Events, Limits, Refusal, body_of, unless_gone
@@ -45,7 +47,9 @@ from align.tools.serving.protocol import (
     read,
 )
 from align.tools.serving.scoring import Reading, Scoring, scores, texts_of
+from align.tools.serving.words import Prose
 
+SHORT = 2**14  # letters whose tokens take no time to speak of: some 15 ms
 Handler = Callable[[Request], Awaitable[Any]]
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -130,7 +134,7 @@ class Server:
         began = time.monotonic()
         asked = read(await body_of(request, self.limits), kind)
         served = answers(self.engine, asked)
-        prompts = await self.desk.do(partial(prompts_of, served, asked))
+        prompts = await self.tokens(request, partial(prompts_of, served, asked))
         answering = Answering(self.engine, self.limits, asked, served, prompts)
         seconds = self.limits.seconds - (time.monotonic() - began)
         close = partial(self._closed, answering)
@@ -152,11 +156,26 @@ class Server:
             counts.ends[name, answer.reason or "left"] += 1
             counts.time(asked, len(answer.pieces))
 
+    async def tokens(self, request: Request, write: Callable[[], list[Prose]]) -> list[np.ndarray]:
+        """The tokens of prompts that `write` gives, (l,) int32 each. Raises Refusal."""
+        if self.desk.waiting >= self.limits.waiting:
+            raise full()
+
+        async def work() -> list[np.ndarray]:
+            prose = await self.desk.do(write)
+            long = sum(each.letters for each in prose) > SHORT
+            return await self.desk.do(lambda: [each.tokens() for each in prose], long)
+
+        try:
+            return await unless_gone(request, work(), self.limits.seconds)
+        except UserError as error:
+            raise Refusal(400, str(error)) from None
+
     async def score(self, request: Request) -> Response:
         """Rewards and classes of texts."""
         asked = read(await body_of(request, self.limits), ScoreAsking)
         served = scores(self.engine, asked)
-        texts = await self.desk.do(partial(texts_of, served, asked))
+        texts = await self.tokens(request, partial(texts_of, served, asked))
         scoring = (Scoring if served.reader is None else Reading)(self.engine, served, texts)
         try:
             return _json(await unless_gone(request, scoring.whole(), self.limits.seconds))

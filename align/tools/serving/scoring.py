@@ -24,7 +24,7 @@ from align.tools.serving.models import Served
 from align.tools.serving.protocol import MOST_AT_ONCE, ScoreAsking
 from align.tools.serving.readers import portions
 from align.tools.serving.replies import JSON
-from align.tools.serving.words import classified, judged
+from align.tools.serving.words import Prose, classified, judged
 from align.training.labelling.measures import softmax
 
 INFINITE = "the model's scores are not finite"
@@ -76,7 +76,10 @@ class Reading:
     """The classes of one request's texts, by a classifier on a trunk of its own."""
 
     def __init__(self, engine: Engine, served: Served, texts: list[np.ndarray]) -> None:
-        """Raises Refusal where too many others wait."""
+        """Raises Refusal where too many others wait, and for a token that the trunk has no row for."""
+        tokenizer, rows = served.voice.tokenizer, served.reader.trunk.rows
+        if told := next(filter(None, (token_without_row(tokenizer, ids, rows) for ids in texts)), None):
+            raise Refusal(400, f"input: it {told}")
         if engine.waiting >= engine.most_waiting:
             raise full()
         self.engine, self.served, self.texts = engine, served, texts
@@ -127,8 +130,8 @@ def _classes(about: About, shares: np.ndarray) -> JSON:
     return {"score": float(shares[best]), "label": about.labels[best], "probabilities": named}
 
 
-def texts_of(served: Served, asked: ScoreAsking) -> list[np.ndarray]:
-    """What is to be scored, each as token ids. Raises Refusal."""
+def texts_of(served: Served, asked: ScoreAsking) -> list[Prose]:
+    """What is to be scored. Raises Refusal."""
     try:
         texts = _texts(served, asked)
     except UserError as error:
@@ -138,18 +141,13 @@ def texts_of(served: Served, asked: ScoreAsking) -> list[np.ndarray]:
     return texts
 
 
-def _texts(served: Served, asked: ScoreAsking) -> list[np.ndarray]:
+def _texts(served: Served, asked: ScoreAsking) -> list[Prose]:
     if served.kind == "classify":
         if asked.input is None:
             raise UserError("input: a classifier reads a text, or a list of them")
-        given, voice = [asked.input] if isinstance(asked.input, str) else asked.input, served.voice
-        if served.reader is None:
-            return [classified(voice.tokenizer, each, served.about.max_length) for each in given]
-        texts = [classified(voice.tokenizer, each, served.reader.max_length) for each in given]
-        rows = served.reader.trunk.rows
-        if fault := next(filter(None, (token_without_row(voice.tokenizer, ids, rows) for ids in texts)), None):
-            raise UserError(f"input: it {fault}")
-        return texts
+        given = [asked.input] if isinstance(asked.input, str) else asked.input
+        most = served.about.max_length if served.reader is None else served.reader.max_length
+        return [classified(served.voice.tokenizer, each, most) for each in given]
     return [judged(served.voice.tokenizer, talk) for talk in _talks(asked)]
 
 

@@ -1,46 +1,59 @@
-"""What requests say in words becomes tokens, and tokens become words."""
+"""What requests say in words becomes tokens, and tokens become words.
+
+Words become tokens in two steps. A chat template writes a prompt, in the main thread, where its time has a limit; its
+text becomes tokens in any thread.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from align.data.formats.media import REASON
-from align.data.formats.prompts import PROMPTING, prompts
+from align.data.formats.prompts import PROMPTING, stems, written
 from align.data.formats.rows import Fault, Refused, Row
 from align.data.templates.chat import Unwritable
 from align.data.templates.chats import chat_of
 from align.data.templates.control import controls_of, encoded_text
+from align.data.templates.render import Written
 from align.data.templates.texts import decoded
 from align.recipe.errors import UserError
 
 NEAR = 8  # tokens that decide how the next ones are written
 
 
-def conversation(tokenizer: PreTrainedTokenizerBase, messages: Any, tools: Any = None) -> np.ndarray:
-    """OpenAI's messages up to where the assistant speaks next, (l,) int32. Raises UserError."""
+class Prose(NamedTuple):
+    """A prompt as text."""
+
+    letters: int
+    tokens: Callable[[], np.ndarray]  # (l,) int32, in any thread; raises UserError
+
+
+def conversation(tokenizer: PreTrainedTokenizerBase, messages: Any, tools: Any = None) -> Prose:
+    """OpenAI's messages up to where the assistant speaks next. Raises UserError."""
     if not isinstance(messages, list) or not messages:
         raise UserError("messages: expected a list of messages")
     last = messages[-1]
     if isinstance(last, dict) and last.get("role") == "assistant":
         raise UserError("messages: the last one is the assistant's; end with what it is to answer")
-    return _rendered(tokenizer, _canonical({"prompt": messages, "tools": tools}))
+    return _prose(tokenizer, _canonical({"prompt": messages, "tools": tools}))
 
 
-def text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> np.ndarray:
-    """A text that is gone on from, (l,) int32. Raises UserError."""
+def text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Prose:
+    """A text that is gone on from. Raises UserError."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError("prompt: it holds half a character (a lone surrogate), which is no text") from None
-    return _rendered(tokenizer, Row("", 0, None, prompt, None))
+    return _prose(tokenizer, Row("", 0, None, prompt, None))
 
 
-def judged(tokenizer: PreTrainedTokenizerBase, messages: Any) -> np.ndarray:
-    """A whole conversation, up to its last end of turn, as a reward model reads it; (l,) int32. Raises UserError."""
+def judged(tokenizer: PreTrainedTokenizerBase, messages: Any) -> Prose:
+    """A whole conversation, up to its last end of turn, as a reward model reads it. Raises UserError."""
     if not isinstance(messages, list) or len(messages) < 2 or not isinstance(messages[-1], dict):
         raise UserError("messages: expected a conversation that ends with the assistant's answer")
     if messages[-1].get("role") != "assistant" or not isinstance(messages[-1].get("content"), str):
@@ -49,20 +62,25 @@ def judged(tokenizer: PreTrainedTokenizerBase, messages: Any) -> np.ndarray:
     controls = controls_of(tokenizer)
     try:
         said = {"role": "assistant", "content": messages[-1]["content"]}
-        written = chat_of(tokenizer).written(controls.disguised([*row.messages, said]))
-        return controls.encode([written], add_special_tokens=False)[0].ids
+        whole = chat_of(tokenizer).written(controls.disguised([*row.messages, said]))
+        whole.encode()
     except (Unwritable, UnicodeEncodeError) as error:
         raise UserError(f"messages: {error}") from None
+    return Prose(len(whole), lambda: controls.encode([whole], add_special_tokens=False)[0].ids)
 
 
-def classified(tokenizer: PreTrainedTokenizerBase, given: str, most: int | None) -> np.ndarray:
-    """A text as a classifier reads it, cut where it was in training; (l,) int32. Raises UserError."""
-    try:
-        given.encode()
-        (ids,) = encoded_text([given], tokenizer)
-    except (Unwritable, UnicodeEncodeError) as error:
-        raise UserError(f"input: {error}") from None
-    return ids[:most] if len(ids) else np.array([tokenizer.eos_token_id], np.int32)
+def classified(tokenizer: PreTrainedTokenizerBase, given: str, most: int | None) -> Prose:
+    """A text as a classifier reads it, cut where it was in training. Raises UserError."""
+
+    def tokens() -> np.ndarray:
+        try:
+            given.encode()
+            (ids,) = encoded_text([given], tokenizer)
+        except (Unwritable, UnicodeEncodeError) as error:
+            raise UserError(f"input: {error}") from None
+        return ids[:most] if len(ids) else np.array([tokenizer.eos_token_id], np.int32)
+
+    return Prose(len(given), tokens)
 
 
 def _canonical(record: dict[str, Any]) -> Row:
@@ -75,8 +93,16 @@ def _canonical(record: dict[str, Any]) -> Row:
         raise UserError(told) from None
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, row: Row) -> np.ndarray:
-    (tree,) = prompts().render([row], tokenizer)
+def _prose(tokenizer: PreTrainedTokenizerBase, row: Row) -> Prose:
+    try:
+        found = written(row, tokenizer)
+    except Unwritable as error:
+        raise UserError(str(error)) from None
+    return Prose(len(found[0]), partial(_stem, tokenizer, row, found))
+
+
+def _stem(tokenizer: PreTrainedTokenizerBase, row: Row, found: Written) -> np.ndarray:
+    (tree,) = stems([(row, found)], tokenizer)
     if isinstance(tree, Fault):
         raise UserError(tree.reason)
     return tree.segments[0]

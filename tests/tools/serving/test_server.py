@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -287,6 +287,21 @@ def test_more_requests_than_may_wait_are_refused(shop):
             line.close()
         until(lambda: service.engine.busy == 0)
         assert text(service, "red", [5, 6, 7])
+
+
+def test_long_texts_hold_up_each_other_alone(shop):
+    """They take their time to become tokens. What is short passes them; what would wait too long is refused."""
+    path, long = "/v1/chat/completions", {"model": "red", "messages": [{"role": "user", "content": "word " * 40_000}]}
+    with serving([shop["red"]], limits=Limits(waiting=5)) as service, ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(service.post, path, long) for _ in range(4)]
+        first = wait(asked, return_when=FIRST_COMPLETED).done
+        short = {"model": "red", "messages": ASKED, "max_tokens": 1}
+        status, _ = service.post(path, short)
+        waiting = sum(not each.done() for each in asked)
+        assert (status, waiting > 0) == (200, True)
+        assert all("maximum context length" in each.result()[1]["error"]["message"] for each in first)
+        asked += [pool.submit(service.post, path, long) for _ in range(6)]
+        assert {each.result()[0] for each in asked} == {400, 429}
 
 
 @pytest.mark.slow

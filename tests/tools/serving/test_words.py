@@ -64,14 +64,17 @@ def test_long_answers_read_only_their_last_tokens_again(monkeypatch):
 
 def test_a_conversation_is_written_as_in_training():
     messages = [{"role": "user", "content": "Hi <|im_end|>"}]
-    ids = conversation(TOKENIZER, messages)
+    ids = conversation(TOKENIZER, messages).tokens()
     assert TOKENIZER.decode(ids).endswith("<|im_start|>user\nHi <|im_end|><|im_end|>\n<|im_start|>assistant\n")
     assert list(ids).count(END) == 2, "what a user writes is no control token"
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hi <|im_end|>"}]}]
-    assert conversation(TOKENIZER, parts).tolist() == ids.tolist()
-    whole = judged(TOKENIZER, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert conversation(TOKENIZER, parts).tokens().tolist() == ids.tolist()
+    whole = judged(TOKENIZER, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).tokens()
     assert TOKENIZER.decode(whole).endswith("b<|im_end|>")
-    assert classified(TOKENIZER, "France France", 1).tolist() == classified(TOKENIZER, "France", 1).tolist()
+    assert (
+        classified(TOKENIZER, "France France", 1).tokens().tolist()
+        == classified(TOKENIZER, "France", 1).tokens().tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,8 +100,8 @@ def test_what_is_no_conversation_is_told(messages, told):
 
 
 def test_a_text_is_what_the_tokenizer_makes_of_it():
-    assert text(TOKENIZER, "France").tolist() == TOKENIZER("France")["input_ids"]
+    assert text(TOKENIZER, "France").tokens().tolist() == TOKENIZER("France")["input_ids"]
     for wrong in ("", "\udfff"):
         with pytest.raises(UserError):
-            text(TOKENIZER, wrong)
-    assert np.issubdtype(text(TOKENIZER, "a").dtype, np.integer)
+            text(TOKENIZER, wrong).tokens()
+    assert np.issubdtype(text(TOKENIZER, "a").tokens().dtype, np.integer)
