@@ -80,6 +80,8 @@ STEPS = [  # statements of a function's body
     "os.environ['ANY'] = 'x'", "random.seed(0)", "score(prompts, responses, rows)", "import no_such_module",
     "assert False, 'a\\nb'", "rows[0]['text'] = 3", "gc.collect()", "sys.setrecursionlimit(200)", "exec('x = (')",
     "raise UnicodeError('\\ud800')", "raise StopIteration", "raise GeneratorExit", "os.umask(os.umask(0))",
+    "os.rename = shutil.rmtree = None", "builtins.len = builtins.open = None", "sys.modules.clear()", "del os.getcwd",
+    "os.execv('/bin/true', ['true'])", "threading.Thread(target=os.execv, args=('/bin/true', ['true'])).start()",
 ]  # fmt: skip
 SCORE = [
     "1.0", "True", "None", "'1'", "b'1'", "float('nan')", "float('inf')", "1e300", "10 ** 400", "[1.0]", "1j",
@@ -92,7 +94,7 @@ SHAPES = [
     "map(lambda _: {0}, responses)", "dict.fromkeys(responses, {0})", "str({0})", "iter([{0}, 1 / 0])",
 ]  # fmt: skip
 IMPORTS = """
-import gc, itertools, os, random, signal, sys, threading, torch, warnings
+import builtins, gc, itertools, os, random, shutil, signal, sys, threading, torch, warnings
 import numpy as np
 from fractions import Fraction
 """
@@ -133,6 +135,7 @@ def check_any(body: list[str]) -> None:
     assert answered == [Answered(Asked({"text": "a"}, None, "a"), "a", response) for response in ("x", "y")]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @settings(max_examples=300, **FUZZ)
 @given(body=BODIES)
 def test_any_function(body):

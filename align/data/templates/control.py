@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -25,7 +26,12 @@ from align.data.templates.chats import chat_of
 from align.data.templates.thoughts import THINK, THINK_END
 from align.recipe.errors import UserError
 
-FIRST = 0x100000  # of Unicode's last private-use plane
+FIRST, PLANE = 0x100000, 0xFFFE  # Unicode's last private-use plane, and how many characters it has
+STRUCTURE = frozenset({  # keys of a message, and the roles and types in it: never words
+    "role", "content", "system", "user", "assistant", "tool", "train", "tool_calls", "tool_call_id", "type", "function",
+    "name", "arguments", "description", "parameters", "properties", "required", "object", "string", "number", "integer",
+    "boolean", "array", "reasoning_content",
+})  # fmt: skip
 DISGUISED = re.compile("[\U00100000-\U0010fffd]")
 
 
@@ -44,12 +50,12 @@ class Controls:
         known = tokenizer.added_tokens_decoder.values()
         talk = _exchange(tokenizer)
         tokens = [t.content for t in known if t.special or (t.content in talk and t.content not in (THINK, THINK_END))]
-        self.disguise = {token: chr(FIRST + k) * len(token) for k, token in enumerate(tokens) if token.strip()}
-        longest = sorted(self.disguise, key=len, reverse=True)
-        self.looks = re.compile("|".join(map(re.escape, longest)) or "(?!)")
-        both = self.disguise | {disguised: token for token, disguised in self.disguise.items()}
-        self._other = both
-        self._either = re.compile("|".join(map(re.escape, sorted(both, key=len, reverse=True))) or "(?!)")
+        # A letter that is one is a letter all the same: nothing else could write it.
+        named = sorted((t for t in tokens if t.strip() and not _is_letter(t, tokenizer)), key=len)
+        self.disguise = {token: _disguise(k, len(token)) for k, token in enumerate(named)}
+        self.looks = _any_of(self.disguise)
+        self._other = self.disguise | {disguised: token for token, disguised in self.disguise.items()}
+        self._either = _any_of(self._other)
         normalizer = tokenizer.is_fast and tokenizer.backend_tokenizer.normalizer
         self._normalises = bool(normalizer) and any(t.normalized for t in known if t.content in self.disguise)
         self._twin: PreTrainedTokenizerBase | None = None
@@ -71,8 +77,15 @@ class Controls:
         if isinstance(value, list):
             return [self.disguised(item) for item in value]
         if isinstance(value, dict):
-            return {self.disguised(key): self.disguised(item) for key, item in value.items()}
+            return {self._key(key): self._value(key, item) for key, item in value.items()}
         return value
+
+    def _key(self, key: Any) -> Any:
+        return key if key in STRUCTURE else self.disguised(key)
+
+    def _value(self, key: Any, value: Any) -> Any:
+        plain = key in ("role", "type") and isinstance(value, str) and value in STRUCTURE
+        return value if plain else self.disguised(value)
 
     def words(self, row: Row, value: Any) -> Any:
         """A part of a row, disguised unless its control tokens are to be read as such. Raises Unwritable."""
@@ -140,16 +153,18 @@ class Controls:
             model["unk_token"] = renamed(model["unk_token"])
         try:
             backend = Tokenizer.from_str(json.dumps(about))
-            same = all(
-                backend.token_to_id(disguised) == self.tokenizer.convert_tokens_to_ids(token)
+            lost = [
+                token
                 for token, disguised in self.disguise.items()
-            )
+                if backend.token_to_id(disguised) != self.tokenizer.convert_tokens_to_ids(token)
+                or not backend.encode(token, add_special_tokens=False).ids
+            ]
         except Exception:  # a vocabulary that needs the names
-            same = False
-        if not same:
+            lost = [*self.disguise]
+        if lost:
             raise UserError(
                 f"{self.tokenizer.name_or_path}: this tokenizer cannot write its control tokens as text, and some rows "
-                f"hold them ({', '.join([*self.disguise][:4])} …); take them out of the rows"
+                f"hold them ({', '.join(lost[:4])} …); take them out of the rows, or set control_tokens of the source"
             )
         twin = deepcopy(self.tokenizer)
         twin._tokenizer = backend
@@ -172,6 +187,27 @@ def encoded_text(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[n
     like one in them is text. Raises Unwritable as `Controls.disguised` does."""
     controls = controls_of(tokenizer)
     return [each.ids for each in controls.encode(controls.disguised(texts), add_special_tokens=True)]
+
+
+def _disguise(number: int, length: int) -> str:
+    """Private-use characters, as many as the token has, that stand for the token of this number alone. There may be
+    more tokens than characters."""
+    again, place = divmod(number, PLANE)
+    return chr(FIRST + place) + chr(FIRST + again) * (length - 1)
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """The longest of the texts that stands at a place."""
+    longest = sorted(texts, key=len, reverse=True)
+    if not longest:
+        return re.compile("(?!)")
+    firsts = "".join(map(re.escape, sorted({text[0] for text in longest})))  # most places are passed over by these
+    return re.compile(f"(?=[{firsts}])(?:{'|'.join(map(re.escape, longest))})")
+
+
+def _is_letter(token: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it is one in the vocabulary without added tokens; False of a slow tokenizer."""
+    return len(token) == 1 and tokenizer.is_fast and tokenizer.backend_tokenizer.model.token_to_id(token) is not None
 
 
 def _exchange(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from align.recipe.errors import UserError, printable
 from align.recipe.streams import ReaderLeft, standard_streams
+from align.training.borders import leaving
 
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 SHOWING = ("--help", "-h", "--schema", "--show", "--dry-run")  # what is asked for then goes to stdout
@@ -40,7 +41,7 @@ def border(memory: str, result: bool = False) -> Iterator[None]:
     Exit status 2: something that the user can mend; 130: interrupted; 1: a fault of align. Who reads the output may
     leave: that ends a command whose result goes there, without a word, and no other.
     """
-    with standard_streams(result):
+    with leaving.command(), standard_streams(result):
         try:
             with _flushed():
                 yield

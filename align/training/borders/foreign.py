@@ -7,11 +7,14 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from os import _exit, getpid
 from typing import Any, TypeVar
 
 import torch
 
 from align.recipe.errors import UserError, reason
+from align.training.borders import leaving
+from align.training.borders.names import names, put_back
 from align.training.borders.stops import STOPS, Stopped
 
 T = TypeVar("T")
@@ -40,34 +43,34 @@ SHARED: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 )
 
 
-class Left(BaseException):
-    """Foreign code asked to end the process at once."""
-
-
 def foreign(name: str, function: Callable[[], T]) -> T:
     """What `function` returns. Raises UserError, `name` first, for whatever it raises instead, SystemExit and
     exceptions of its own making included. A signal passes through.
 
-    The working folder, the standard streams, the signals' handlers and torch's settings are afterwards as they were.
+    The working folder, the standard streams, the signals' handlers, torch's settings, and what the names of
+    `names.MODULES` stand for, are afterwards as they were.
     """
-    before, process, leave = [read() for read, _ in SHARED], os.getpid(), os._exit
-
-    def exit_(status: int) -> None:
-        if os.getpid() != process:  # a process that it has started may end as it likes
-            leave(status)
-        raise Left(f"os._exit({status})")
-
-    os._exit = exit_  # type: ignore[assignment]
+    before, process, within = [read() for read, _ in SHARED], getpid(), leaving.called_here()
+    leaving.heard()
     try:
-        return function()
+        return _by_name(function)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | Stopped):
             raise
         raise UserError(f"{name} ({reason(error)})") from error
     finally:
-        os._exit = leave
-        if os.getpid() != process:  # it has forked: the run is the other one
-            leave(1)
+        if getpid() != process:  # it has forked: the run is the other one
+            _exit(1)
+        leaving.unheard(within)
         for value, (read, put) in zip(before, SHARED, strict=True):
-            if read() != value:
+            now = read()
+            if now is not value and not (type(now) is type(value) and now == value):
                 put(value)
+
+
+def _by_name(function: Callable[[], T]) -> T:
+    known = names()
+    try:
+        return function()
+    finally:
+        put_back(known)  # first of all: even to name an exception takes them

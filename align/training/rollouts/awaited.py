@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from align.recipe.errors import reason
+from align.training.borders import leaving
 from align.training.rollouts.given import Verdict, late, numbers, pause, verdicts
 
 BLOCKED = 5.0  # seconds that the loop may need besides the calls
@@ -57,6 +58,7 @@ def _loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
 
     def run() -> None:
+        leaving.heard()  # for good: a task may be left behind
         asyncio.set_event_loop(loop)
         while True:
             with suppress(BaseException):  # a task that a function has left behind calls sys.exit
