@@ -73,7 +73,7 @@ def load_tokenizer(section: Model) -> Tokenizer:
         tokenizer.pad_token = tokenizer.eos_token
     known = tokenizer.get_vocab()  # a token of which, added again, would be cut out of the middle of words
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in section.add_tokens if token not in known])
-    return chat_tokenizer(tokenizer, section.chat_template, section.template_options)
+    return chat_tokenizer(tokenizer, section.chat_template, section.template_options, section.template_day)
 
 
 def base_config(section: Model, scores: bool, described: Path | None = None) -> PreTrainedConfig:

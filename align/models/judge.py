@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from align.data.templates.chat import Unwritable
 from align.data.templates.chats import chat_of
 from align.data.templates.control import controls_of
+from align.data.templates.templates import with_defaults
 from align.models.base import load_base
 from align.models.checkpoints.adapters import plain_tokenizer, put, stranger, token_without_row, trunk_of
 from align.models.checkpoints.results import CONFIG, SCORING, read_about, read_result
@@ -132,6 +133,8 @@ def read_judge(name: str, label: str | int | None, key: str, device: torch.devic
                 )
             _check_whole(model, loaded, told)
     tokenizer = plain_tokenizer(folder, f"{key}.model")
+    if tokenizer.chat_template:
+        tokenizer.chat_template = with_defaults(tokenizer, {}, None)  # its scores are the same on every day
     labels = about.labels if about else None
     chosen = _label(model, label, labels, name, key)
     longest = (about and about.max_length) or 4096

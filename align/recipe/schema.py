@@ -5,6 +5,7 @@ The docstring under each field is also its `--help` and its description in the J
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,6 +52,9 @@ class Model(Section):
     `<|im_start|>`, else `plain`."""
     template_options: dict[str, Any] = Field(default_factory=dict)
     """Variables of the chat template, such as `enable_thinking: false`. They become its defaults, in the result too."""
+    template_day: str | None = None
+    """The day, YYYY-MM-DD, that a chat template writes which otherwise writes today's, as Llama 3.2's does; in the
+    result too. Default: that of the adapter, else 2024-07-26."""
     trust_remote_code: bool = False
     """Run Python code that the base's repository carries. Leave off unless you have read it."""
 
@@ -62,6 +66,14 @@ class Model(Section):
         if len(set(tokens)) < len(tokens):
             raise ValueError("a token stands there twice")
         return tokens
+
+    @field_validator("template_day")
+    @classmethod
+    def _is_a_day(cls, day: str | None) -> str | None:
+        try:
+            return day and date.fromisoformat(day).isoformat()
+        except ValueError:
+            raise ValueError("expected a day as YYYY-MM-DD") from None
 
     @model_validator(mode="after")
     def _rows_are_whole(self) -> Model:

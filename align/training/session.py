@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from align.data.examples import Examples
 from align.data.formats.reading import Reading
 from align.data.mixture import Prepared, counting, prepare
+from align.data.templates.day import day_of
 from align.data.templates.marking import show
 from align.models.base import load_tokenizer
 from align.models.checkpoints.results import SCORING
@@ -147,8 +148,11 @@ class Session:
             raise Stopped
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The recipe's; the first process fetches what is not there yet."""
-        return first_then_others(self.accelerator, lambda: load_tokenizer(self.recipe.model))
+        """The recipe's; the first process fetches what is not there yet. Says which day its chat template writes."""
+        tokenizer = first_then_others(self.accelerator, lambda: load_tokenizer(self.recipe.model))
+        if (day := day_of(tokenizer.get_chat_template())) and self.recipe.model.template_day is None:
+            self.say(f"the chat template writes a date: {day} in every conversation (model.template_day)")
+        return tokenizer
 
     def prepare(
         self,

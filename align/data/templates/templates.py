@@ -15,6 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from align.data.formats.shown import shown
 from align.data.templates.confined import confined
+from align.data.templates.day import FIXED, USUAL, asks_the_day, day_of, of_day
 from align.recipe.errors import UserError
 
 Message = dict[str, Any]
@@ -27,7 +28,8 @@ TOOLS = (
 )
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt"}
 OPTION = re.compile(r"[A-Za-z_]\w*")
-DEFAULTS = re.compile(r"\{#- defaults -#\}.*?\{#- end of defaults -#\}", re.DOTALL)
+BEGIN, END = "{#- defaults -#}", "{#- end of defaults -#}"
+DEFAULTS = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 
 
 class Refusal(Exception):
@@ -35,13 +37,17 @@ class Refusal(Exception):
 
 
 def chat_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, choice: str | None, options: dict[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    choice: str | None,
+    options: dict[str, Any] | None = None,
+    day: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """Give `tokenizer` the template of `model.chat_template`; `save_pretrained` then saves it too.
 
     None keeps the tokenizer's own; one that has none gets `chatml` if its vocabulary has `<|im_start|>`, else
     `plain`. With `chatml`, `<|im_end|>` becomes the end-of-text token. `options` become the template's defaults, so
-    that every program which reads the saved template writes conversations as they were trained.
+    that every program which reads the saved template writes conversations as they were trained. So does `day`,
+    YYYY-MM-DD, in a template that writes today's; None: the one that it has, else `day.USUAL`.
 
     Raises UserError for a template that cannot be read, does not fit the vocabulary, or cannot write one
     exchange.
@@ -59,9 +65,7 @@ def chat_tokenizer(
             f"{tokenizer.name_or_path or 'the tokenizer'} has chat templates for {names}, and none that is its "
             "default; give one as a file in model.chat_template"
         )
-    if options:
-        plain = plain_template(tokenizer.get_chat_template())
-        tokenizer.chat_template = _defaults(options, plain, GIVEN | set(special_tokens(tokenizer))) + plain
+    tokenizer.chat_template = with_defaults(tokenizer, options or {}, day)
     exchange = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
     name = f"chat template {choice}" if choice else f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
     try:
@@ -77,6 +81,20 @@ def chat_tokenizer(
                 f"{name} cannot write a user and an assistant turn: {error}; set model.chat_template"
             ) from None
     return tokenizer
+
+
+def with_defaults(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], day: str | None) -> Any:
+    """The template, or templates, of a tokenizer whose default one writes with these options, on this day."""
+    template = tokenizer.get_chat_template()
+    plain, there = plain_template(template), day_of(template)
+    if not options and ((there is not None and day in (None, there)) or not asks_the_day(plain)):
+        return tokenizer.chat_template
+    lines = of_day(plain, day or there or USUAL) if asks_the_day(plain) else ""
+    if options:
+        lines += _defaults(options, plain, GIVEN | set(special_tokens(tokenizer)))
+    elif there is not None:  # options of an earlier run stay
+        lines += FIXED.sub("", DEFAULTS.match(template)[0].removeprefix(BEGIN).removesuffix(END))
+    return f"{BEGIN}{lines}{END}{plain}"
 
 
 def write(
@@ -142,7 +160,7 @@ def _defaults(options: dict[str, Any], template: str, given: set[str]) -> str:
             meant = f"; did you mean {close[0]!r}?" if close else ""
             raise UserError(f"model.template_options: the chat template reads no {name!r}{meant}")
         lines.append(f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(name, value)} %}}{{%- endif %}}")
-    return "{#- defaults -#}" + "".join(lines) + "{#- end of defaults -#}"
+    return "".join(lines)
 
 
 def _literal(name: str, value: Any) -> str:

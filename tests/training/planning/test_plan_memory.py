@@ -7,6 +7,7 @@ import torch
 from models.tiny import save_base
 
 from align import distill, ppo
+from align.training.costs import causal_attended, flops_per_token
 from align.training.planning.devices import Device, here
 from align.training.planning.memory import memory
 from align.training.planning.parts import host_bytes, setting
@@ -157,3 +158,15 @@ def test_a_quantised_trunk_has_no_copies_and_unpacks_one_matrix(base, bits):
     layers = [p.numel() for name, p in at.skeleton.made(1).named_parameters() if "_proj.base_layer" in name]
     assert packed["backward pass"]["a weight, unpacked"] == 2 * max(layers) < 2 * at.skeleton.sizes.largest
     assert packed["sampling"]["trunk"] < whole["sampling"]["trunk"]
+
+
+def test_passes_of_a_distillation(base):
+    """On responses of a server: the teacher's beside the step of the student, as on the data's own answers; nothing is
+    computed of the student's before that."""
+    teacher = {"base": base}
+    for on_policy, generation in ((1, SERVER), (0, None)):
+        at, plan = planned(distill, base, generation=generation, teacher=teacher, on_policy=on_policy)
+        n, tokens = at.skeleton.sizes.multiplied, plan.load.tokens
+        attended = causal_attended([plan.load.prompt + plan.load.answer or plan.load.segment])
+        step = flops_per_token(at.skeleton.text, n, attended, lora=True)
+        assert work(at, plan).flops == pytest.approx(tokens * (step + 2 * n))
