@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from align.data.templates.templates import chat_tokenizer
 from align.models.checkpoints.adapters import Merged, merge, plain_tokenizer, with_rows
-from align.models.checkpoints.fingerprints import weights_fingerprint
+from align.models.checkpoints.fingerprints import settings_of, weights_fingerprint
 from align.models.checkpoints.generation import settle as settle_generation
 from align.models.checkpoints.results import CONFIG, SCORING, Link, read_about, read_result
 from align.models.checkpoints.sources import (
@@ -123,6 +123,7 @@ def load_base(
     place, dtype = loaded_on or device, compute_dtype(section.dtype, device)
     results = [read_result(name, "model.adapter") for name in section.adapters]
     folder, config = base_folder(section), base_config(section, outputs is not None)
+    settings = settings_of(config)
     kind = AutoModelForCausalLM
     if is_encoder(config):
         config.num_labels, kind = outputs, AutoModelForSequenceClassification
@@ -133,7 +134,9 @@ def load_base(
         model, unused = _load_model(section, folder, config, place, dtype, seed, kind)
         fingerprint = weights_fingerprint(folder, section.base)
     bits = section.quantize
-    link = Link(name=section.base, path=str(folder.resolve()), fingerprint=fingerprint, quantize=bits)
+    link = Link(
+        name=section.base, path=str(folder.resolve()), fingerprint=fingerprint, quantize=bits, settings=settings
+    )
     trunk = Merged(model, (link,), quantized_fingerprint(fingerprint, bits))
     for name, result in zip(section.adapters, results, strict=True):
         trunk = merge(trunk, result, name)

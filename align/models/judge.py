@@ -17,7 +17,7 @@ from align.data.templates.chats import chat_of
 from align.data.templates.control import controls_of
 from align.data.templates.templates import with_defaults
 from align.models.base import load_base
-from align.models.checkpoints.adapters import plain_tokenizer, put, stranger, token_without_row, trunk_of
+from align.models.checkpoints.adapters import plain_tokenizer, put, stands_on, stranger, token_without_row, trunk_of
 from align.models.checkpoints.results import CONFIG, SCORING, read_about, read_result
 from align.models.checkpoints.sources import (
     base_folder,
@@ -171,7 +171,7 @@ def _with_adapter(name: str, ours: bool, key: str, device: torch.device, dtype: 
         else:
             section, device = section.model_copy(update={"dtype": "float32"}), torch.device("cpu")
         base = load_base(section, device, frozen=True, outputs=outputs)
-        if base.fingerprint != result.about.fingerprint:
+        if not stands_on(result, base):
             raise UserError(f"{key}: {stranger(result, base, 'this trunk')}")
         model = base.model
     else:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from align.data.trees import Forest
-from align.models.checkpoints.adapters import put, stranger
+from align.models.checkpoints.adapters import put, stands_on, stranger
 from align.models.checkpoints.results import META, read_result
 from align.models.lora import check_targets, lora_config
 from align.models.trunk import Trunk
@@ -47,7 +47,7 @@ def read_scorer(name: str, key: str, trunk: Trunk) -> Scorer:
     folder, about = result.folder, result.about
     if about.stage != "reward":
         raise UserError(f"{key}: {folder} is a result of stage {about.stage}, and no reward model")
-    if about.fingerprint != trunk.fingerprint:
+    if not stands_on(result, trunk):
         raise UserError(f"{key}: {stranger(result, trunk, 'the trunk of this run')}; or name it as `model`")
     if result.config.tokens:
         raise UserError(

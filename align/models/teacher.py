@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from align.data.trees import Forest
-from align.models.checkpoints.adapters import put, stranger
+from align.models.checkpoints.adapters import put, stands_on, stranger
 from align.models.checkpoints.results import SCORING, Result, read_result
 from align.models.lora import check_targets, lora_config
 from align.models.trunk import Trunk
@@ -30,7 +30,7 @@ def read_teacher(name: str, key: str, trunk: Trunk) -> Result:
     result = read_result(name, key, "a finished run that trained a LoRA")
     if result.about.stage in SCORING:
         raise UserError(f"{key}: {result.folder} is a result of stage {result.about.stage}, which only scores texts")
-    if result.about.fingerprint != trunk.fingerprint:
+    if not stands_on(result, trunk):
         told = stranger(result, trunk, "the trunk of this run")
         raise UserError(f"{key}: {told}; or name its base as `distill.teacher.base`")
     if result.config.tokens:

@@ -55,12 +55,23 @@ def read_lines(
     return found
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file stands there. Raises UserError for a folder, a named pipe or a device in its place: to read one of
+    these fails, or never ends."""
+    if path.is_file():
+        return True
+    if path.exists():
+        what = "a folder" if path.is_dir() else "a named pipe" if path.is_fifo() else "a device or a socket"
+        raise UserError(f"{path}: {what} stands where a file is to be; move it away")
+    return False
+
+
 def each_line(path: Path) -> Iterator[tuple[int, Record | None]]:
     """Number, from 1, and object of every line of a JSON lines file; None for a line that is no JSON object.
 
-    Empty lines are passed over. Nothing where there is no file.
+    Empty lines are passed over. Nothing where there is no file. Raises UserError as `is_there` does.
     """
-    if not path.is_file():
+    if not is_there(path):
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

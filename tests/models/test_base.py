@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from align.data.trees import plant
 from align.models.base import compute_dtype, load_base, load_tokenizer
-from align.models.checkpoints.fingerprints import weights_fingerprint
+from align.models.checkpoints.fingerprints import settings_of, weights_fingerprint
 from align.models.checkpoints.results import META
+from align.models.checkpoints.sources import read_config
 from align.models.trunk import Trunk
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora, Model
@@ -216,7 +217,14 @@ def test_final_loads_with_plain_peft_and_transformers(folder, tmp_path):
         "role": "adapter",
         "base": str(folder),
         "fingerprint": weights_fingerprint(folder),
-        "trunk": [{"name": str(folder), "path": str(folder), "fingerprint": weights_fingerprint(folder)}],
+        "trunk": [
+            {
+                "name": str(folder),
+                "path": str(folder),
+                "fingerprint": weights_fingerprint(folder),
+                "settings": settings_of(read_config(folder, "it")),
+            }
+        ],
     }
 
 
@@ -246,6 +254,28 @@ def test_an_adapter_of_another_trunk_is_refused(folder, tmp_path):
     assert told.startswith(f"model.adapter: {final} was trained on a trunk with fingerprint ")
     assert weights_fingerprint(folder) in told
     assert weights_fingerprint(other) in told
+
+
+def changed_base(folder, to, **settings):
+    """A copy of a base whose config.json says something else."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | settings))
+    return to
+
+
+def test_an_adapter_on_a_base_with_other_settings_is_refused(folder, tmp_path):
+    """Its weights are the same, its numbers are not."""
+    final = saved(trunk_on(folder), tmp_path / "final")
+    other = changed_base(folder, tmp_path / "other", rms_norm_eps=0.25, tie_word_embeddings=False)
+    assert problem(changed_base(folder, tmp_path / "b", rms_norm_eps=0.25), adapter=str(final)) == (
+        f"model.adapter: {final} was trained on {folder} with another config.json (rms_norm_eps: the usual there, 0.25 "
+        "here); restore it"
+    )
+    assert weights_fingerprint(other) == weights_fingerprint(folder)
+    names = {"transformers_version": "0", "architectures": ["X"], "use_cache": False, "max_position_embeddings": 9999}
+    config = read_config(changed_base(folder, tmp_path / "same", **names), "it")
+    assert settings_of(config) == settings_of(read_config(folder, "it")) != settings_of(read_config(other, "it"))
 
 
 @pytest.mark.parametrize("file", [META, "adapter_config.json", "adapter_model.safetensors"])

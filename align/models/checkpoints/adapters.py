@@ -6,6 +6,7 @@ quantised. Each adapter tells the trunk that it was trained on, link by link.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from align.models.checkpoints.results import META, SCORING, Link, Result, check_fit
-from align.models.checkpoints.sources import folder_on_disk, foreign, is_file
+from align.models.checkpoints.sources import check_regular, folder_on_disk, foreign, is_file
 from align.models.kept import folded
 from align.models.quantized import is_quantized, numbers
 from align.recipe.errors import UserError
@@ -79,7 +80,7 @@ def beside(
     told = f"{key}: {first.folder}"
     if first.config.tokens:
         trunk = with_rows(trunk, first.config.tokens, known, told)
-    if first.about.fingerprint != trunk.fingerprint:
+    if not stands_on(first, trunk):
         raise UserError(f"{key}: {stranger(first, trunk, 'this trunk', with_itself)}")
     with foreign(f"{told} cannot be put on this trunk"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied weights: see `untie`
@@ -151,11 +152,31 @@ class HasLinks(Protocol):
     fingerprint: str
 
 
+def stands_on(result: Result, here: HasLinks) -> bool:
+    """Whether this is the trunk that an adapter was trained on, its base's settings included."""
+    return result.about.fingerprint == here.fingerprint and not _settings(result, here)
+
+
+def _settings(result: Result, here: HasLinks) -> list[str]:
+    """Settings of the base that are others than at the training."""
+    there, now = (links[0].settings if links else None for links in (result.about.trunk, here.links))
+    if there is None or now is None:
+        return []
+    keys = [key for key in sorted({**there, **now}) if there.get(key) != now.get(key)]
+    told = ((json.dumps(each.get(key)) if key in each else "the usual" for each in (there, now)) for key in keys)
+    return [f"{key}: {old[:80]} there, {new[:80]} here" for key, (old, new) in zip(keys, told, strict=True)]
+
+
 def stranger(result: Result, here: HasLinks, what: str, with_itself: bool = False) -> str:
     """Why an adapter does not belong on a trunk, link by link, and what to give instead.
 
     `what` the trunk is called; `with_itself`: the adapter stands in `model.adapter` too.
     """
+    if result.about.fingerprint == here.fingerprint:
+        return (
+            f"{result.folder} was trained on {result.about.base} with another config.json ("
+            f"{'; '.join(_settings(result, here))}); restore it"
+        )
     about, given = result.about, [link.name for link in here.links[1:]]
     told = (
         f"{result.folder} was trained on a trunk with fingerprint {about.fingerprint}{_sum(about.trunk)}, but {what} "
@@ -229,5 +250,6 @@ def token_without_row(tokenizer: Tokenizer, ids: Iterable[int], rows: int) -> st
 
 def plain_tokenizer(folder: Path, key: str, trust: bool = False) -> Tokenizer:
     """The tokenizer in a folder; code beside it runs only where the user allows it."""
+    check_regular(folder, key)
     with foreign(f"{key}: no tokenizer can be loaded from {folder}"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import PreTrainedConfig
 
 from align.models.checkpoints.sources import first_line, foreign
 from align.recipe.errors import UserError
@@ -21,6 +23,17 @@ ELSEWHERE = (
     "trunk",
     "_name_or_path",
 )
+OUTSIDE = (  # of a config: what does not concern the numbers of a base
+    "architectures", "auto_map", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
+    "id2label", "label2id", "num_labels", "problem_type", "attn_implementation", "max_position_embeddings",
+)  # fmt: skip
+
+
+def settings_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a base computes its numbers by besides its weights, as JSON holds it: the settings that are not those of its
+    kind, without names, versions, tokens and what loading decides."""
+    told = {key: value for key, value in config.to_diff_dict().items() if key not in (*ELSEWHERE, *OUTSIDE)}
+    return json.loads(json.dumps(told, sort_keys=True, default=str))
 
 
 def weights_fingerprint(folder: Path, name: str | None = None, sample: int = 4096) -> str:

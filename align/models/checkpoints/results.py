@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from align.models.checkpoints.sources import foreign, is_file
+from align.models.checkpoints.sources import check_regular, foreign, is_file
 from align.recipe.errors import UserError
 from align.recipe.schema import Lora
 
@@ -44,6 +44,7 @@ class Link(Known):
     path: str  # the same as a whole path, or a hub id
     fingerprint: str  # of the base's weights as its files have them, or of the trunk with the adapter
     quantize: Literal["8bit", "4bit"] | None = None  # of a base: the bits that its weights were rounded to
+    settings: dict[str, Any] | None = None  # of a base: what it computes by, as its config.json says it
 
 
 class Computed(BaseModel):
@@ -147,6 +148,7 @@ def read_result(name: str, key: str, of: str = "a finished SFT run", ours: bool 
     for file in ((META,) if ours else ()) + (CONFIG, WEIGHTS):
         if not is_file(folder / file):
             raise UserError(f"{key}: {folder} has no {file}; give the `final/` folder of {of}")
+    check_regular(folder, key)
     about = read_about(folder, key)
     if ours and about.role != "adapter":
         raise UserError(f"{key}: {folder} is a whole model (align.json: role {about.role}), not an adapter")

@@ -65,6 +65,14 @@ def is_folder(path: Path | str) -> bool:
     return os.path.isdir(path)
 
 
+def check_regular(folder: Path, told: str) -> None:
+    """UserError where a named pipe, a device or a socket, which may never end, stands among a checkpoint's files."""
+    for pattern in FILES:
+        for path in folder.glob(pattern):
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise UserError(f"{told}: {path} is no regular file; move it away")
+
+
 def base_folder(section: Model) -> Path:
     """The local folder of the base's files; a hub id is fetched (the only place where models use the network)."""
     name = section.base
@@ -77,6 +85,7 @@ def base_folder(section: Model) -> Path:
             raise UserError(
                 f"model.base: {name} has no config.json, so it is no checkpoint; {hint or 'check the path'}"
             )
+        check_regular(folder, "model.base")
         return folder
     if os.path.lexists(folder) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         known = f"a local folder in Hugging Face format, a hub id (owner/name) or {NAMES[0]}"

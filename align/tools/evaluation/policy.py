@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from align.models.base import load_base
-from align.models.checkpoints.adapters import plain_tokenizer, put, stranger, token_names
+from align.models.checkpoints.adapters import plain_tokenizer, put, stands_on, stranger, token_names
 from align.models.checkpoints.results import SCORING, Result, read_result
 from align.models.checkpoints.sources import foreign
 from align.models.trunk import Trunk
@@ -39,7 +39,7 @@ def load_policy(model: Model, saved: Result | None, accelerator: Accelerator, se
         if own != base.added:
             tokens = token_names(plain_tokenizer(saved.folder, "policy"), own)
             raise UserError(f"policy: {saved.folder} brings rows of added tokens; give model.add_tokens: {tokens}")
-        if saved.about.fingerprint != base.fingerprint:
+        if not stands_on(saved, base):
             raise UserError(f"policy: {stranger(saved, base, 'this trunk')}")
     trunk = Trunk(base, model, saved.config.section if saved else NO_UPDATE, seed)
     if not trunk.packed:

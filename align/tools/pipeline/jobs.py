@@ -21,6 +21,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
+from align.recipe.records import is_there
 from align.tools.pipeline.stage import TOOLS, Stage
 
 PROGRESS = re.compile(r"step (\d+)(?:/| of )(\d+)|: (\d+) of (\d+)\b")
@@ -66,6 +67,7 @@ class Job:
         self.stage, self.log, self.slot, self.begun = stage, log, slot, time.monotonic()
         self.asked: set[int] = set()  # processes that were asked to stop
         log.parent.mkdir(parents=True, exist_ok=True)
+        is_there(log)
         with log.open("a", encoding="utf-8") as file:
             file.write(f"$ {shlex.join(command)}\n")
         self.offset = log.stat().st_size

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from align import __version__
-from align.recipe.records import parsed, to_json
+from align.recipe.records import is_there, parsed, to_json
 from align.tools.pipeline.inputs import digest, digests
 from align.tools.pipeline.stage import Stage
 from align.training.runs.checkpoint import write_atomic
@@ -62,7 +62,8 @@ class Records:
     def __getitem__(self, stage: Stage) -> Record | None:
         """What is known of a stage in the folder that it has now."""
         try:
-            record = RECORD.validate_python(parsed(self._file(stage).read_bytes()))
+            file = self._file(stage)
+            record = RECORD.validate_python(parsed(file.read_bytes()) if is_there(file) else None)
         except (OSError, ValidationError):
             return None
         return record if record.folder == self._place(stage) else None

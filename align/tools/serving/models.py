@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.templates.ends import turn_ends
 from align.models.base import load_base, load_tokenizer
-from align.models.checkpoints.adapters import stranger, trunk_of
+from align.models.checkpoints.adapters import stands_on, stranger, trunk_of
 from align.models.checkpoints.generation import ends_of
 from align.models.checkpoints.results import CONFIG, SCORING, About, Result, read_about, read_result
 from align.models.checkpoints.sources import is_file, is_folder, speaking_of
@@ -88,7 +88,7 @@ class Shelf:
         section = trunk_of(result, key, "put it back, or merge the adapters (align.merge)", self.model.base)
         fingerprint, chain = self.trunk.fingerprint, [*(read_result(each, key) for each in section.adapters), result]
         for each in chain:
-            if each.about.fingerprint != fingerprint:
+            if each.about.fingerprint != fingerprint or (each is chain[0] and not stands_on(each, self.trunk)):
                 raise UserError(f"{key}: {stranger(each, self.trunk, 'the base that is served')}")
             if each.about.stage in SCORING and each is not result:
                 raise UserError(

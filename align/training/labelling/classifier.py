@@ -19,7 +19,7 @@ from align.data.templates.control import controls_of, encoded_text
 from align.data.trees import Tree, plant
 from align.models import acceleration
 from align.models.base import load_base
-from align.models.checkpoints.adapters import put, stranger, token_without_row, trunk_of
+from align.models.checkpoints.adapters import put, stands_on, stranger, token_without_row, trunk_of
 from align.models.checkpoints.results import META, About, check_finite, check_fit, read_about, read_result
 from align.models.checkpoints.sources import check_weights, foreign, read_config, speaking_of
 from align.models.limits import positions_of
@@ -58,7 +58,7 @@ class Classifier:
             loaded = load_base(section, device, frozen=lora is not None, outputs=len(self.labels))
             self.trunk = Trunk(loaded, section, lora, outputs=len(self.labels)).eval()
             if lora:
-                if loaded.fingerprint != about.fingerprint:
+                if not stands_on(result, loaded):
                     raise UserError(f"{key}: {stranger(result, loaded, 'this trunk')}")
                 put(self.trunk.causal, result.weights, "default", f"{key}: {folder}")
             else:

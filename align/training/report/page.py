@@ -253,7 +253,7 @@ def _settings(recipe: str | None) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str | None:
-    return path.read_text("utf-8", "replace") if path.exists() else None
+    return path.read_text("utf-8", "replace") if path.is_file() else None
 
 
 def _json(path: Path) -> dict[str, Any]:

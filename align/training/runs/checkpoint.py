@@ -2,8 +2,7 @@
 
 A checkpoint is a folder: safetensors files, `state.json` and, written last, `manifest.json` with every file's
 size and SHA-256. It is written as `.writing-step-000020`, fsynced and renamed to `step-000020`, so a kill at
-any moment leaves what was there before. A folder that has to go is first renamed to `.old-step-000020`.
-Nothing here reads a pickle.
+any moment leaves what was there before. A folder that has to go is first renamed to `.old-step-000020`. No pickles.
 """
 
 from __future__ import annotations
@@ -159,8 +158,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def _write(folder: Path, step: int, tensors: Tensors, state: str, keep: int) -> Path:
-    assert step >= 0, step
-    assert keep > 0, keep
+    assert min(step, keep - 1) >= 0, (step, keep)
     path, writing, old = (folder / f"{prefix}step-{step:06d}" for prefix in ("", ".writing-", ".old-"))
     size = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
     with speaking(path, size):
@@ -207,6 +205,8 @@ def _checkpoints(folder: Path) -> Iterator[tuple[int, bool, Path]]:
 def _fault(path: Path, hashes: bool = True) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
+        if not (path / "manifest.json").is_file():
+            return "manifest.json is no file in it"
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             return f"its format is {manifest['format']}, this version of align reads {FORMAT}"

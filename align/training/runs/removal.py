@@ -13,7 +13,9 @@ from pathlib import Path
 
 import yaml
 
+from align.recipe.errors import UserError
 from align.recipe.load import STAGES, dump_recipe
+from align.recipe.records import is_there
 from align.recipe.schema import BaseRecipe, Section
 from align.training.runs.checkpoint import sync
 
@@ -46,6 +48,16 @@ def is_run(folder: Path) -> bool:
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return False
     return isinstance(told, dict) and told.get("stage") in STAGES and BaseRecipe.model_fields.keys() <= told.keys()
+
+
+def check_own(folder: Path) -> None:
+    """UserError where something else than a file or a folder stands in the place of one that a run writes."""
+    for name in OWN:
+        path = folder / name
+        if "." in name:
+            is_there(path)
+        elif path.exists() and not path.is_dir():
+            raise UserError(f"{path}: this is no folder, but a run keeps one there; move it away")
 
 
 def is_free(folder: Path) -> bool:

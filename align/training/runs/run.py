@@ -26,7 +26,16 @@ from align.training.runs.identity import Identity, changes, read_identity
 from align.training.best import patience_end
 from align.training.meters import environment
 from align.training.plan import Plan, learning_rate
-from align.training.runs.removal import finish_removal, forget_removal, is_free, is_run, remove_run, run_recipe, tidy
+from align.training.runs.removal import (
+    check_own,
+    finish_removal,
+    forget_removal,
+    is_free,
+    is_run,
+    remove_run,
+    run_recipe,
+    tidy,
+)
 from align.training.runs.state import state_of
 
 # What may change between one start and the next: none of it touches the numbers.
@@ -87,6 +96,7 @@ class Run:
             raise UserError(
                 f"run: {folder} holds files but no run of align (no recipe.yaml that a run wrote); name another folder"
             )
+        check_own(folder)
         if fresh:
             return
         try:

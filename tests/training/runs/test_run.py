@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import resource
 
 import numpy as np
 import pytest
 
+from align.models.checkpoints.sources import base_folder
 from align.recipe.errors import UserError
 from align.recipe.schema import BaseRecipe, Batch, Data, Model, Source, Train
-from align.training.runs.checkpoint import save_checkpoint, tidy_checkpoints
+from align.training.runs.checkpoint import newest_checkpoint, save_checkpoint, tidy_checkpoints, write_atomic
 from align.training.runs.identity import changes, read_identity
 from align.training.plan import Plan
+from align.training.runs.removal import OWN, run_recipe
 from align.training.runs.run import Run
 
 
@@ -150,3 +154,49 @@ def test_a_damaged_identity_is_one_line(found, place):
     with pytest.raises(UserError, match=f"data.json does not say what the run was trained on .{place}") as error:
         read_identity(found, "data.json")
     assert len(error.value.problems) == 1
+
+
+FILES = [name for name in OWN if "." in name]
+PLACES = [(name, kind) for name in FILES for kind in ("pipe", "folder")] + [("metrics.jsonl", "device")]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*PLACES, ("checkpoints", "pipe"), ("final", "file")])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_is_no_file_is_neither_read_nor_removed(tmp_path, name, kind, fresh):
+    """A named pipe would hold up the run for ever."""
+    run, path = Run(recipe_of(tmp_path)), tmp_path / name
+    write_atomic(tmp_path / "recipe.yaml", run_recipe(run.recipe))
+    run.check(fresh=True)
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "file":
+            path.write_text("")
+    before = path.lstat().st_ino
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: .*; move it away$"):
+        run.check(fresh)
+    if name in ("metrics.jsonl", "samples.jsonl"):
+        with pytest.raises(UserError, match=f"^{re.escape(str(path))}: .*; move it away$"):
+            run.records(name)
+    assert path.lstat().st_ino == before
+
+
+def test_a_checkpoint_whose_manifest_is_a_pipe(tmp_path):
+    save_checkpoint(tmp_path, 1, {}, {}, 2)
+    path = save_checkpoint(tmp_path, 2, {}, {}, 2)
+    (path / "manifest.json").unlink()
+    os.mkfifo(path / "manifest.json")
+    found, said = newest_checkpoint(tmp_path)
+    assert (found.name, said) == ("step-000001", [f"{path} is passed over: manifest.json is no file in it."])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json", "x.safetensors"])
+def test_a_base_with_a_pipe_in_it(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"^model.base: {re.escape(str(tmp_path / name))} is no regular file; move it away$"):
+        base_folder(Model(base=str(tmp_path)))
