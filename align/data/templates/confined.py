@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -26,12 +27,23 @@ def confined() -> Iterator[None]:
     """Around one rendering. Raises UserError where it takes more than `SECONDS`, and MemoryError beyond `MEMORY`.
 
     Jinja's sandbox keeps a template from Python's objects, but lets it loop and grow. The time is that of the
-    processor for this thread, so a slow machine changes nothing, nor does what other threads compute. It is limited in
-    a process's main thread alone, where Python runs handlers of signals; the memory is the process's.
+    processor for this thread, so a slow machine changes nothing, nor does what other threads compute. The memory is the
+    process's, so it is limited in the main thread alone, where nothing else is computed meanwhile.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    main = threading.current_thread() is threading.main_thread()
+    try:
+        with _by_signal() if main else _by_a_watcher():
+            yield
+    except _TooLong:
+        raise UserError(
+            f"the chat template takes more than {SECONDS:g} seconds to write one conversation: mend it, or set "
+            "model.chat_template to another"
+        ) from None
+
+
+@contextmanager
+def _by_signal() -> Iterator[None]:
+    """In the main thread, where Python runs handlers of signals."""
     began = time.thread_time()
 
     def over(_number: int, _frame: object) -> None:
@@ -40,20 +52,39 @@ def confined() -> Iterator[None]:
             raise _TooLong
         signal.setitimer(signal.ITIMER_VIRTUAL, max(left, 0.001))  # the timer counts all threads
 
+    before = signal.signal(signal.SIGVTALRM, over)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
-        before = signal.signal(signal.SIGVTALRM, over)
-        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
-        try:
-            with _memory():
-                yield
-        finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, before)
-    except _TooLong:
-        raise UserError(
-            f"the chat template takes more than {SECONDS:g} seconds to write one conversation: mend it, or set "
-            "model.chat_template to another"
-        ) from None
+        with _memory():
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@contextmanager
+def _by_a_watcher() -> Iterator[None]:
+    """In any other thread: one beside it raises the exception there."""
+    thread, done, lock = threading.get_ident(), threading.Event(), threading.Lock()
+    clock = time.pthread_getcpuclockid(thread)
+    end = time.clock_gettime(clock) + SECONDS
+
+    def raised(kind: ctypes.py_object | None) -> None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), kind)
+
+    def watch() -> None:
+        while not done.wait(max(end - time.clock_gettime(clock), 0.001)):
+            with lock:
+                if not done.is_set() and time.clock_gettime(clock) >= end:
+                    return raised(ctypes.py_object(_TooLong))
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        with lock:
+            done.set()
+            raised(None)  # one that is still to come
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Work that the server's loop waits for without standing still.
 
-Chat templates are the main thread's, where alone their time has a limit: one that takes its three seconds holds up the
-prompts after it, and nothing that is being answered. The tokens of long texts are made in another thread, and hold up
-each other alone.
+Chat templates are the main thread's, where alone their memory has a limit: one that takes its three seconds holds up
+the prompts after it, and nothing that is being answered. The tokens of long texts are made in another thread, and hold
+up each other alone.
 """
 
 from __future__ import annotations

@@ -327,3 +327,26 @@ def test_templates_that_do_not_fit(tmp_path, monkeypatch, choice, tokens, proble
     Path("fussy.jinja").write_text("{{ raise_exception('I refuse') }}")
     with pytest.raises(UserError, match=problem):
         chat_tokenizer(PreTrainedTokenizerFast(tokenizer_object=_words(), **tokens), choice)
+
+
+def test_the_time_holds_in_any_thread(monkeypatch):
+    """It is the thread's own: one that waits uses none of it."""
+    monkeypatch.setattr(confined, "SECONDS", 0.1)
+    said = []
+
+    def endless():
+        try:
+            with confined.confined():
+                while True:
+                    pass
+        except UserError as error:
+            said.append(str(error))
+        with confined.confined():
+            time.sleep(0.3)
+        said.append("the next has a time of its own")
+
+    thread = threading.Thread(target=endless)
+    thread.start()
+    thread.join()
+    assert said[0].startswith("the chat template takes more than 0.1 seconds")
+    assert said[1:] == ["the next has a time of its own"]
