@@ -76,7 +76,8 @@ def _by_a_watcher() -> Iterator[None]:
         while not done.wait(max(end - time.clock_gettime(clock), 0.001)):
             with lock:
                 if not done.is_set() and time.clock_gettime(clock) >= end:
-                    return raised(ctypes.py_object(_TooLong))
+                    raised(ctypes.py_object(_TooLong))
+                    break
 
     threading.Thread(target=watch, daemon=True).start()
     try:
