@@ -269,7 +269,7 @@ def test_an_adapter_on_a_base_with_other_settings_is_refused(folder, tmp_path):
     final = saved(trunk_on(folder), tmp_path / "final")
     other = changed_base(folder, tmp_path / "other", rms_norm_eps=0.25, tie_word_embeddings=False)
     assert problem(changed_base(folder, tmp_path / "b", rms_norm_eps=0.25), adapter=str(final)) == (
-        f"model.adapter: {final} was trained on {folder} with another config.json (rms_norm_eps: the usual there, 0.25 "
+        f"model.adapter: {final} was trained on {folder} with another config.json (rms_norm_eps: 1e-06 there, 0.25 "
         "here); restore it"
     )
     assert weights_fingerprint(other) == weights_fingerprint(folder)

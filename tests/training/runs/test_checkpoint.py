@@ -136,7 +136,7 @@ def damage(path: Path, how: str) -> None:
         ("truncated", "model.safetensors holds 100 bytes, its manifest says 24072"),
         ("flipped", "optimizer.safetensors has changed since it was written (its SHA-256 differs)"),
         ("missing", "state.json is no file in it"),
-        ("no manifest", "manifest.json cannot be read (No such file or directory)"),
+        ("no manifest", "manifest.json is no file in it"),
         ("half a manifest", "manifest.json is damaged"),
         ("odd manifest", "manifest.json is damaged"),
         ("future", "its format is 2, this version of align reads 1"),
