@@ -75,13 +75,14 @@ def draw(points: list[dict[str, Any]], found: dict[str, Any], path: Path) -> Non
     for group, (colour, marker) in LOOKS.items():
         if group not in {point["group"] for point in points}:
             continue
-        own = [point for point in points if point["group"] == group]
+        own = sorted((point for point in points if point["group"] == group), key=lambda p: statistics.mean(p["kl"]))
         means = [statistics.mean(point["kl"]) for point in own]
         for name, face, line in (("gold", colour, "-"), ("proxy", "none", ":")):
             at = [(kl, y) for point in own for kl, y in zip(point["kl"], point[name], strict=True)]
             axes.plot(*zip(*at, strict=True), marker, ms=5, mec=colour, mfc=face, ls="none")
             heights = [statistics.mean(point[name]) for point in own]
-            axes.plot(means, heights, line, color=colour, lw=1, label=f"{group}, {name}")
+            label = {"label": group} if name == "gold" else {}
+            axes.plot(means, heights, line, color=colour, lw=1, **label)
     best = [best for best in found["best_of"] if best["by"] == found["score"]]
     axes.plot(
         [b["kl"] for b in best],
@@ -90,13 +91,15 @@ def draw(points: list[dict[str, Any]], found: dict[str, Any], path: Path) -> Non
         ms=4,
         lw=1,
         color="#8a6d00",
-        label="best of n, gold",
+        label="best of n",
     )
     axes.set_xlabel("KL to the reference, nats a response")
     axes.set_ylabel("mean reward of held-out responses")
+    axes.plot([], [], "o-", color="#555555", ms=5, lw=1, label="filled: gold")
+    axes.plot([], [], "o:", color="#555555", mfc="none", ms=5, lw=1, label="hollow: proxy")
     axes.grid(color="#dddddd", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
 
 
