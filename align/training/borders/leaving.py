@@ -25,9 +25,7 @@ class _Command:
 
     process = 0
     ended: int | None = None  # its exit status, once it has one
-    threads: ClassVar[set[int]] = (
-        set()
-    )  # those in which foreign code is called: what it asks for there becomes an exception
+    threads: ClassVar[set[int]] = set()  # where foreign code is called: what it asks for there becomes an exception
 
 
 def heard() -> None:
