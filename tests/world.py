@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -178,7 +178,11 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
 
 def alive(*pids: int) -> bool:
     """Whether any of these processes still runs."""
-    return any(psutil.pid_exists(n) and psutil.Process(n).status() != psutil.STATUS_ZOMBIE for n in pids)
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

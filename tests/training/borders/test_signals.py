@@ -12,11 +12,14 @@ from align.training.borders.stops import Signals, Stopped, signals
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_it_is_raised_at_once_past_all_that_catches_exceptions(number):
-    before = signal.getsignal(number)
-    with Signals() as found, pytest.raises(Stopped), suppress(Exception):
-        signal.raise_signal(number)
-    assert found.asked == [number]
-    assert signal.getsignal(number) is before
+    before = signal.signal(number, signal.default_int_handler)  # under nohup SIGHUP is ignored
+    try:
+        with Signals() as found, pytest.raises(Stopped), suppress(Exception):
+            signal.raise_signal(number)
+        assert found.asked == [number]
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
 
 
 def test_under_nohup_the_end_of_the_terminal_is_nothing():
