@@ -76,12 +76,12 @@ STEPS = [  # statements of a function's body
     "os.chdir('/')", "sys.exit()", "os._exit(0)", "raise KeyError", "raise SystemExit('\\x1b[2J')", "1 / 0",
     "raise type('E', (BaseException,), {})", "print('\\x1b[2J')", "sys.stdout = None", "rows.clear()", "del prompts[:]",
     "responses.append('x')", "torch.set_grad_enabled(False)", "torch.set_default_dtype(torch.float16)",
-    "signal.signal(signal.SIGTERM, signal.SIG_IGN)", "threading.Thread(target=int).start()", "warnings.warn('w')",
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN)", "warnings.warn('w')",
     "os.environ['ANY'] = 'x'", "random.seed(0)", "score(prompts, responses, rows)", "import no_such_module",
     "assert False, 'a\\nb'", "rows[0]['text'] = 3", "gc.collect()", "sys.setrecursionlimit(200)", "exec('x = (')",
     "raise UnicodeError('\\ud800')", "raise StopIteration", "raise GeneratorExit", "os.umask(os.umask(0))",
     "os.rename = shutil.rmtree = None", "builtins.len = builtins.open = None", "sys.modules.clear()", "del os.getcwd",
-    "os.execv('/bin/true', ['true'])", "threading.Thread(target=os.execv, args=('/bin/true', ['true'])).start()",
+    "os.execv('/bin/true', ['true'])",
 ]  # fmt: skip
 SCORE = [
     "1.0", "True", "None", "'1'", "b'1'", "float('nan')", "float('inf')", "1e300", "10 ** 400", "[1.0]", "1j",
@@ -94,7 +94,7 @@ SHAPES = [
     "map(lambda _: {0}, responses)", "dict.fromkeys(responses, {0})", "str({0})", "iter([{0}, 1 / 0])",
 ]  # fmt: skip
 IMPORTS = """
-import builtins, gc, itertools, os, random, shutil, signal, sys, threading, torch, warnings
+import builtins, gc, itertools, os, random, shutil, signal, sys, torch, warnings
 import numpy as np
 from fractions import Fraction
 """
@@ -144,7 +144,7 @@ def test_any_function(body):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(max_examples=3000, **FUZZ)
+@settings(max_examples=500, **FUZZ)
 @given(body=BODIES)
 def test_any_function_at_length(body):
     check_any(body)

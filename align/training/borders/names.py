@@ -46,8 +46,8 @@ def names() -> Names:
 
 
 def put_back(before: Names) -> None:
-    """As they were: functions and classes, and values in whose place stands one of another type. Names that are new
-    stay, and so do modules that were loaded anew."""
+    """As they were: functions and classes, values in whose place stands one of another type, and loaded modules: of
+    one that was loaded a second time, the first is what the run calls. Names that are new stay."""
     builtins.__dict__.update(before.modules[0])  # first: what follows calls them
     for module, known in zip(MODULES, before.modules, strict=True):
         now = module.__dict__
@@ -58,7 +58,7 @@ def put_back(before: Names) -> None:
             if kind.__dict__.get(name, MISSING) is not value:
                 setattr(kind, name, value)
     if _changed(LOADED, before.loaded):
-        LOADED.update({name: module for name, module in before.loaded.items() if LOADED.get(name) is None})
+        LOADED.update(before.loaded)
 
 
 def _changed(now: dict[str, Any], before: dict[str, Any]) -> bool:

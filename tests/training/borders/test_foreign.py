@@ -47,7 +47,13 @@ def shown() -> None:
     os.rename = Odd()
 
 
-@pytest.mark.parametrize("function", [spoil, fail_and_spoil, shown])
+def load_again() -> None:
+    for name in ("os", "shutil"):
+        del sys.modules[name]
+        assert __import__(name) is not globals()[name]
+
+
+@pytest.mark.parametrize("function", [spoil, fail_and_spoil, shown, load_again])
 def test_names_are_as_they_were(function, tmp_path):
     before = [os.rename, shutil.rmtree, open, sys.stdout, time.sleep, pathlib.Path.write_text, len, sys.modules["os"]]
     loaded = {*sys.modules}
