@@ -1,4 +1,5 @@
-"""How many examples the fuzz tests try: a quarter by default, all of them where there is time (ALIGN_FUZZ=4)."""
+"""How often is tried what is random. Fuzz tests: a quarter of their examples by default, all of them where there is
+time (ALIGN_FUZZ=4). Slow tests of races, kills and damage: some minutes, or a multiple of it (ALIGN_REPEATS=16)."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ import os
 import pytest
 
 TIMES = int(os.environ.get("ALIGN_FUZZ", "1"))
-REPEATS = int(os.environ.get("ALIGN_REPEATS", "1"))  # of races and kills at random moments, in the slow tests
+REPEATS = int(os.environ.get("ALIGN_REPEATS", "1"))
 
 
+repeated = [pytest.mark.slow, pytest.mark.timeout(900 * REPEATS)]
 at_length = pytest.mark.skipif(TIMES < 4, reason="takes many minutes: make test-all")
 
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from models.tiny import tree
+from often import REPEATS
 from results import make_results
 from safetensors.torch import load_file, save_file
 
@@ -212,8 +213,8 @@ def test_damaged_results(data, results, trunk, here):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(900 * REPEATS)
 @given(data=st.data())
-@settings(FUZZ, max_examples=1000)
+@settings(FUZZ, max_examples=250 * REPEATS)
 def test_thousands_of_damaged_results(data, results, trunk, here):
     damaged_results(data, results, trunk, here)

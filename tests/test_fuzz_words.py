@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from often import REPEATS
 from world import align, tree
 
 COMMANDS = ["sft", "reward", "dpo", "ppo", "classify", "evaluate", "compare", "pipeline", "chat", "classify --predict"]
@@ -75,8 +76,8 @@ def test_any_words(place, command, words):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-@settings(max_examples=2000, **FUZZ)
+@pytest.mark.timeout(900 * REPEATS)
+@settings(max_examples=700 * REPEATS, **FUZZ)
 @given(command=st.sampled_from(COMMANDS), words=WORDS)
 def test_any_words_at_length(place, command, words):
     check(place, command, words)

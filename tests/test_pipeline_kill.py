@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from often import REPEATS, repeated
 from test_pipeline import written
 from world import Child, align
 
@@ -74,7 +75,7 @@ def laid_out(world) -> None:
     written(STAGES, SHARED, "study.yaml")
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = repeated
 MOMENTS = (
     "sft/checkpoints/step-000001",
     "ppo/checkpoints/step-000001",
@@ -155,7 +156,7 @@ def test_a_pipeline_killed_by_chance_comes_to_the_same_comparison(seed, study, w
     """Each has a server of forks of its own, as a user's has, which is killed too or left."""
     laid_out(world)
     chance = random.Random(seed)
-    for _ in range(8):
+    for _ in range(3 * REPEATS):
         child = Child(here, "study.yaml", stage=pipeline)
         while child.process.is_alive() and not stages_of(child):
             time.sleep(0.1)

@@ -74,8 +74,8 @@ def without_folders(folder: Path, tests: list[str]) -> subprocess.CompletedProce
 @pytest.mark.parametrize(
     "tests",
     [
-        pytest.param(SMALL, id="a few numbers"),
-        pytest.param(NUMERICAL, id="all numbers", marks=[pytest.mark.slow, pytest.mark.timeout(3600), at_length]),
+        pytest.param(SMALL, id="a few numbers", marks=pytest.mark.slow),
+        pytest.param(NUMERICAL, id="all numbers", marks=[pytest.mark.slow, pytest.mark.timeout(900), at_length]),
     ],
 )
 def test_without_the_fast_folders_every_number_is_the_same(tests, tmp_path):

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from often import REPEATS
 from ppo_start import MOST, UNEVALUATED, make_start, recipe_of
 from world import align
 
@@ -143,8 +144,8 @@ def test_any_function(body):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-@settings(max_examples=500, **FUZZ)
+@pytest.mark.timeout(900 * REPEATS)
+@settings(max_examples=500 * REPEATS, **FUZZ)
 @given(body=BODIES)
 def test_any_function_at_length(body):
     check_any(body)

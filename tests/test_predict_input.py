@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from often import REPEATS
 from world import Told, align, write_rows
 
 from align import classify
@@ -202,8 +203,8 @@ def test_any_input(final, here, rows, name):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-@settings(max_examples=2000, **FUZZ)
+@pytest.mark.timeout(900 * REPEATS)
+@settings(max_examples=700 * REPEATS, **FUZZ)
 @given(rows=st.lists(ANY, max_size=5), name=names)
 def test_any_input_at_length(final, here, rows, name):
     check_any(final, here, rows, name)

@@ -185,7 +185,7 @@ def test_a_server_with_a_key_and_without_adapters(world, start, here, monkeypatc
 @pytest.mark.parametrize("asked", ["signal", "patience"])
 def test_a_server_that_hangs_holds_up_neither_a_signal_nor_the_end(world, start, server, here, asked):
     """It takes requests and answers none."""
-    engine = {"url": server.url, "timeout": 600.0 if asked == "signal" else 0.5, "patience": 1.0}
+    engine = {"url": server.url, "timeout": 600.0 if asked == "signal" else 5.0, "patience": 1.0}
     train = {"steps": 50, "eval_every": None, "save_every": None}
     recipe = written(world, start, here / "run.yaml", engine, data=UNEVALUATED, train=train)
     child = Child(here, recipe, stage=grpo)
@@ -200,7 +200,7 @@ def test_a_server_that_hangs_holds_up_neither_a_signal_nor_the_end(world, start,
         os.kill(server.child.process.pid, signal.SIGCONT)
     assert told.status == (0 if asked == "signal" else 2), told.err
     assert ("stopped by a signal after step" in told.out) == (asked == "signal")
-    assert ("gives no answer within 0.5 seconds" in told.err) == (asked == "patience")
+    assert ("gives no answer within 5 seconds" in told.err) == (asked == "patience")
     assert list((here / "run" / "checkpoints").iterdir())
 
 

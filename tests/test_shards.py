@@ -123,7 +123,8 @@ def ppo_recipe(world, start, path: Path, **ppo: Any) -> Path:
     return recipe_of(world, start, path, ppo=more, batch={"examples": 1, "row_tokens": 128}, **STEPS)
 
 
-@pytest.mark.timeout(900)  # where the machine is busy
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_processes_with_a_shard_each_are_as_one(world, wide, here, monkeypatch):
     """A LoRA and all weights; a process holds little more than half of the weights; checkpoints go from one process to
     shards, from shards to whole copies, and from these to one process."""
@@ -211,7 +212,7 @@ def every_stage(world, wide, here: Path) -> dict[str, Job]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stages", [("reward", "classify"), ("sft",), ("dpo",)], ids=", ".join)
 def test_every_stage(world, wide, here, monkeypatch, stages):
     """With a LoRA, without one, with all that a recipe may ask for besides."""

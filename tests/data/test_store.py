@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from forks import forked
 from models.tiny import tiny_tokenizer
+from often import REPEATS, repeated
 from world import write_rows
 
 from align.data.formats.reading import Reading
@@ -37,7 +38,7 @@ def ask(folder: Path, distance: float) -> None:
     os._exit(0 if len(store.line) == 5 else 1)
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("times", [1, pytest.param(50 * REPEATS, marks=repeated)])
 def test_runs_that_ask_at_once_wait_for_the_first(tmp_path, times):
     for number in range(times):
         folder, distance = tmp_path / str(number), (0, 0.005, 0.03, CHANCE.uniform(0, 0.1))[min(number, 3)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import AutoLocator, MaxNLocator, PercentFormatter, ScalarFormatter
 
 MOST_POINTS = 2000
 COLOURS = 6
@@ -234,6 +234,22 @@ def pages_of(folder: Path, **filters: Callable[..., str]) -> Environment:
 
 
 def new_axes() -> tuple[Figure, Axes]:
+    """Empty ones. They are the same each time: to make axes and their ticks takes longer than to draw them. What is
+    drawn in them is gone with the next call."""
+    figure, axes = _axes()
+    for artist in (*axes.lines, *axes.collections, *axes.patches):
+        artist.remove()
+    axes.containers.clear()
+    axes.relim()
+    axes.autoscale()
+    for axis, locator in ((axes.xaxis, AutoLocator()), (axes.yaxis, MaxNLocator(nbins=5))):
+        axis.set_major_locator(locator)
+        axis.set_major_formatter(ScalarFormatter())
+    return figure, axes
+
+
+@cache
+def _axes() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.6, 2.5))  # points of text stay readable at a phone's width
     figure.subplots_adjust(left=0.14, right=0.98, bottom=0.12, top=0.92)  # a layout that fits itself draws all twice
     axes = figure.add_subplot()
@@ -242,7 +258,6 @@ def new_axes() -> tuple[Figure, Axes]:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
     axes.tick_params(color=GRID, labelcolor=_INK, labelsize=10, length=0)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_offset_text().set(color=_INK, size=10)
     return figure, axes

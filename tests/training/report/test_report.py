@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from align.recipe.records import to_json
+from align.training.report import plots
+from align.training.report.classification_plots import _unit_panel
 from align.training.report.page import write_report
 from align.training.report.panels import Metrics
 from align.training.report.plots import amount, change, duration, running_mean, size, thinned, value
@@ -425,3 +427,31 @@ WRITTEN = [
 @pytest.mark.parametrize(("write", "expected", "numbers"), WRITTEN)
 def test_numbers_are_written_for_people(write, expected, numbers):
     assert " | ".join(map(write, numbers)) == expected
+
+
+def test_a_drawing_does_not_depend_on_those_before_it():
+    """Though all are drawn in the same axes."""
+    draws = np.random.default_rng(1)
+    long, short = np.arange(300), np.arange(3) * 50
+    band = plots.Curve("band", short, draws.normal(size=3), True, draws.normal(size=(3, 2)))
+    sure = {1: np.array([[0.5, 0.6], [0.9, 0.8]]), 5: np.array([[0.55, 0.6], [0.95, 0.8]])}
+    shares = {0: np.array([0.1, 0.2, 0.3, 0.1, 0.2, 0.1]), 4: np.array([0.1, 0.1, 0.3, 0.2, 0.2, 0.1])}
+    made = [
+        lambda: plots.curves_panel("small", [plots.Curve("small", short, 1e-9 * draws_of(3))]),
+        lambda: plots.shares_panel("shares", np.array([-3.0, -1, 0, 1, 3]), shares),
+        lambda: plots.curves_panel("two", [plots.Curve("large", long, 1e6 + draws_of(300).cumsum()), band]),
+        lambda: plots.histogram_panel("histogram", [0, 10, 20, 30.5], [3, 400, 5]),
+        lambda: plots.calibration_panel("calibration", sure),
+        lambda: plots.curves_panel("one", [plots.Curve("one", np.array([4]), np.array([2.0]))]),
+        lambda: _unit_panel("unit", "x", "y", {"one": (short / 100, short / 100)}, diagonal=True, dots=True),
+    ]
+
+    def draws_of(count):
+        return np.random.default_rng(0).normal(size=count)
+
+    alone = []
+    for panel in made:
+        plots._axes.cache_clear()
+        alone.append(panel())
+    for order in (range(7), reversed(range(7)), [2, 4, 0, 6, 1, 3, 5]):
+        assert all(made[i]() == alone[i] for i in order)
