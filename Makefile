@@ -10,7 +10,7 @@ test: .venv/installed
 
 # All tests, the long ones too, with every example of the fuzz tests.
 test-all: .venv/installed
-	ALIGN_FUZZ=4 .venv/bin/python -m pytest -m "slow or not slow"
+	ALIGN_FUZZ=8 .venv/bin/python -m pytest -m "slow or not slow"
 
 # The tests on published data sets, which skip what is not beside the project in ../shared.
 test-real: .venv/installed

@@ -1,5 +1,5 @@
-"""How often is tried what is random. Fuzz tests: a quarter of their examples by default, all of them where there is
-time (ALIGN_FUZZ=4). Slow tests of races, kills and damage: some minutes, or a multiple of it (ALIGN_REPEATS=16)."""
+"""How often is tried what is random. Fuzz tests: an eighth of their examples by default, all of them where there is
+time (ALIGN_FUZZ=8). Slow tests of races, kills and damage: some minutes, or a multiple of it (ALIGN_REPEATS=16)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ REPEATS = int(os.environ.get("ALIGN_REPEATS", "1"))
 
 
 repeated = [pytest.mark.slow, pytest.mark.timeout(900 * REPEATS)]
-at_length = pytest.mark.skipif(TIMES < 4, reason="takes many minutes: make test-all")
+at_length = pytest.mark.skipif(TIMES < 8, reason="takes many minutes: make test-all")
 
 
 def often(examples: int) -> int:
     """Of so many examples, those that this run tries."""
-    return max(1, examples * TIMES // 4)
+    return max(1, examples * TIMES // 8)

@@ -59,6 +59,7 @@ def records(run):
     return file.read_bytes().count(b"\n") if file.is_file() else 0
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_equal(whole, here):
     """SIGKILL: at a random moment of the whole process, at a random line, and in the middle of a save."""
     run, draw = here / "run", random.Random()

@@ -221,6 +221,7 @@ def test_processes_that_do_not_know_of_each_other(refused, monkeypatch):
     assert refused().startswith("2 processes were launched, but they do not find each other; ")
 
 
+@pytest.mark.slow
 def test_a_real_process_exits_with_two_and_says_one_line(world, here):
     recipe = world.recipe(here / "recipe.yaml")
     command = [sys.executable, "-m", "align.sft", str(recipe), "optim.learing_rate=1"]

@@ -260,6 +260,7 @@ def _axes() -> tuple[Figure, Axes]:
     axes.tick_params(color=GRID, labelcolor=_INK, labelsize=10, length=0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_offset_text().set(color=_INK, size=10)
+        axis.set_label_coords(0, 0)  # there is no label whose place has to be found
     return figure, axes
 
 
