@@ -1,4 +1,5 @@
-"""Norms and gated MLPs in one autograd step each: the same numbers, fewer passes over memory, less of it kept.
+"""Norms, gated MLPs and rotary embeddings in one autograd step each: the same numbers, fewer passes over memory, less
+of it kept.
 
 The stock modules keep a float32 copy of every normalised input and four tensors of the MLP's width for the backward
 pass; these keep the input, gate and up (and, where C kernels do it, silu(gate) * up), and compute the rest again. Which
@@ -10,14 +11,16 @@ Shapes: n tokens, d hidden size, h the MLP's width, r a LoRA's rank.
 
 from __future__ import annotations
 
+from functools import partial
 from types import MethodType, ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
-from align.models.cpu import native
+from align.models.cpu import native, rotary
 from align.models.cpu.compiled import LANES, serve
 from align.models.cpu.joined import join
 from align.models.cpu.products import LoraLinear, adopt_layers, product, product_backward
@@ -30,17 +33,22 @@ def fuse(model: nn.Module, joins: bool = True) -> None:
     """Give every module that qualifies its fused forward. Again for adapters that were added. `joins`: layers of one
     input become one product, for which their weights are stacked in a tensor beside the parameters."""
     adopt_layers(model)
-    verdicts: dict[tuple[type, type | None], bool] = {}
+    verdicts: dict[tuple[Any, ...], bool] = {}
     for module in model.modules():
         if joins:
             join(module, ("q_proj", "k_proj", "v_proj"))
             join(module, ("gate_proj", "up_proj"))
-        forward = _norm_forward if _is_norm(module) else _mlp_forward if _is_gated_mlp(module) else None
-        if forward is None or "forward" in vars(module):
+        if "forward" in vars(module):
             continue
-        kind = (type(module), type(getattr(module, "act_fn", None)))
+        if _is_norm(module) or _is_gated_mlp(module):
+            forward = _norm_forward if _is_norm(module) else _mlp_forward
+            kind, agrees = (type(module), type(getattr(module, "act_fn", None))), partial(_agrees, forward=forward)
+        elif rotary.is_attention(module):
+            forward, kind, agrees = rotary.attention_forward, rotary.kind_of(module), rotary.agrees
+        else:
+            continue
         if kind not in verdicts:
-            verdicts[kind] = _agrees(module, forward)
+            verdicts[kind] = agrees(module)
         if verdicts[kind]:
             module.forward = MethodType(forward, module)
 
