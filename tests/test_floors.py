@@ -98,7 +98,7 @@ def test_the_house_is_not_empty():
         ("align.models.trunk", "from align.models import acceleration", 0),
         ("align.training.loop", "from align.models.cpu import joined", 1),
         ("align.models.acceleration", "from align.models.cpu import OFFER", 0),
-        ("align.models.gpu.flex", "from align.models.cpu.joined import fixed_products", 0),
+        ("align.models.gpu.flex", "from align.models.cpu.fixed import fixed_products", 0),
     ],
 )
 def test_this_test_sees(module, source, count):

@@ -6,8 +6,8 @@ from torch import nn
 
 from align.models.acceleration import Offer
 from align.models.cpu import compiled
+from align.models.cpu.fixed import fixed_products, prepare_products
 from align.models.cpu.fused import fuse
-from align.models.cpu.joined import fixed_products, prepare_products
 from align.models.cpu.packed import arranges, prepared
 from align.models.cpu.segments import segment_attention
 from align.models.cpu.traced import traced_attention

@@ -1,26 +1,16 @@
-"""Layers that are given one input computed as one product, and frozen weights prepared for many products.
+"""Layers that are given one input, such as query, key and value, computed as one product.
 
 Shapes: n tokens, i and o a layer's input and output size, r a LoRA's rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
-from transformers.pytorch_utils import Conv1D
 
-from align.models.cpu.native import Small
-from align.models.cpu.packed import Fixed, Ready, arranges, both_ways, prepared
-from align.models.cpu.products import LoraLinear, Product, plain, product, product_backward, rounded, usable
-
-COPIES = 2**31  # bytes that prepared copies for a training may take; of a larger trunk none are made
-TRAINED_ROWS = 1024  # tokens that copies for a training are prepared for; with others they serve as well
+from align.models.cpu.packed import Fixed, Ready
+from align.models.cpu.products import LoraLinear, Product, plain, product, product_backward, usable
 
 
 def join(module: nn.Module, names: tuple[str, ...]) -> None:
@@ -91,68 +81,6 @@ class Joined:
         if not self.waiting:
             self.given = None
         return out
-
-
-@contextmanager
-def fixed_products(model: nn.Module, rows: int) -> Iterator[None]:
-    """While nothing trains: products with what acts now, joined and prepared once, for about so many rows."""
-    known = fix_products(model, rows)
-    try:
-        yield
-    finally:
-        for part in known:
-            part.fixed = None
-
-
-@torch.no_grad()
-def fix_products(model: nn.Module, rows: int) -> list[LoraLinear | Joined]:
-    """The same for good; what was prepared."""
-    parts = _products(model)
-    for part in parts:
-        part.fixed = _fixed(part, rows)
-    return parts
-
-
-def prepare_products(model: nn.Module) -> None:
-    """For a training: products with frozen weights in both directions, with copies of them that are prepared once."""
-    parts = {part: _frozen(part) for part in _products(model) if part.plain_product()}
-    sizes = [weight.nbytes for weight, _ in parts.values() if arranges(weight)]
-    if 2 * sum(sizes) <= COPIES:
-        for part, (weight, bias) in parts.items():
-            if arranges(weight):
-                part.ready = both_ways(weight, bias, TRAINED_ROWS)
-
-
-def _products(model: nn.Module) -> list[LoraLinear | Joined]:
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    groups = {id(layer.group): layer.group for layer in layers if layer.group is not None}
-    return [*groups.values(), *(layer for layer in layers if layer.group is None)]
-
-
-def _frozen(part: LoraLinear | Joined) -> tuple[Tensor, Tensor | None]:
-    base = part if isinstance(part, Joined) else part.get_base_layer()
-    return base.weight.T if isinstance(base, Conv1D) else base.weight, base.bias
-
-
-def _fixed(part: LoraLinear | Joined, rows: int) -> Fixed | None:
-    """None where a layer does not multiply plainly."""
-    layers = part.layers if isinstance(part, Joined) else [part]
-    if all(layer.bare for layer in layers):
-        return Fixed(prepared(*_frozen(part), rows))
-    operands = part.plain_product()
-    if operands is None:
-        return None
-    weight, bias, trained, scale, _ = operands
-    if Small.serves(weight, trained):
-        small = Small(trained, scale)
-        a, add = small.stacked().to(weight.dtype), partial(small.up, small.packed())
-    else:
-        a, b = rounded(trained, weight.dtype)
-        a, add = scale * a, lambda low, out: out.addmm_(low, b.T)
-    if not arranges(weight):
-        return Fixed(prepared(weight, bias, rows), add, a=a)
-    bias = None if bias is None else pad(bias, (0, len(a)))  # the weight is copied anyway, so A goes with it
-    return Fixed(prepared(torch.cat([weight, a]), bias, rows), add, len(a))
 
 
 def _apart(whole: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:

@@ -46,10 +46,11 @@ def both_ways(weight: Tensor, bias: Tensor | None, rows: int) -> Ready:
 def prepared(weight: Tensor, bias: Tensor | None, rows: int) -> Linear:
     """W x + b for about so many rows at a time.
 
-    On a CPU, oneDNN rearranges a bfloat16 weight at every call, which for few rows takes as long as the product; here
-    it does so once (a second copy of the weight; with 16 rows of SmolLM2 twice as fast).
+    oneDNN rearranges a bfloat16 weight at every call, which for few rows takes as long as the product; here it does so
+    once (a second copy of the weight; with 16 rows of SmolLM2 twice as fast). Of float32 products PyTorch's own library
+    makes as few rows slowly where the processor is not Intel's.
     """
-    if arranges(weight):
+    if copies(weight):
         copy = arranged(weight, rows)
         bias = None if bias is None else bias.detach()
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
@@ -61,10 +62,20 @@ def arranged(weight: Tensor, rows: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
 
 
+def copies(weight: Tensor) -> bool:
+    """Whether preparing makes a copy of the weight, for few rows at a time."""
+    floats = _plain(weight) and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return floats or arranges(weight)
+
+
 def arranges(weight: Tensor) -> bool:
-    """Whether preparing makes a copy of the weight."""
-    plain = type(weight) in (Tensor, torch.nn.Parameter)  # no part of a sharded weight
-    return plain and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _multiplies_bfloat16()
+    """Whether it has to be laid out for every product, so that a copy pays for any number of rows."""
+    return _plain(weight) and weight.dtype == torch.bfloat16 and _multiplies_bfloat16()
+
+
+def _plain(weight: Tensor) -> bool:
+    """On a CPU, and no part of a sharded weight."""
+    return type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu"
 
 
 @cache

@@ -6,7 +6,7 @@ from torch import nn
 
 from align.models.acceleration import Offer
 from align.models.cpu import fused
-from align.models.cpu.joined import fixed_products
+from align.models.cpu.fixed import fixed_products
 from align.models.gpu import pointwise
 from align.models.gpu.flex import flex_attention
 from align.models.gpu.replay import Recorder, Replayed, cuda_graph, never_waiting

@@ -187,7 +187,7 @@ def _sampling(name: str, at: Setting, always: list[Part], drawn: Drawn, limits: 
     parts = [*always, *moments_of_adam(at), Part("keys and values", max(at_once * longest * token, recorded))]
     if at.shards > 1:
         parts.append(Part("the whole trunk, while it samples", trunk_bytes(at)))
-    if at.arranged:
-        parts.append(Part("weights prepared for sampling", at.arranged))
+    if at.copied:
+        parts.append(Part("weights prepared for sampling", at.copied))
     logits = FEW_LOGITS * at_once * at.skeleton.sizes.vocabulary * 4
     return Moment(name, (*parts, Part("logits", logits), *unpacked(at)))

@@ -15,7 +15,7 @@ from align.training.planning.load import answering_of, sampling_of
 from align.training.planning.skeleton import Skeleton, joined
 
 PACKED = {"4bit": 0.5 + 1 / 64 + 4 / 64 / 256, "8bit": 1.0}  # bytes a weight: NF4 with double quantisation; int8
-COPIES = 2**31  # bytes of prepared weights on a CPU, as in models/cpu/joined.py
+COPIES = 2**31  # bytes of prepared weights on a CPU, as in models/cpu/fixed.py
 LIBRARIES = 140 * 10**6  # resident on a CPU besides: code that is first run, threads, gaps (seen: 30 to 290 MB)
 WITHOUT_REFERENCE = ("simpo", "orpo")
 
@@ -58,6 +58,13 @@ class Setting(NamedTuple):
         """Bytes of a copy of the weights that is laid out for its products; packed ones have none."""
         ready = self.way.kernels and not self.recipe.model.quantize
         return self.skeleton.sizes.matrices * self.dtype.itemsize * ready
+
+    @property
+    def copied(self) -> int:
+        """Bytes of a copy of the weights while it samples."""
+        matrices = self.skeleton.sizes.matrices * self.dtype.itemsize
+        frozen = self.device.type == "cpu" and self.adapted and not self.recipe.model.quantize
+        return self.arranged or matrices * (frozen and self.dtype == torch.float32 and matrices <= COPIES)
 
     @property
     def way(self) -> Way:

@@ -11,7 +11,8 @@ from torch import nn
 
 from align.data.trees import plant
 from align.models import acceleration
-from align.models.cpu.joined import Joined, fixed_products, prepare_products
+from align.models.cpu.fixed import fixed_products, prepare_products
+from align.models.cpu.joined import Joined
 from align.models.cpu.packed import Fixed, arranges
 from align.models.cpu.products import LoraLinear
 from align.models.lora import lora_config
@@ -59,6 +60,33 @@ def test_prepared_products_give_the_same_numbers(family):
     assert embedded.grad.abs().sum() > 0
     for found, known in zip([fixed, *numbers()], [plain[1], *plain], strict=True):
         assert (found - known).norm() <= 0.02 * known.norm()
+
+
+@pytest.mark.parametrize("lora", [Lora(r=4, targets=["q_proj", "down_proj"]), None], ids=["some layers", "none"])
+def test_layers_without_an_adapter_are_prepared_too(lora, monkeypatch):
+    """As those of a server's trunk: while nothing trains, in their own dtype, and not again the head."""
+    trunk = stir(tiny_trunk("qwen2", lora, "tree")).requires_grad_(False)
+    forest, x = plant(FORESTS["pairs"]), torch.randn(3, 32)
+    layer = trunk.layers[0].mlp.gate_proj
+    with torch.no_grad():
+        known = trunk.states(forest)
+    with fixed_products(trunk, 16):
+        held = [
+            name for name, module in trunk.named_modules() if "forward" in vars(module) and type(module) is nn.Linear
+        ]
+        assert len(held) == len(trunk.layers) * (7 - (2 if lora else 0))
+        assert not any("head" in name for name in held)
+        with torch.no_grad():
+            torch.testing.assert_close(trunk.states(forest), known, rtol=1e-5, atol=1e-5)
+            assert layer.forward(x.bfloat16().float()).dtype == torch.float32
+            with torch.autocast("cpu", torch.bfloat16):
+                assert layer(x).dtype == torch.bfloat16
+        asked = x.requires_grad_()
+        assert torch.autograd.grad(layer(asked).sum(), asked)[0].abs().sum() > 0
+    assert "forward" not in vars(layer)
+    monkeypatch.setattr("align.models.cpu.fixed.COPIES", 0)
+    with fixed_products(trunk, 16):
+        assert "forward" not in vars(layer)
 
 
 @pytest.mark.parametrize("bare", [False, True])

@@ -16,7 +16,7 @@ from align.models.attention import ForestMask
 from align.models.cpu import compiled, native
 from align.models.cpu.blocks import Blocks
 from align.models.cpu.compiled import LANES, serve
-from align.models.cpu.joined import fixed_products
+from align.models.cpu.fixed import fixed_products
 from align.models.cpu.native import Small
 from align.models.cpu.segments import segment_attention
 from align.models.trunk import Trunk

@@ -9,7 +9,7 @@ from peft.tuners import lora as peft_lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from align.models.cpu.joined import prepare_products
+from align.models.cpu.fixed import prepare_products
 from align.models.cpu.packed import arranges
 from align.models.cpu.products import LoraLinear, adopt_layers, rounded
 from align.models.lora import lora_config
@@ -144,7 +144,7 @@ def test_prepared_products_are_the_plain_ones(layer, monkeypatch):
     """In bfloat16, where a CPU makes copies of the frozen weights; never more than may be."""
     section = Lora(r=3, alpha=6, targets=["0"])
     prepared, plain = (pair(layer, section, torch.bfloat16)[0] for _ in range(2))
-    monkeypatch.setattr("align.models.cpu.joined.COPIES", 0)
+    monkeypatch.setattr("align.models.cpu.fixed.COPIES", 0)
     prepare_products(plain)
     monkeypatch.undo()
     prepare_products(prepared)
