@@ -92,7 +92,7 @@ def test_a_trunk_computes_the_same_with_them(variants, monkeypatch):
     assert not variants
     monkeypatch.setitem(fused.KERNELS, "cpu", pointwise)
     ours, also = made(fused.fuse)
-    assert len(variants) == 5  # two of norms, two of gates, one of gates in wider rows: as products prepared on a CPU are
+    assert len(variants) == 5  # two of norms, two of gates, one of gates in wider rows, such as prepared products give
     assert also == said
     for one, other in zip(ours, numbers, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
