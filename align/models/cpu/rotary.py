@@ -25,10 +25,11 @@ LISTENING = "align_listening"
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether it may be one; then `agrees` tells."""
+    """Whether it may be one; then `agrees` tells. Quantised ones are left alone."""
     parts = {name for name, _ in module.named_children()}
     return (
         PARTS <= parts <= PARTS | NORMS
+        and all(parameter.is_floating_point() for parameter in module.parameters())
         and isinstance(getattr(module, "head_dim", None), int)
         and all(hasattr(module, name) for name in ("config", "layer_idx", "scaling", "attention_dropout"))
     )

@@ -102,6 +102,14 @@ def test_a_forward_that_does_otherwise_is_left_alone(change, monkeypatch):
     assert turning(model) == [False] * 4
 
 
+def test_quantised_weights_are_left_alone():
+    _, model = made("llama")
+    layer = model.model.layers[1].self_attn.k_proj
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    fuse(model)
+    assert turning(model) == [True, False, True, True]
+
+
 def test_a_trunk_turns_with_it(monkeypatch):
     calls, ours = [], rotary._Turned.apply
     trunk = tiny_trunk("llama", Lora(r=4, alpha=8))
