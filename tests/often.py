@@ -1,5 +1,5 @@
 """How often is tried what is random. Fuzz tests: an eighth of their examples by default, all of them where there is
-time (ALIGN_FUZZ=8). Slow tests of races, kills and damage: some minutes, or a multiple of it (ALIGN_REPEATS=16)."""
+time (ALIGN_FUZZ=8). Slow tests of races, kills and damage: some minutes, or a multiple of it (ALIGN_REPEATS=4)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TIMES = int(os.environ.get("ALIGN_FUZZ", "1"))
 REPEATS = int(os.environ.get("ALIGN_REPEATS", "1"))
 
 
-repeated = [pytest.mark.slow, pytest.mark.timeout(900 * REPEATS)]
+repeated = [pytest.mark.slow, pytest.mark.timeout(1800 * REPEATS)]
 at_length = pytest.mark.skipif(TIMES < 8, reason="takes many minutes: make test-all")
 
 

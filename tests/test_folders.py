@@ -52,8 +52,8 @@ def assert_nothing_changes(whole, run, told):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900 * REPEATS)
-@pytest.mark.parametrize("times", [12 * REPEATS])
+@pytest.mark.timeout(1800 * REPEATS)
+@pytest.mark.parametrize("times", [50 * REPEATS])
 def test_two_starts_at_once(whole, here, times):
     for number in range(times):
         run, told = two_starts(whole[1], here, number)
@@ -68,7 +68,7 @@ def test_two_starts_at_once(whole, here, times):
         assert tree(run) == kept  # finished, it is left as it is
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(12 * REPEATS, marks=repeated)])
+@pytest.mark.parametrize("times", [1, pytest.param(20 * REPEATS, marks=repeated)])
 def test_fresh_killed_then_the_plain_command(whole, here, times):
     """At a random moment, and as soon as the old run is gone; the plain command then has one whole run, old or new."""
     run = shutil.copytree(whole[0], here / "run")

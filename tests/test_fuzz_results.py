@@ -215,6 +215,6 @@ def test_damaged_results(data, results, trunk, here):
 @pytest.mark.slow
 @pytest.mark.timeout(900 * REPEATS)
 @given(data=st.data())
-@settings(FUZZ, max_examples=250 * REPEATS)
+@settings(FUZZ, max_examples=1000 * REPEATS)
 def test_thousands_of_damaged_results(data, results, trunk, here):
     damaged_results(data, results, trunk, here)

@@ -77,7 +77,7 @@ def test_any_words(place, command, words):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900 * REPEATS)
-@settings(max_examples=700 * REPEATS, **FUZZ)
+@settings(max_examples=2000 * REPEATS, **FUZZ)
 @given(command=st.sampled_from(COMMANDS), words=WORDS)
 def test_any_words_at_length(place, command, words):
     check(place, command, words)

@@ -21,7 +21,7 @@ from world import metrics
 from align import ppo, sft
 
 MINUTE = 60.0  # seconds
-TIMES = int(os.environ.get("ALIGN_FAILURES", "1"))  # of each kind, for each stage
+TIMES = int(os.environ.get("ALIGN_FAILURES", "2"))  # of each kind, for each stage
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900 * TIMES)]
 SEED = int(os.environ.get("ALIGN_SEED", "0"))
 

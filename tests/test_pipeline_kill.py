@@ -156,7 +156,7 @@ def test_a_pipeline_killed_by_chance_comes_to_the_same_comparison(seed, study, w
     """Each has a server of forks of its own, as a user's has, which is killed too or left."""
     laid_out(world)
     chance = random.Random(seed)
-    for _ in range(3 * REPEATS):
+    for _ in range(8 * REPEATS):
         child = Child(here, "study.yaml", stage=pipeline)
         while child.process.is_alive() and not stages_of(child):
             time.sleep(0.1)

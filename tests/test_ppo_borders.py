@@ -144,8 +144,8 @@ def test_any_function(body):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900 * REPEATS)
-@settings(max_examples=500 * REPEATS, **FUZZ)
+@pytest.mark.timeout(1800 * REPEATS)
+@settings(max_examples=3000 * REPEATS, **FUZZ)
 @given(body=BODIES)
 def test_any_function_at_length(body):
     check_any(body)

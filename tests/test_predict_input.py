@@ -204,7 +204,7 @@ def test_any_input(final, here, rows, name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900 * REPEATS)
-@settings(max_examples=700 * REPEATS, **FUZZ)
+@settings(max_examples=2000 * REPEATS, **FUZZ)
 @given(rows=st.lists(ANY, max_size=5), name=names)
 def test_any_input_at_length(final, here, rows, name):
     check_any(final, here, rows, name)

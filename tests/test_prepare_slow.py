@@ -72,7 +72,7 @@ def test_several_workers_make_the_same_bytes(rows, whole, here):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kill_9_at_any_time(rows, whole, here, workers):
     path, rng, kills = recipe(here, rows, workers=workers), random.Random(workers), 0
-    for _ in range(6 * REPEATS):
+    for _ in range(12 * REPEATS):
         child = Child(here, path, stage=prepare)
         ready = time.monotonic() + rng.uniform(0.2, 3.0)
         if not child.send_when(signal.SIGKILL, lambda ready=ready: time.monotonic() > ready):

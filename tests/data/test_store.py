@@ -38,7 +38,7 @@ def ask(folder: Path, distance: float) -> None:
     os._exit(0 if len(store.line) == 5 else 1)
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(50 * REPEATS, marks=repeated)])
+@pytest.mark.parametrize("times", [1, pytest.param(200 * REPEATS, marks=repeated)])
 def test_runs_that_ask_at_once_wait_for_the_first(tmp_path, times):
     for number in range(times):
         folder, distance = tmp_path / str(number), (0, 0.005, 0.03, CHANCE.uniform(0, 0.1))[min(number, 3)]
