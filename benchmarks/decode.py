@@ -1,6 +1,6 @@
 """The sampling engine beside transformers' `generate`, its continuous batching, and vLLM: same prompts and model.
 
-    python benchmarks/decode.py [--data FILE] [--threads 2] [--new 96] [--vllm VENV|URL]
+    python benchmarks/decode.py [--data FILE] [--threads 2] [--new 96] [--vllm VENV|URL] [--before FOLDER]
 
 16 prompts of 16 to 192 tokens, 1 and 4 samples each, drawn at temperature 1 from SmolLM2-135M until they end or have so
 many tokens: lengths are ragged, and only tokens of responses count. Each side runs in processes of its own, in turn,
@@ -9,6 +9,8 @@ transformers in the fastest of its ways, which are tried first. Before that, gre
 --vllm: a venv with vLLM (benchmarks/vllm_cpu.sh), which then runs compiled in a process of its own, without a server;
 or the address of a server of the same model, whose HTTP then counts too. Its prefix cache is emptied before the run
 that counts.
+
+--before: another checkout of this project, whose engine runs in turn, by its own copy of this script.
 """
 
 from __future__ import annotations
@@ -38,24 +40,26 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=96, help="most tokens of a response")
     parser.add_argument("--rounds", type=int, default=2, help="how often each side runs, in turn")
     parser.add_argument("--vllm", help="a venv with vLLM, or a server's address")
-    parser.add_argument("--arm", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--before", type=Path, help="another checkout of this project")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
-        print(json.dumps(run_arm(json.load(sys.stdin))))
+        print(json.dumps(run_arm(json.loads(args.arm))))
         return
     data = args.data or (HH if HH.is_file() else TEMPLATE)
     common = {"data": str(data), "base": args.base, "threads": args.threads, "new": args.new}
 
     def measure(arm: str, samples: int, dtype: str = args.dtype, greedy: bool = False) -> dict:
-        spec = {**common, "arm": arm, "samples": samples, "dtype": dtype, "greedy": greedy}
-        found = measured(spec | (asked if arm == "vllm" else {}), args.threads)
+        spec = {**common, "samples": samples, "dtype": dtype, "greedy": greedy}
+        spec |= {"arm": "align" if arm == "before" else arm} | (asked if arm == "vllm" else {})
+        found = measured(spec, args.threads, args.before if arm == "before" else ROOT)
         told = found.get("error") or f"{found['tokens_per_second']:8.1f} tokens/s {found['peak_bytes'] / 1e9:6.2f} GB"
         print(f"{arm:12} x{samples} {'greedy ' if greedy else ''}{told}", flush=True)
         return found
 
     asked = {}
     if args.vllm:
-        asked = {"vllm": args.vllm, **measured({**common, "arm": "prompts"}, args.threads)}
+        asked = {"vllm": args.vllm, **measured({**common, "arm": "prompts"}, args.threads, ROOT)}
         if "error" in asked:
             sys.exit(asked["error"])
     print(f"{args.base}, {args.dtype}, {args.threads} threads, {PROMPTS} prompts of {data.name}, {args.new} new tokens")
@@ -66,12 +70,13 @@ def main() -> None:
     for samples in (4, 1):
         tried = {way: measure(way, samples).get("tokens_per_second", 0.0) for way in WAYS}
         way = max(tried, key=tried.get)
-        peers = [way, "vllm"] if args.vllm else [way]
+        others = [name for name in ("vllm", "before") if getattr(args, name)]
+        peers = [way, *others]
         rounds = [{arm: measure(arm, samples) for arm in ("align", *peers)} for _ in range(args.rounds)]
         if any("error" in side for sides in rounds for side in sides.values()):
             sys.exit("a side did not run, so there is nothing to compare")
         beside = {"transformers": {**compared(rounds, way), "way": way}}
-        found[samples] = beside | ({"vllm": compared(rounds, "vllm")} if args.vllm else {})
+        found[samples] = beside | {name: compared(rounds, name) for name in others}
     print(f"\n{'tokens/s':12}{'align':>10}{'peer':>10}{'ratio':>8}")
     for samples, sides in found.items():
         for peer, row in sides.items():
@@ -81,8 +86,8 @@ def main() -> None:
         "benchmark": "decode", **found[4]["transformers"], "one_sample": found[1]["transformers"],
         "greedy_equal": same, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    if args.vllm:
-        line["vllm"] = {"four_samples": found[4]["vllm"], "one_sample": found[1]["vllm"]}
+    for name in others:
+        line[name] = {"four_samples": found[4][name], "one_sample": found[1][name]}
     print(json.dumps(line))
 
 
@@ -100,8 +105,9 @@ def compared(rounds: list[dict[str, dict]], peer: str) -> dict:
     }
 
 
-def measured(spec: dict, threads: int) -> dict:
-    """Run one arm in its own process; its last line is its result."""
+def measured(spec: dict, threads: int, checkout: Path) -> dict:
+    """Run one arm of a checkout in its own process; its last line is its result."""
+    checkout = checkout.resolve()
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     python = sys.executable
     if spec["arm"] == "vllm" and "://" not in spec["vllm"]:
@@ -112,8 +118,10 @@ def measured(spec: dict, threads: int) -> dict:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
         }  # one process, whose memory counts
-    command = [python, __file__, "--arm"]
-    done = subprocess.run(command, env=environment, input=json.dumps(spec), capture_output=True, text=True, check=False)
+    else:
+        environment["PYTHONPATH"] = str(checkout)
+    command = [python, str(checkout / "benchmarks" / "decode.py"), "--arm", json.dumps(spec)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])

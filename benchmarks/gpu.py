@@ -29,10 +29,11 @@ from pathlib import Path
 
 import gpu_parts
 import gpu_peers
+import gpu_ppo
 import torch
 import transformers
+from gpu_clock import Row, Scale
 from gpu_models import Shape
-from gpu_parts import Row, Scale
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET_SECONDS, LEAST_SECONDS = 8.5 * 60, 20  # the latter must be left for a part to begin
@@ -45,7 +46,7 @@ SHAPES = [
 ]
 PARTS: dict[str, Callable[[Shape, Scale, torch.device], Iterator[Row]]] = {
     "published": gpu_parts.published,
-    "ppo": gpu_parts.update,
+    "ppo": gpu_ppo.update,
     "sampling": gpu_parts.sampling,
     "sft": gpu_parts.sft,
     "trl": gpu_peers.sft,

@@ -1,22 +1,17 @@
-"""The parts of `gpu.py`: each builds a model of its own with random weights, and gives rows as it measures them.
-
-Clocks are read when the device has done its work, after a first time that is not counted: it compiles. Peaks are those
-of the counted work, with all that is held meanwhile.
+"""The parts of `gpu.py` but PPO: each builds a model of its own with random weights, and gives rows as it measures
+them.
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from gpu_clock import ENOUGH_SECONDS, WARM_STEPS, Row, Scale, forget_peak, process, second_time, synchronize
 from gpu_models import (
     END,
     LORA,
@@ -30,58 +25,23 @@ from gpu_models import (
     random_trunk,
     whole,
 )
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from rich.console import Console
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from align import dpo, ppo
+from align import dpo
 from align import reward as reward_stage
-from align.data.examples import Ledger
-from align.data.mixture import Prepared
 from align.data.trees import Forest
-from align.models.roles import CRITIC, Roles, Scorer
 from align.models.sampling.choice import Sampling
 from align.models.sampling.decode import sample
 from align.models.trunk import Trunk
 from align.training.batches import Batches
 from align.training.costs import causal_attended, flops_per_token, matmul_params, mfu, peak_flops, peak_memory
-from align.training.loop import Loop
 from align.training.reference import Reference
-from align.training.rollouts.experience import Experience
-from align.training.rollouts.rewards import Rewards
 from align.training.rollouts.rollout import check_samples
-from align.training.runs.run import Standing
-from align.training.screen import Screen
-from align.training.session import Session
 
 # LoRA SFT of Llama-3 8B on one H100, tokens/s: NVIDIA NeMo Automodel's performance summary (40.6 % of the peak at 4 N).
 PUBLISHED_TOKENS, PUBLISHED_RATE = 4096, 12_473
-WARM_STEPS, ENOUGH_SECONDS = 3, 10  # steps at least that are not counted; no further round after so long
-
-
-class Scale(NamedTuple):
-    """How much there is to do."""
-
-    steps: int = 8  # that are counted, in whole rounds over all rows
-    conversations: int = 64
-    texts: int = 16  # of 4,096 tokens
-    pairs: int = 64
-    prompts: tuple[int, ...] = (16, 64)  # sampled from at once; PPO takes the first number
-    samples: int = 4
-    new: int = 128  # tokens of every response: it cannot end before
-    updates: int = 2  # of PPO that are counted
-
-
-class Row(NamedTuple):
-    """One measurement."""
-
-    part: str
-    what: str
-    rate: float
-    unit: str  # a second
-    peak_bytes: int
-    more: dict[str, float]
 
 
 def sft(shape: Shape, scale: Scale, device: torch.device, checkpointing: bool = False) -> Iterator[Row]:
@@ -188,66 +148,6 @@ def generation(
     return rates
 
 
-def update(shape: Shape, scale: Scale, device: torch.device) -> Iterator[Row]:
-    """PPO's step as `align.ppo` takes it, four roles on one trunk; without its eval, logs and checkpoints."""
-    trunk, count = random_trunk(shape, device), scale.prompts[0]
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = ppo.Recipe.model_validate(
-            {
-                "stage": "ppo", "run": folder, "model": {"base": shape.name}, "lora": LORA.model_dump(),
-                "data": {"train": [{"path": "random"}]},
-                "batch": {"examples": count, "row_tokens": shape.fitting(device, roles=2)},
-                "optim": {"learning_rate": 1e-5, "schedule": "constant", "warmup": 0},
-                "train": {"steps": 1 + scale.updates},
-                "ppo": {
-                    "rewards": [{"adapter": "random"}], "samples": scale.samples,
-                    "generation": {"max_new": scale.new, "min_new": scale.new},
-                },
-            }
-        )  # fmt: skip
-        loop = ppo_loop(recipe, trunk, prompts(shape, count))
-        took = np.zeros(4)  # seconds: sampling, scoring, epochs, all
-        for number in range(1 + scale.updates):
-            if number == 1:
-                forget_peak(device)
-            synchronize(device)
-            begun = time.perf_counter()
-            metrics = loop.algorithm.learn(loop, loop.plan.batch(number + 1), recipe.optim.learning_rate).metrics
-            synchronize(device)
-            seconds = time.perf_counter() - begun
-            loop.step += 1
-            said, scored = metrics["sample_seconds"], metrics["score_seconds"]  # both end with numbers on the CPU
-            if number:
-                took += said, scored, seconds - said - scored, seconds
-            if took[-1] > ENOUGH_SECONDS:
-                break
-    updates, episodes = number, count * scale.samples
-    more = {f"{name}_seconds": float(took[i]) / updates for i, name in enumerate(("sampling", "scoring", "epochs"))}
-    what = f"{shape.name}, {count} prompts x {scale.samples}, {scale.new} new tokens, {recipe.ppo.epochs} epochs, align"
-    yield Row("ppo", what, updates * episodes / float(took[-1]), "episodes", peak_memory(device), more)
-
-
-def ppo_loop(recipe: ppo.Recipe, trunk: Trunk, examples: Drawn) -> Loop:
-    """What `ppo.train` builds, with a random reward model on the trunk."""
-    check_samples(trunk)
-    head = torch.randn(1, trunk.plain.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    start = get_peft_model_state_dict(trunk.causal, adapter_name="default", save_embedding_layers=False)
-    scorer = Scorer(None, 0.0, 1.0, recipe.lora, start, head / head.shape[1] ** 0.5)
-    scores = Rewards([], trunk)
-    scores.parts, scores.scorers = {"reward": recipe.ppo.rewards[0]}, {"reward": scorer}
-    roles = Roles(trunk, recipe.lora, scores.scorers, scores.leading, recipe.ppo.generation.temperature, recipe.seed)
-    session = Session(recipe, process(trunk.device), Console(quiet=True), fresh=True, show=False)
-    run = SimpleNamespace(  # it saves and records nothing
-        checkpoints=recipe.folder / "checkpoints", standing=Standing(), records=lambda name: []
-    )
-    data = Prepared(examples, examples, Ledger(), [])
-    algorithm = ppo.Algorithm(recipe, Experience(session, data, roles, scores, recipe.ppo, "ppo"), None)
-    loop = Loop(session, run, trunk, data, algorithm, roles, {CRITIC: recipe.ppo.critic_rate(recipe.optim)})
-    loop.screen = Screen(session.console, loop.plan.steps)
-    loop.learner.model.train()
-    return loop
-
-
 def learning(
     trunk: Trunk, examples: Drawn, loss: Callable[[Forest], Tensor], row_tokens: int, steps: int
 ) -> tuple[float, int, float]:
@@ -275,18 +175,6 @@ def learning(
     return seconds, number + 1 - warm, float(value.detach())
 
 
-def second_time(work: Callable[[], object], device: torch.device) -> tuple[float, int]:
-    """Seconds and peak bytes of the second of two runs."""
-    for _ in range(2):
-        forget_peak(device)
-        synchronize(device)
-        begun = time.perf_counter()
-        work()
-        synchronize(device)
-        seconds = time.perf_counter() - begun
-    return seconds, peak_memory(device)
-
-
 @contextmanager
 def laid_out(trunk: Trunk, layout: str) -> Iterator[None]:
     """The same trunk with its batches in this layout for a while."""
@@ -297,21 +185,3 @@ def laid_out(trunk: Trunk, layout: str) -> Iterator[None]:
             yield
     finally:
         trunk.layout = before
-
-
-def process(device: torch.device) -> Accelerator:
-    """This process alone."""
-    return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def forget_peak(device: torch.device) -> None:
-    """Peak memory counts from here; not so on a CPU, where it is the process's."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""TRL on the shapes and examples of `gpu_parts.py`: SFT, and GRPO, which has a policy and a reference but no critic."""
+"""TRL on the shapes and examples of `gpu.py`: SFT, and GRPO, which has a policy and a reference but no critic."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from gpu_clock import WARM_STEPS, Row, Scale, forget_peak
 from gpu_models import END, LONGEST, LORA, Shape, conversations, prompts, random_model
-from gpu_parts import WARM_STEPS, Row, Scale, forget_peak
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 

@@ -31,6 +31,7 @@ def arguments(doc: str, settings: dict[str, dict]) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=1, help="how often each side runs, in turn")
     parser.add_argument("--setting", choices=settings, help="use this of TRL's settings instead of trying all")
     parser.add_argument("--dtype", help="default: bfloat16 where the CPU has AVX512, else float32")
+    parser.add_argument("--before", type=Path, help="another checkout of this project, run in turn with both")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     return parser
 
@@ -59,14 +60,14 @@ def native_dtype() -> str:
 
 
 class Pairs(NamedTuple):
-    """What our side and TRL's found, round by round."""
+    """What our side and TRL's found, round by round; a third: our side of another checkout."""
 
-    rounds: list[tuple[dict, dict]]
+    rounds: list[tuple[dict, ...]]
 
     @property
     def ratios(self) -> list[float]:
         """Of episodes per second."""
-        return [round(ours["episodes_per_second"] / peer["episodes_per_second"], 3) for ours, peer in self.rounds]
+        return [round(ours["episodes_per_second"] / peer["episodes_per_second"], 3) for ours, peer, *_ in self.rounds]
 
     @property
     def ratio(self) -> float:
@@ -79,17 +80,22 @@ class Pairs(NamedTuple):
         return round(self.peak(0) / self.peak(1), 3)
 
     def mean(self, side: int) -> float:
-        """Episodes per second of our side, 0, or TRL's, 1."""
+        """Episodes per second of our side, 0, TRL's, 1, or another checkout's, 2."""
         return round(sum(pair[side]["episodes_per_second"] for pair in self.rounds) / len(self.rounds), 4)
 
     def peak(self, side: int) -> int:
         """The most memory of a side, in bytes."""
         return max(pair[side]["peak_bytes"] for pair in self.rounds)
 
+    def before(self) -> dict[str, float]:
+        """Of another checkout, where there is one: its speed and peak."""
+        return {"episodes_per_second": self.mean(2), "peak_bytes": self.peak(2)} if len(self.rounds[0]) == 3 else {}
+
     def row(self, name: str) -> str:
         """A line of the table under `HEADER`."""
         memory = f"{self.peak(0) / 1e9:>8.2f} /{self.peak(1) / 1e9:>5.2f} GB{self.memory_ratio:>8.2f}"
-        return f"{name:24}{self.mean(0):>10.3f}{self.mean(1):>10.3f}{self.ratio:>8.2f}{memory}"
+        then = f"\n{'before':24}{self.mean(2):>10.3f}{self.peak(2) / 1e9:>36.2f} GB" if self.before() else ""
+        return f"{name:24}{self.mean(0):>10.3f}{self.mean(1):>10.3f}{self.ratio:>8.2f}{memory}{then}"
 
 
 HEADER = f"{'episodes per second':24}{'align':>10}{'TRL':>10}{'ratio':>8}{'peak memory':>18}{'ratio':>8}"
@@ -112,8 +118,8 @@ class Sides(NamedTuple):
         found = [Pairs([]) for _ in samples]
         for _ in range(self.args.rounds):
             for count, pairs in zip(samples, found, strict=True):
-                sides = (self._measured(*arm, self.args.updates, count) for arm in (("align", ""), ("trl", setting)))
-                pairs.rounds.append(tuple(sides))
+                arms = [("align", ""), ("trl", setting), ("before", "")][: 3 if self.args.before else 2]
+                pairs.rounds.append(tuple(self._measured(*arm, self.args.updates, count) for arm in arms))
         if not all(side["episodes_per_second"] for pairs in found for pair in pairs.rounds for side in pair):
             sys.exit("a side did not run, so there is nothing to compare")
         return setting, found
@@ -124,9 +130,16 @@ class Sides(NamedTuple):
         return max(tried, key=lambda name: tried[name]["episodes_per_second"])
 
     def _measured(self, arm: str, setting: str, updates: int, samples: int) -> dict:
-        told = {"arm": arm, "samples": samples, "updates": updates, "setting": self.settings.get(setting)}
-        result = measured(self.script, self.spec | told, self.environment if arm == "trl" else {})
-        name = f"{arm:5} x{samples} {setting:52}"
+        told = {"samples": samples, "updates": updates, "setting": self.settings.get(setting)}
+        spec = self.spec | told | {"arm": "align" if arm == "before" else arm}
+        if arm == "before":
+            checkout = self.args.before.resolve()
+            result = measured(
+                str(checkout / "benchmarks" / Path(self.script).name), spec, {"PYTHONPATH": str(checkout)}
+            )
+        else:
+            result = measured(self.script, spec, self.environment if arm == "trl" else {})
+        name = f"{arm:6} x{samples} {setting:52}"
         if "error" in result:
             print(f"{name} {result['error']}", flush=True)
             return {"episodes_per_second": 0.0, "peak_bytes": 0, "response_tokens": 0.0}

@@ -1,10 +1,11 @@
 """Our training beside TRL's trainers: one run, same rows, LoRA, dtype, threads and examples a step.
 
-    python benchmarks/vs_trl.py sft|dpo|reward [--data FILE] [--threads 2] [--steps 4]
+    python benchmarks/vs_trl.py sft|dpo|reward [--data FILE] [--threads 2] [--steps 4] [--before FOLDER]
 
 Each side runs in processes of its own, in turn. TRL gets the very tokens that align makes of the rows, in the same
 order, and the fastest of its own settings (tried first): padded micro-batches, padding-free, packing, autocast,
-bfloat16 adapters, reference log-probabilities ahead of time.
+bfloat16 adapters, reference log-probabilities ahead of time. With --before our side of another checkout runs in turn
+with both, by its own copy of this script.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps, the first of which is not counted")
     parser.add_argument("--rounds", type=int, default=2, help="how often each side runs, in turn")
     parser.add_argument("--setting", help="use this of TRL's settings instead of trying all")
+    parser.add_argument("--before", type=Path, help="another checkout of this project")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
@@ -95,13 +97,14 @@ def compare(args: argparse.Namespace, work: Path) -> None:
         "examples": examples, "work": str(work),
     }  # fmt: skip
 
-    def measure(arm: str, steps: int, name: str = "") -> dict:
-        setting = TRL_SETTINGS[args.stage].get(name, {})
-        result = measured({**common, "arm": arm, "steps": steps, "setting": setting}, args.threads)
+    def measure(side: str, steps: int, name: str = "") -> dict:
+        setting, checkout = TRL_SETTINGS[args.stage].get(name, {}), args.before if side == "before" else ROOT
+        spec = {**common, "arm": "trl" if side == "trl" else "align", "steps": steps, "setting": setting}
+        result = measured(spec, args.threads, checkout)
         if "error" in result:
-            print(f"{arm:5} {name}: {result['error']}", flush=True)
+            print(f"{side:6} {name}: {result['error']}", flush=True)
             return {speed: 0.0, memory: 0}
-        print(f"{arm:5} {name:50} {result[speed]:9.3f} {unit} {result[memory] / 1e9:6.2f} GB", flush=True)
+        print(f"{side:6} {name:50} {result[speed]:9.3f} {unit} {result[memory] / 1e9:6.2f} GB", flush=True)
         return result
 
     print(f"rows of {args.data.name}, {args.base}, {args.dtype}, {args.threads} threads, {examples} examples a step")
@@ -111,11 +114,12 @@ def compare(args: argparse.Namespace, work: Path) -> None:
         tried = {name: measure("trl", 2, name)[speed] for name in TRL_SETTINGS[args.stage]}
         setting = max(tried, key=tried.get)
     print(f"\nside by side, {args.steps} steps each, TRL with: {setting}")
-    pairs = [(measure("align", args.steps), measure("trl", args.steps, setting)) for _ in range(args.rounds)]
-    ours, peer = ([pair[side] for pair in pairs] for side in (0, 1))
-    if not all(result[speed] for result in ours + peer):
+    sides = ("align", "trl", "before") if args.before else ("align", "trl")
+    rounds = [{side: measure(side, args.steps, setting) for side in sides} for _ in range(args.rounds)]
+    if not all(found[speed] for sides in rounds for found in sides.values()):
         sys.exit("a side did not run, so there is nothing to compare")
-    ratios = [a[speed] / b[speed] for a, b in pairs]
+    ours, peer = ([found[side] for found in rounds] for side in ("align", "trl"))
+    ratios = [a[speed] / b[speed] for a, b in zip(ours, peer, strict=True)]
     line = {
         "benchmark": f"vs_trl {args.stage}",
         "ratio": round(sum(ratios) / len(ratios), 3),
@@ -125,8 +129,13 @@ def compare(args: argparse.Namespace, work: Path) -> None:
         "peer": {speed: round(mean(peer, speed), 3), memory: max(r[memory] for r in peer), "setting": setting},
         "date": time.strftime("%Y-%m-%d"),
     }
+    shown = [("align", ours), ("TRL", peer)]
+    if args.before:
+        before = [found["before"] for found in rounds]
+        shown.append(("before", before))
+        line["before"] = {speed: round(mean(before, speed), 3), memory: max(r[memory] for r in before)}
     print(f"\n{'':8}{unit:>18}{'peak memory':>14}")
-    for name, results in (("align", ours), ("TRL", peer)):
+    for name, results in shown:
         print(f"{name:8}{mean(results, speed):>18.3f}{max(r[memory] for r in results) / 1e9:>11.2f} GB")
     print(f"{'ratio':8}{line['ratio']:>18.2f}{line['memory_ratio']:>14.2f}")
     print(json.dumps(line))
@@ -136,10 +145,12 @@ def mean(results: list[dict], key: str) -> float:
     return sum(r[key] for r in results) / len(results)
 
 
-def measured(spec: dict, threads: int) -> dict:
-    """Run one arm in its own process; its last line is its result."""
-    command = [sys.executable, __file__, spec["stage"], "--arm", json.dumps(spec)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+def measured(spec: dict, threads: int, checkout: Path) -> dict:
+    """Run one arm of a checkout in its own process; its last line is its result."""
+    script = checkout.resolve() / "benchmarks" / "vs_trl.py"
+    command = [sys.executable, str(script), spec["stage"], "--arm", json.dumps(spec)]
+    given = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(checkout.resolve())}
+    environment = {**os.environ, **given}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}

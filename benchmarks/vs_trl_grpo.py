@@ -43,7 +43,7 @@ def compare(args: argparse.Namespace, work: Path) -> None:
         "peer": {"episodes_per_second": pairs.mean(1), "peak_bytes": pairs.peak(1), "setting": setting},
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    print(json.dumps(line))
+    print(json.dumps(line | ({"before": pairs.before()} if args.before else {})))
 
 
 def worth(prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:

@@ -54,12 +54,13 @@ def compare(args: argparse.Namespace, work: Path) -> None:
     def told(side: int) -> dict:
         return {"episodes_per_second": four.mean(side), "one_sample": one.mean(side), "peak_bytes": four.peak(side)}
 
+    before = {"before": told(2)} if args.before else {}
     line = {
         "benchmark": "vs_trl_ppo", "dtype": args.dtype, "ratio": four.ratio, "ratio_one_sample": one.ratio,
         "ratios": {"4": four.ratios, "1": one.ratios}, "memory_ratio": max(four.memory_ratio, one.memory_ratio),
         "ours": told(0), "peer": told(1) | {"setting": setting}, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    print(json.dumps(line))
+    print(json.dumps(line | before))
 
 
 def installed() -> Path:

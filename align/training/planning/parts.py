@@ -16,7 +16,8 @@ from align.training.planning.skeleton import Skeleton, joined
 
 PACKED = {"4bit": 0.5 + 1 / 64 + 4 / 64 / 256, "8bit": 1.0}  # bytes a weight: NF4 with double quantisation; int8
 COPIES = 2**31  # bytes of prepared weights on a CPU, as in models/cpu/fixed.py
-LIBRARIES = 140 * 10**6  # resident on a CPU besides: code that is first run, threads, gaps (seen: 30 to 290 MB)
+# Resident on a CPU besides: code that is first run, threads, gaps (seen: 0 to 170 MB); and with gloo (60 to 280 MB).
+LIBRARIES, WITH_GLOO = 60 * 10**6, 140 * 10**6
 WITHOUT_REFERENCE = ("simpo", "orpo")
 
 
@@ -173,7 +174,7 @@ def held(at: Setting) -> list[Part]:
     if at.teacher:
         parts.append(Part("the teacher", teacher_bytes(at) // at.shards))
     if at.device.type == "cpu":
-        parts.append(Part("PyTorch's own", LIBRARIES))
+        parts.append(Part("PyTorch's own", WITH_GLOO if at.processes > 1 else LIBRARIES))
     if at.processes > 1 and at.shards == 1:
         parts.append(Part("gradients to be exchanged", 4 * trained(at)))
     return parts
