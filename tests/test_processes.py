@@ -14,6 +14,7 @@ from pathlib import Path
 
 import deciding
 import pytest
+import scarce
 import torch
 from world import WAIT, Child, align, metrics, weights, write_rows
 
@@ -82,6 +83,21 @@ def test_two_processes_are_as_one_even_when_stopped_and_gone_on_with(alone, here
     assert f"(step {step} of {STEPS})" in align(recipe, f"run={on_one}").out
     assert_close(on_one, reference)
     assert metrics(on_one)[: step + 1] == metrics(stopped)[: step + 1]
+
+
+def test_rows_fit_where_the_least_memory_is_free(world, here):
+    """All processes lay out the same rows, and see the same examples as one process does."""
+    recipe = world.recipe(here / "recipe.yaml", batch={"examples": 12, "row_tokens": "auto"}, train={"steps": 4})
+    assert "rows of up to 2,048 tokens" in align(recipe).out
+    for name, number in (("max", 10**9), ("current", 10**9)):
+        (here / f"memory.{name}").write_text(f"{number}\n")
+    (here / "memory.stat").write_text("inactive_file 0\n")
+    children = Child.pair(here, free_port(), here, recipe, f"run={here / 'two'}", stage=scarce)
+    first, second = (child.wait() for child in children)
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert "rows of up to 256 tokens" in first.out
+    assert "peak: " in first.out
+    assert_close(here / "two", here / "run")
 
 
 @pytest.mark.slow

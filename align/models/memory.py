@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import psutil
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
 CACHE_SHARE, LOGITS_SHARE = 1 / 2, 1 / 32  # of the free bytes, at most
@@ -32,13 +34,15 @@ class Budgets(NamedTuple):
         return self._replace(cache_tokens=int(cache_tokens), prompt_tokens=min(int(cache_tokens), MOST_PROMPTS))
 
 
-def budgets(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, free: int | None = None) -> Budgets:
-    """Budgets of a model that has been loaded onto `device`, and then has `free` bytes; default: those there are.
+def budgets(
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, free: int, elsewhere: int = 0
+) -> Budgets:
+    """Budgets of a model that has been loaded onto `device`, where `free` bytes are then left. `elsewhere`: bytes of
+    its weights that other processes hold; they are all here while it samples.
 
     Powers of two: a resumed run finds a little more or less memory, and should work in the same portions.
     """
-    free = free_bytes(device) if free is None else free
-    cached = int(free * CACHE_SHARE) // cached_token_bytes(config, dtype)
+    cached = int(max(free - elsewhere, 0) * CACHE_SHARE) // cached_token_bytes(config, dtype)
     cached = min(_power_below(cached), _most(MOST_CACHED, device))
     logits = min(_power_below(int(free * LOGITS_SHARE)), _most(MOST_LOGITS, device))
     return Budgets(cached, min(cached, MOST_PROMPTS), logits)
@@ -52,6 +56,12 @@ def cached_token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     key, value = getattr(config, "qk_head_dim", None) or size, getattr(config, "v_head_dim", None) or size
     return config.num_hidden_layers * groups * (key + value) * dtype.itemsize
+
+
+def elsewhere_bytes(module: nn.Module) -> int:
+    """Bytes of weights that other processes hold, where they are sharded."""
+    shards = [p for p in module.parameters() if isinstance(p, DTensor)]
+    return sum((p.numel() - p.to_local().numel()) * p.element_size() for p in shards)
 
 
 def free_bytes(device: torch.device) -> int:

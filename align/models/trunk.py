@@ -30,7 +30,7 @@ from align.models.checkpoints.generation import ends_of
 from align.models.checkpoints.results import META
 from align.models.layout import faster_attention, layout_of
 from align.models.lora import Switch, acts, adapted, beneath
-from align.models.memory import budgets
+from align.models.memory import budgets, elsewhere_bytes, free_bytes
 from align.models.quantized import ask_for_gradients
 from align.objectives.logprobs import linear_logprobs
 from align.recipe.schema import Lora, Model
@@ -77,7 +77,7 @@ class Trunk(nn.Module):
             again = {"context_fn": lambda: (nullcontext(), self.acting(self.acts_as))} if self.adapted else {}
             causal.gradient_checkpointing_enable({"use_reentrant": False, **again})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
-        self.budgets = budgets(config, self.dtype, self.device)
+        self.budgets = budgets(config, self.dtype, self.device, free_bytes(self.device), elsewhere_bytes(causal))
         self.forest_attention: Attention = dense_attention
         self.layout, self.layout_reason = layout_of(self, model.layout)
         self.attend(FOREST if self.packed else self.own_attention)

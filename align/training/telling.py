@@ -105,6 +105,8 @@ def close(loop: Loop, state: str = "") -> None:
         cost = {**done, "tokens_seen": loop.tokens_seen, "train_seconds": loop.elapsed}
         saving = {"save_blocking_seconds": loop.blocking_seconds, "save_durable_seconds": durable}
         cost |= costs(loop.trunk, loop.throughput, loop.data.train.lengths) | forecast.outcome(loop, loop.forecast)
+        if held := forecast.held(loop, loop.forecast):
+            loop.session.say(held)
         loop.run.summarise(cost | saving)
         loop.page.write(loop, state or f"The run was left {place(loop)}; the same command goes on from there.")
     loop.accelerator.wait_for_everyone()

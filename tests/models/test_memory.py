@@ -57,6 +57,14 @@ def test_a_cache_takes_half_of_the_free_memory_at_most():
     assert budgets(LLAMA_8B, torch.bfloat16, CUDA, 0).cache_tokens == 1
 
 
+def test_what_other_processes_hold_of_a_trunk_has_room_too():
+    """It is whole while it samples. A chunk of logits is cut in training as well, where it is not."""
+    whole, shared = (budgets(LLAMA_8B, torch.bfloat16, CUDA, 60 * 10**9, other * 10**9) for other in (0, 30))
+    assert shared.cache_tokens == budgets(LLAMA_8B, torch.bfloat16, CUDA, 30 * 10**9).cache_tokens < whole.cache_tokens
+    assert shared.logits_bytes == whole.logits_bytes
+    assert budgets(LLAMA_8B, torch.bfloat16, CUDA, 10**9, 10**10).cache_tokens == 1
+
+
 def test_with_memory_enough_budgets_are_what_keeps_a_device_busy():
     small = tiny_model("llama").config
     assert budgets(small, torch.float32, CUDA, 10**12) == Budgets(1_048_576, 16_384, 2**29)

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from align.plan import read
-from align.tools.plan.advice import advice
+from align.tools.plan.advice import advice, largest_rollout
 from align.training.planning.devices import Device
 from align.training.planning.memory import memory
 from align.training.planning.parts import setting
@@ -64,3 +64,34 @@ def test_what_is_advised_fits_once_it_is_done(base, tmp_path, sections, processe
     again = memory(setting(read(str(path), shlex.split(words)), device, processes))
     assert again.peak == mended.peak
     assert again.peak.bytes <= device.memory
+
+
+def test_the_largest_rollout_is_the_last_that_fits(base, tmp_path):
+    """Of 500 MB beside a trunk of 254; a search stops within a thirty-second."""
+    recipe = {
+        "stage": "ppo",
+        "run": "run",
+        "model": {"base": base},
+        "data": {"train": [{"path": "rows.jsonl"}], "max_length": 64},
+        "batch": {"examples": 8},
+        "train": {"steps": 1},
+        "ppo": {
+            "rewards": [{"function": "align.training.rules:sentiment"}],
+            "samples": 4,
+            "generation": {"max_new": 64},
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    device = Device("a GPU", "cuda", 500 * MB, torch.bfloat16, None, None, None)
+    at = setting(read(str(path), []), device, 1)
+    most = largest_rollout(at, None)
+    assert most % 4 == 0
+    assert most >= 32
+
+    def held(episodes):
+        wider = setting(read(str(path), [f"batch.cache_tokens={episodes * 128}"]), device, 1)
+        load = memory(wider).load._replace(episodes=episodes)
+        return next(moment.bytes for moment in memory(wider, load=load).moments if moment.name == "sampling")
+
+    assert held(most) <= device.memory < held(most + max(4, most // 16))

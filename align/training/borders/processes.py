@@ -83,6 +83,13 @@ def gathered(function: Callable[[], T]) -> list[T]:
     return [value for _, value in parts]
 
 
+def least(accelerator: Accelerator, number: int) -> int:
+    """The smallest number of any process; all have to ask."""
+    if accelerator.num_processes == 1:
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).min())
+
+
 def any_asked(accelerator: Accelerator, asked: bool) -> bool:
     """Whether this is so in any process; all have to ask."""
     if accelerator.num_processes == 1:

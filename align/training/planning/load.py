@@ -27,6 +27,16 @@ class Load(NamedTuple):
     answer: int = 0  # most tokens of a response
     passes: int = 1  # over the step's examples
     held: int = 0  # responses that the process itself samples in an evaluation, where it is known
+    beside: Beside | None = None
+
+
+class Beside(NamedTuple):
+    """Language modelling in each of PPO's updates."""
+
+    row: int  # tokens of a process's largest row
+    rows: int
+    segment: int  # tokens of one text
+    tokens: int  # of an update, over all processes
 
 
 class Drawn(NamedTuple):
@@ -90,20 +100,41 @@ def expected(recipe: BaseRecipe, row_tokens: int, processes: int, length: int | 
     return load._replace(
         labels=load.row * samples * answer // tree, tokens=tree * recipe.batch.examples, prompt=prompt, answer=answer,
         episodes=ceil(recipe.batch.examples / processes) * samples * samples_itself(recipe),
-        passes=getattr(drawn, "epochs", 1),
+        passes=getattr(drawn, "epochs", 1), beside=_beside(recipe, row_tokens, processes),
     )  # fmt: skip
 
 
-def found(recipe: BaseRecipe, examples: object, row_tokens: int, processes: int, held: int = 0) -> Load:
+def found(
+    recipe: BaseRecipe, examples: Any, row_tokens: int, processes: int, held: int = 0, beside: Any = None
+) -> Load:
     """From the tokenised examples (`room`, `longest`, `labels`, `paths` of each): the largest row of some steps.
 
-    `held`: held-out examples.
+    `held`: held-out examples. `beside`: those of language modelling.
     """
-    room, per_step = np.asarray(examples.room), recipe.batch.examples
     if section := sampling_of(recipe):
         load = expected(recipe, row_tokens, processes, int(examples.longest.max()))
-        return load._replace(held=ceil(held / processes) * _held_samples(section) * samples_itself(recipe))
-    order = examples.order(recipe.seed, 0)
+        return load._replace(
+            held=ceil(held / processes) * _held_samples(section) * samples_itself(recipe),
+            beside=_beside(recipe, row_tokens, processes, beside),
+        )
+    return _of_steps(examples, recipe.seed, recipe.batch.examples, row_tokens, processes)
+
+
+def _beside(recipe: BaseRecipe, row_tokens: int, processes: int, examples: Any = None) -> Beside | None:
+    """From the examples of language modelling; without them, each has the most tokens."""
+    section = getattr(getattr(recipe, recipe.stage, None), "ptx", None)
+    if section is None:
+        return None
+    if examples is None:
+        load = _laid_out([section.max_length] * section.examples, 1, row_tokens, processes)
+    else:
+        load = _of_steps(examples, recipe.seed, section.examples, row_tokens, processes)
+    return Beside(load.row, load.rows, load.segment, load.tokens)
+
+
+def _of_steps(examples: Any, seed: int, per_step: int, row_tokens: int, processes: int) -> Load:
+    """The largest row of some steps of so many examples."""
+    room, order = np.asarray(examples.room), examples.order(seed, 0)
     steps = [order[i : i + per_step] for i in range(0, min(len(order), LOOKED_AT * per_step), per_step)]
     rows, largest, count = [], 0, 0
     for chosen in steps:

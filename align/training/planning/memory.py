@@ -138,11 +138,7 @@ def _learning(at: Setting, always: list[Part], load: Load, one: Row, limits: Bud
     recipe, adam, slopes = at.recipe, moments_of_adam(at), gradients(at)
     kept = Part("activations kept", policies(at) * one.kept)
     before = [slopes] if load.rows > 1 or at.processes > 1 else []
-    states = 2 * load.labels * at.skeleton.sizes.width * at.dtype.itemsize
-    logits = Part("logits", 0 if at.skeleton.outputs else states + _chunk(at, limits, load.labels))
-    if not at.skeleton.outputs and not at.adapted:  # gradients of the projection
-        logits = logits._replace(bytes=logits.bytes + 8 * at.skeleton.sizes.vocabulary * at.skeleton.sizes.width)
-    unpack = unpacked(at)
+    logits, unpack = _logits(at, limits, load.labels), unpacked(at)
     fixed = (*always, *adam)
     moments = [
         Moment("the loss", (*fixed, *before, kept, logits, *teaching(at))),
@@ -157,7 +153,22 @@ def _learning(at: Setting, always: list[Part], load: Load, one: Row, limits: Bud
     if recipe.stage == "distill":  # before the student's pass
         other = row(at.teacher, at.way, load.row, load.segment) if at.teacher else one
         moments.append(Moment("the teacher", (*fixed, *before, Part("a layer", other.forward), *unpack, *teaching(at))))
+    if load.beside:  # the actor's alone, after the rows of its responses
+        other, most = row(at.skeleton, at.way, load.beside.row, load.beside.segment), load.beside.row
+        held = (*fixed, slopes, Part("activations kept", other.kept))
+        moments.append(Moment("ptx, the loss", (*held, _logits(at, limits, most))))
+        moments.append(Moment("ptx, the backward pass", (*held, Part("a layer's gradients", other.backward), *unpack)))
     return moments
+
+
+def _logits(at: Setting, limits: Budgets, labels: int) -> Part:
+    """One chunk of the logits of so many labels, and the states that they come from."""
+    sizes = at.skeleton.sizes
+    if at.skeleton.outputs:
+        return Part("logits", 0)
+    projection = 0 if at.adapted else 8 * sizes.vocabulary * sizes.width  # its gradients
+    states = 2 * labels * sizes.width * at.dtype.itemsize
+    return Part("logits", states + _chunk(at, limits, labels) + projection)
 
 
 def _chunk(at: Setting, limits: Budgets, labels: int | None = None) -> int:
@@ -170,9 +181,10 @@ def _chunk(at: Setting, limits: Budgets, labels: int | None = None) -> int:
 
 
 def _budgets(at: Setting, room: int) -> Budgets:
-    """As the loaded trunk would have them."""
+    """As the loaded trunk would have them; one in shards is whole while it samples."""
     place = torch.device(at.device.type if at.device.type == "cpu" else "meta")
-    found = budgets(at.skeleton.text, at.dtype, place, max(room, 0))
+    elsewhere = trunk_bytes(at) - trunk_bytes(at) // at.shards
+    found = budgets(at.skeleton.text, at.dtype, place, max(room, 0), elsewhere)
     return found.asked(at.recipe.batch.cache_tokens)
 
 

@@ -52,8 +52,9 @@ def traffic(at: Setting, load: Load) -> float:
     if at.shards == 1:
         return sent
     whole = trunk_bytes(at)
-    rows = load.rows * updates
-    sent += share * whole * rows * policies(at) * (3 if at.recipe.model.gradient_checkpointing else 2)
+    rows, beside = load.rows * updates, load.beside.rows * updates if load.beside else 0
+    learnt = rows * policies(at) + beside
+    sent += share * whole * learnt * (3 if at.recipe.model.gradient_checkpointing else 2)
     sent += share * (whole * _read(at) + teacher_bytes(at)) * rows / load.passes
     if not at.adapted:  # gradients are reduced to the shards, row by row
         sent += share * 4 * trained(at) * rows
@@ -77,7 +78,7 @@ def _read(at: Setting) -> int:
 
 
 def _flops(at: Setting, load: Load) -> float:
-    recipe, n = at.recipe, at.skeleton.sizes.multiplied
+    recipe, n, drawn = at.recipe, at.skeleton.sizes.multiplied, sampling_of(at.recipe)
     attended = causal_attended([load.prompt + load.answer or max(load.segment, 1)])
     again = recipe.model.gradient_checkpointing
 
@@ -87,10 +88,12 @@ def _flops(at: Setting, load: Load) -> float:
         except AttributeError:  # layers of another kind than attention
             return (4 if lora else 6) * n
 
-    learning = policies(at) * a_token(at.adapted) * load.passes
+    learning, flops = policies(at) * a_token(at.adapted) * load.passes, 0.0
+    if load.beside:
+        flops += load.beside.tokens * a_token(at.adapted) * load.passes * drawn.minibatches
     read = 2 * (n * _read(at) + (at.teacher.sizes.multiplied if at.teacher else 0))
-    flops = load.tokens * (learning + read)
-    if (drawn := sampling_of(recipe)) is None:
+    flops += load.tokens * (learning + read)
+    if drawn is None:
         return flops
     if load.episodes:
         flops += 2 * n * recipe.batch.examples * (drawn.samples * load.answer + load.prompt)

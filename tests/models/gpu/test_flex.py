@@ -156,8 +156,8 @@ def test_too_many_variants_are_an_error_and_never_dense_scores(variants, monkeyp
 @pytest.mark.slow
 def test_runs_of_three_stages_compile_at_most_six_variants(variants, world, cache, here, tmp_path_factory):
     """One with a gradient and one without, the trial of the layout included. Rows of several lengths, gradient
-    checkpointing, several roles, prompts that are sampled from."""
-    less = {"data": {"eval": {"sources": []}}, "train": {"steps": 1, "save_every": None}}
+    checkpointing, several roles, evaluations, prompts that are sampled from."""
+    less = {"log": {"samples": ["And?"], "sample_tokens": 4}, "train": {"steps": 3, "save_every": None}}
     recipes = [
         (sft, world.recipe(here / "sft.yaml", run=str(here / "sft"), **less)),
         (dpo, world.preferences(here / "dpo.yaml", dpo, run=str(here / "dpo"), batch={"row_tokens": 600}, **less)),

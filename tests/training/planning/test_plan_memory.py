@@ -59,6 +59,26 @@ def test_what_a_server_draws_takes_no_memory_here(base, shard):
     assert (ours.sent > theirs.sent) == (shard == "layers")
 
 
+def test_language_modelling_beside_ppo(base):
+    """The actor's alone, in each update, with a label at each token; and what it computes and sends."""
+    rewards, ptx = [{"function": "align.training.rules:sentiment"}], {"sources": [{"path": "texts.jsonl"}]}
+    (at, without), (there, beside) = (
+        planned(ppo, base, 2, shard="layers", rewards=rewards, minibatches=2, ptx=more)
+        for more in (None, ptx | {"examples": 4, "max_length": 1024})
+    )
+    assert beside.load.beside[:2] == (2048, 1)
+    assert beside.load.beside.tokens == 4096
+    assert set(moments(beside)) - set(moments(without)) == {"ptx, the loss", "ptx, the backward pass"}
+    one, other = moments(beside)["ptx, the loss"], moments(beside)["the loss"]
+    assert one["activations kept"] * beside.load.row * 2 == pytest.approx(other["activations kept"] * 2048, rel=0.1)
+    assert one["logits"] > other["logits"]
+    updates = at.recipe.ppo.epochs * 2
+    trunk = 2 * moments(without)["update"]["trunk"]
+    assert work(there, beside).sent - work(at, without).sent == pytest.approx(updates * 2 * trunk / 2)
+    a_token = 4 * at.skeleton.sizes.multiplied  # and attention
+    assert work(there, beside).flops - work(at, without).flops > updates * 4096 * a_token
+
+
 def test_answers_of_the_data_are_not_drawn(base):
     teacher = {"base": base}
     assert "sampling" in moments(planned(distill, base, teacher=teacher)[1])

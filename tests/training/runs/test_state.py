@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from align.recipe.schema import Optim
-from align.training.runs.state import adamw, capture, gathered, trained_parameters
+from align.training.runs.state import adamw, capture, gathered, kept_portions, trained_parameters
 
 
 def test_a_run_that_goes_on_does_not_change_what_was_captured():
@@ -32,3 +32,14 @@ def test_who_does_not_keep_gets_nothing():
     model = torch.nn.Linear(3, 2)
     optimizer = adamw(model, Optim(), {})
     assert capture(trained_parameters(model), optimizer, keep=False) == {"model": {}, "optimizer": {}}
+
+
+def test_a_run_that_goes_on_works_in_the_portions_of_before():
+    """More memory changes nothing; what there is no room for now is smaller, and that is said. What a former version
+    did not write is as it is now."""
+    before = {"row_tokens": 512, "cache_tokens": 4096}
+    assert kept_portions({"row_tokens": 2048, "cache_tokens": 8192}, before) == (before, "")
+    kept, said = kept_portions({"row_tokens": 256, "cache_tokens": 8192, "logits_bytes": 7}, before)
+    assert kept == {"row_tokens": 256, "cache_tokens": 4096, "logits_bytes": 7}
+    assert "row_tokens 256 in place of 512" in said
+    assert "cache_tokens" not in said
