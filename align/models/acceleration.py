@@ -57,6 +57,8 @@ class Offer(NamedTuple):
     """Prepares frozen weights."""
     for_sampling: Callable[[Trunk, int], AbstractContextManager] = lambda trunk, rows: nullcontext()
     """While nothing trains: products prepared for about so many rows."""
+    sampling_bytes: Callable[[nn.Module], int] = lambda trunk: 0
+    """Bytes of what is prepared then."""
     linear: Callable[[Tensor, Tensor | None, int], Linear] = plain_linear
     """W x + b without gradient, prepared once for about so many rows at a time."""
     replayed: Callable[[], Plain] = Plain
@@ -105,6 +107,11 @@ def for_training(trunk: Trunk) -> None:
 def for_sampling(trunk: Trunk, rows: int) -> AbstractContextManager:
     """The context in which nothing trains: products prepared for about so many rows at a time."""
     return offer(trunk.device).for_sampling(trunk, rows)
+
+
+def sampling_bytes(trunk: Trunk) -> int:
+    """Bytes of what `for_sampling` and `prepared` hold while it samples."""
+    return 0 if trunk.sharded else offer(trunk.device).sampling_bytes(trunk)
 
 
 def prepared(weight: Tensor, bias: Tensor | None, rows: int) -> Linear:

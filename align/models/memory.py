@@ -34,15 +34,13 @@ class Budgets(NamedTuple):
         return self._replace(cache_tokens=int(cache_tokens), prompt_tokens=min(int(cache_tokens), MOST_PROMPTS))
 
 
-def budgets(
-    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, free: int, elsewhere: int = 0
-) -> Budgets:
-    """Budgets of a model that has been loaded onto `device`, where `free` bytes are then left. `elsewhere`: bytes of
-    its weights that other processes hold; they are all here while it samples.
+def budgets(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, free: int, later: int = 0) -> Budgets:
+    """Budgets of a model that has been loaded onto `device`, where `free` bytes are then left. `later`: bytes that come
+    while it samples, such as the weights that other processes hold.
 
     Powers of two: a resumed run finds a little more or less memory, and should work in the same portions.
     """
-    cached = int(max(free - elsewhere, 0) * CACHE_SHARE) // cached_token_bytes(config, dtype)
+    cached = int(max(free - later, 0) * CACHE_SHARE) // cached_token_bytes(config, dtype)
     cached = min(_power_below(cached), _most(MOST_CACHED, device))
     logits = min(_power_below(int(free * LOGITS_SHARE)), _most(MOST_LOGITS, device))
     return Budgets(cached, min(cached, MOST_PROMPTS), logits)

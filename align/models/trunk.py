@@ -54,12 +54,11 @@ class Trunk(nn.Module):
         super().__init__()
         self.fingerprint, self.base_name, self.tokenizer = base.fingerprint, base.name, base.tokenizer
         self.links, self.added, self.unused = base.links, base.added, base.unused
-        self.outputs = outputs
         causal = base.model
         config = causal.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-        self.adapted, self.sharded = lora is not None, shard is not None
+        self.adapted, self.sharded, self.outputs = lora is not None, shard is not None, outputs
         ask_for_gradients(causal, not self.adapted)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -77,7 +76,8 @@ class Trunk(nn.Module):
             again = {"context_fn": lambda: (nullcontext(), self.acting(self.acts_as))} if self.adapted else {}
             causal.gradient_checkpointing_enable({"use_reentrant": False, **again})
         self.own_attention = causal.config._attn_implementation  # SDPA, or eager where the model cannot take it
-        self.budgets = budgets(config, self.dtype, self.device, free_bytes(self.device), elsewhere_bytes(causal))
+        later = elsewhere_bytes(causal) + acceleration.sampling_bytes(self)
+        self.budgets = budgets(config, self.dtype, self.device, free_bytes(self.device), later)
         self.forest_attention: Attention = dense_attention
         self.layout, self.layout_reason = layout_of(self, model.layout)
         self.attend(FOREST if self.packed else self.own_attention)

@@ -6,9 +6,9 @@ from torch import nn
 
 from align.models.acceleration import Offer
 from align.models.cpu import compiled
-from align.models.cpu.fixed import fixed_products, prepare_products
+from align.models.cpu.fixed import fixed_products, prepare_products, sampling_bytes
 from align.models.cpu.fused import fuse
-from align.models.cpu.packed import arranges, prepared
+from align.models.cpu.packed import alone, arranges
 from align.models.cpu.segments import segment_attention
 from align.models.cpu.traced import traced_attention
 
@@ -25,7 +25,8 @@ OFFER = Offer(
     adopt=fuse,
     for_training=prepare_products,
     for_sampling=fixed_products,
-    linear=prepared,
+    sampling_bytes=sampling_bytes,
+    linear=alone,
     traced=traced_attention,
     remarks=_remarks,
 )

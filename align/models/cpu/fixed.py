@@ -17,10 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from align.models.acceleration import plain_linear
 from align.models.cpu.joined import Joined
 from align.models.cpu.native import Small
-from align.models.cpu.packed import Fixed, arranges, both_ways, copies, prepared
+from align.models.cpu.packed import COPIES, Fixed, arranges, both_ways, copies, copies_alone, prepared
 from align.models.cpu.products import LoraLinear, rounded
 
-COPIES = 2**31  # bytes that prepared copies may take where products go without them too
+FEW = 256  # rows up to which oneDNN's products of float32 are the faster ones
 TRAINED_ROWS = 1024  # tokens that copies for a training are prepared for; with others they serve as well
 
 
@@ -30,14 +30,14 @@ def fixed_products(trunk: nn.Module, rows: int) -> Iterator[None]:
     layers without an adapter."""
     parts, bare = _products(trunk), _bare(trunk)
     weights = [*(_frozen(part)[0] for part in parts), *(layer.weight for layer in bare)]
-    small = sum(weight.nbytes for weight in weights) <= COPIES
-    with torch.no_grad():
-        for part in parts:
-            part.fixed = _fixed(part, rows, small)
-        for layer in bare:
-            if _copied(layer.weight, small):
-                layer.forward = _Prepared(layer, rows)
+    small = rows <= FEW and sum(weight.nbytes for weight in weights) <= COPIES
     try:
+        with torch.no_grad():
+            for part in parts:
+                part.fixed = _fixed(part, rows, small)
+            for layer in bare:
+                if _copied(layer.weight, small):
+                    layer.forward = _Prepared(layer, rows)
         yield
     finally:
         for part in parts:
@@ -75,8 +75,23 @@ def _bare(trunk: nn.Module) -> list[nn.Linear]:
 
 
 def _copied(weight: Tensor, small: bool) -> bool:
-    """Whether it is prepared by a copy of it; `small`: whether those of all are few enough."""
+    """Whether it is prepared by a copy of it; `small`: whether rows and bytes of all are few enough."""
     return arranges(weight) or (small and copies(weight))
+
+
+def sampling_bytes(trunk: nn.Module) -> int:
+    """Bytes of the copies that there are while it samples, before its layers are adopted too."""
+    head = getattr(trunk, "head", None)
+    frozen = {
+        module: module.weight.detach()
+        for name, module in trunk.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and "lora_" not in name and not module.weight.requires_grad
+    }
+    layers = [weight for module, weight in frozen.items() if module is not head]
+    small = sum(weight.nbytes for weight in layers) <= COPIES
+    copied = [weight for weight in layers if _copied(weight, small)]
+    copied += [weight for module, weight in frozen.items() if module is head and copies_alone(weight)]
+    return sum(weight.nbytes for weight in copied)
 
 
 def prepare_products(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from align.models.acceleration import Linear
+
+
+COPIES = 2**31  # bytes that prepared copies may take where products go without them too
 
 
 class Fixed(NamedTuple):
@@ -28,7 +31,7 @@ class Fixed(NamedTuple):
         if self.add is not None:
             width = out.shape[1] - self.rank
             out = self.add(out[:, width:] if self.a is None else rows @ self.a.T, out[:, :width])
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[1])
 
 
 class Ready(NamedTuple):
@@ -55,6 +58,16 @@ def prepared(weight: Tensor, bias: Tensor | None, rows: int) -> Linear:
         bias = None if bias is None else bias.detach()
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
     return lambda x: linear(x, weight, bias)
+
+
+def alone(weight: Tensor, bias: Tensor | None, rows: int) -> Linear:
+    """The same for one weight whose copy nobody else counts, such as a head's."""
+    return prepared(weight, bias, rows) if copies_alone(weight) else partial(linear, weight=weight, bias=bias)
+
+
+def copies_alone(weight: Tensor) -> bool:
+    """Whether `alone` makes a copy."""
+    return arranges(weight) or (copies(weight) and weight.nbytes <= COPIES)
 
 
 def arranged(weight: Tensor, rows: int) -> Tensor:

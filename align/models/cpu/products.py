@@ -74,11 +74,12 @@ class LoraLinear(lora.Linear):
         return not acts and not self.merged
 
     def plain_adapter(self) -> str | None:
-        """The adapter that acts; None if adapters are off, merged, several, have dropout, or are more than B A."""
+        """The adapter that acts; None if adapters are off, merged, several, drop inputs now, or are more than B A."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(names) != 1 or names[0] in self.lora_variant:
             return None
-        return names[0] if isinstance(self.lora_dropout[names[0]], nn.Identity) else None
+        dropout = self.lora_dropout[names[0]]
+        return names[0] if isinstance(dropout, nn.Identity) or not dropout.training else None
 
     def plain_product(self) -> Product | None:
         """What to multiply with; None if there is no plain adapter."""

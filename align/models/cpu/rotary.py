@@ -25,7 +25,7 @@ LISTENING = "align_listening"
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether it may be one; then `agrees` tells. Quantised ones are left alone."""
+    """Whether it may be one; then `agrees` tells. Those of 8 bits have no dtype to be tried in, and are left alone."""
     parts = {name for name, _ in module.named_children()}
     return (
         PARTS <= parts <= PARTS | NORMS
@@ -129,17 +129,15 @@ AttentionInterface.register(LISTENING, _listening)
 def agrees(module: nn.Module) -> bool:
     """Whether `attention_forward` asks attention and the cache what the module's own forward does, and gives the same
     output and gradient."""
-    weight, own = next(module.parameters()), module.config
-    wide = module.q_proj.in_features
+    weight, own, results = next(module.parameters()), module.config, []
     draw = torch.Generator().manual_seed(0)
-    x, *turns = (
-        torch.randn(1, 5, size, generator=draw).to(weight.device, weight.dtype)
-        for size in (wide, module.head_dim, module.head_dim)
-    )
-    x.requires_grad_()
-    module.config = copy(own)
-    results = []
     try:
+        x, *turns = (
+            torch.randn(1, 5, size, generator=draw).to(weight.device, weight.dtype)
+            for size in (module.q_proj.in_features, module.head_dim, module.head_dim)
+        )
+        x.requires_grad_()
+        module.config = copy(own)
         module.config._attn_implementation = LISTENING
         for forward in (type(module).forward, attention_forward):
             to = _Listener()
@@ -151,7 +149,7 @@ def agrees(module: nn.Module) -> bool:
             tensors = [*to.heard, out]
             total = sum(tensor.float().square().sum() for tensor in tensors)
             results.append((to.settings, [*(tensor.detach() for tensor in tensors), torch.autograd.grad(total, x)[0]]))
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # it takes or gives something else
+    except Exception:  # it takes or gives something else, and may be anybody's code
         return False
     finally:
         module.config = own

@@ -181,10 +181,10 @@ def _chunk(at: Setting, limits: Budgets, labels: int | None = None) -> int:
 
 
 def _budgets(at: Setting, room: int) -> Budgets:
-    """As the loaded trunk would have them; one in shards is whole while it samples."""
+    """As the loaded trunk would have them, which leaves room for what comes while it samples."""
     place = torch.device(at.device.type if at.device.type == "cpu" else "meta")
-    elsewhere = trunk_bytes(at) - trunk_bytes(at) // at.shards
-    found = budgets(at.skeleton.text, at.dtype, place, max(room, 0), elsewhere)
+    later = trunk_bytes(at) - trunk_bytes(at) // at.shards if at.shards > 1 else at.copied + at.copied_head
+    found = budgets(at.skeleton.text, at.dtype, place, max(room, 0), later)
     return found.asked(at.recipe.batch.cache_tokens)
 
 
@@ -199,7 +199,7 @@ def _sampling(name: str, at: Setting, always: list[Part], drawn: Drawn, limits: 
     parts = [*always, *moments_of_adam(at), Part("keys and values", max(at_once * longest * token, recorded))]
     if at.shards > 1:
         parts.append(Part("the whole trunk, while it samples", trunk_bytes(at)))
-    if at.copied:
-        parts.append(Part("weights prepared for sampling", at.copied))
+    if at.copied + at.copied_head:
+        parts.append(Part("weights prepared for sampling", at.copied + at.copied_head))
     logits = FEW_LOGITS * at_once * at.skeleton.sizes.vocabulary * 4
     return Moment(name, (*parts, Part("logits", logits), *unpacked(at)))

@@ -15,7 +15,7 @@ from align.training.planning.load import answering_of, sampling_of
 from align.training.planning.skeleton import Skeleton, joined
 
 PACKED = {"4bit": 0.5 + 1 / 64 + 4 / 64 / 256, "8bit": 1.0}  # bytes a weight: NF4 with double quantisation; int8
-COPIES = 2**31  # bytes of prepared weights on a CPU, as in models/cpu/fixed.py
+COPIES = 2**31  # bytes of prepared weights on a CPU, as in models/cpu/packed.py
 # Resident on a CPU besides: code that is first run, threads, gaps (seen: 0 to 170 MB); and with gloo (60 to 280 MB).
 LIBRARIES, WITH_GLOO = 60 * 10**6, 140 * 10**6
 WITHOUT_REFERENCE = ("simpo", "orpo")
@@ -56,16 +56,26 @@ class Setting(NamedTuple):
 
     @property
     def arranged(self) -> int:
-        """Bytes of a copy of the weights that is laid out for its products; packed ones have none."""
-        ready = self.way.kernels and not self.recipe.model.quantize
+        """Bytes of a copy of the weights that is laid out for its products; packed ones have none, nor has DoRA."""
+        ready = self.way.kernels and not self.recipe.model.quantize and not self.recipe.lora.dora
         return self.skeleton.sizes.matrices * self.dtype.itemsize * ready
 
     @property
     def copied(self) -> int:
-        """Bytes of a copy of the weights while it samples."""
+        """Bytes of a copy of the layers' weights while it samples."""
         matrices = self.skeleton.sizes.matrices * self.dtype.itemsize
-        frozen = self.device.type == "cpu" and self.adapted and not self.recipe.model.quantize
-        return self.arranged or matrices * (frozen and self.dtype == torch.float32 and matrices <= COPIES)
+        plain = self.adapted and not self.recipe.model.quantize and not self.recipe.lora.dora
+        floats = self.device.type == "cpu" and self.dtype == torch.float32
+        return self.arranged or matrices * (plain and floats and matrices <= COPIES)
+
+    @property
+    def copied_head(self) -> int:
+        """The same of the head, which has none where it classifies."""
+        sizes = self.skeleton.sizes
+        if self.device.type != "cpu" or self.skeleton.outputs:
+            return 0
+        head = sizes.vocabulary * sizes.width * self.dtype.itemsize
+        return head * (self.way.kernels or (self.dtype == torch.float32 and head <= COPIES))
 
     @property
     def way(self) -> Way:
@@ -167,7 +177,7 @@ def held(at: Setting) -> list[Part]:
     if at.device.type == "cpu" and at.adapted and at.shards == 1 and at.skeleton.stored == at.dtype:
         # Weights that need no cast stay in the file's pages; those that are joined are copied out of them.
         parts.append(Part("joined weights, beside the file", joined(at.skeleton, "cpu") * at.dtype.itemsize))
-    if at.shards == 1 and 0 < 2 * at.arranged <= COPIES:
+    if at.shards == 1 and 0 < 2 * at.arranged <= COPIES and not at.recipe.lora.dropout:
         parts.append(Part("weights prepared for oneDNN", 2 * at.arranged))
     for judge in at.judges:
         parts.append(Part("another model", _whole(judge, at.dtype.itemsize)))

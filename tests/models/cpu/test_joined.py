@@ -11,13 +11,14 @@ from torch import nn
 
 from align.data.trees import plant
 from align.models import acceleration
-from align.models.cpu.fixed import fixed_products, prepare_products
+from align.models.cpu.fixed import fixed_products, prepare_products, sampling_bytes
 from align.models.cpu.joined import Joined
-from align.models.cpu.packed import Fixed, arranges
+from align.models.cpu.packed import COPIES, Fixed, arranges
 from align.models.cpu.products import LoraLinear
 from align.models.lora import lora_config
 from align.models.trunk import Trunk
 from align.recipe.schema import Lora
+from align.training.planning import parts
 
 NEEDS = pytest.mark.skipif(
     not arranges(torch.empty(1, 1, dtype=torch.bfloat16)), reason="this CPU does not multiply bfloat16"
@@ -64,7 +65,7 @@ def test_prepared_products_give_the_same_numbers(family):
 
 @pytest.mark.parametrize("lora", [Lora(r=4, targets=["q_proj", "down_proj"]), None], ids=["some layers", "none"])
 def test_layers_without_an_adapter_are_prepared_too(lora, monkeypatch):
-    """As those of a server's trunk: while nothing trains, in their own dtype, and not again the head."""
+    """While nothing trains, in their own dtype, for few rows; and not again the head. The copies are what multiplies."""
     trunk = stir(tiny_trunk("qwen2", lora, "tree")).requires_grad_(False)
     forest, x = plant(FORESTS["pairs"]), torch.randn(3, 32)
     layer = trunk.layers[0].mlp.gate_proj
@@ -78,15 +79,53 @@ def test_layers_without_an_adapter_are_prepared_too(lora, monkeypatch):
         assert not any("head" in name for name in held)
         with torch.no_grad():
             torch.testing.assert_close(trunk.states(forest), known, rtol=1e-5, atol=1e-5)
-            assert layer.forward(x.bfloat16().float()).dtype == torch.float32
+            before, kept = layer(x), layer.weight.clone()
+            layer.weight.zero_()
+            assert torch.equal(layer(x), before)
+            layer.weight.copy_(kept)
             with torch.autocast("cpu", torch.bfloat16):
                 assert layer(x).dtype == torch.bfloat16
         asked = x.requires_grad_()
         assert torch.autograd.grad(layer(asked).sum(), asked)[0].abs().sum() > 0
     assert "forward" not in vars(layer)
+    with fixed_products(trunk, 2048):
+        assert "forward" not in vars(layer)
     monkeypatch.setattr("align.models.cpu.fixed.COPIES", 0)
     with fixed_products(trunk, 16):
         assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("lora", [Lora(r=4, alpha=8), Lora(r=4, dropout=0.5)], ids=["plain", "dropout"])
+def test_float32_products_with_an_adapter_are_made_of_copies(lora):
+    """Joined ones and others, with the adapter and under another acting; dropout is for training alone."""
+    trunk = stir(tiny_trunk("qwen2", lora, "tree")).eval()
+    forest, weights = plant(FORESTS["pairs"]), [group.weight for group in groups(trunk)]
+    weights += [layer.mlp.down_proj.get_base_layer().weight for layer in trunk.layers]
+    for acts in ("default", None):
+        with torch.no_grad(), trunk.acting(acts):
+            known = trunk.states(forest)
+            with fixed_products(trunk, 16):
+                kept = [weight.detach().clone() for weight in weights]
+                for weight in weights:
+                    weight.data.zero_()
+                found = trunk.states(forest)
+                for weight, before in zip(weights, kept, strict=True):
+                    weight.data.copy_(before)
+            torch.testing.assert_close(found, known, rtol=1e-5, atol=1e-5)
+
+
+def test_bytes_of_copies_are_known_before(monkeypatch):
+    """Of layers, with adapters or without, and of the head; each kind up to a limit of its own."""
+    trunk = tiny_trunk("qwen2", Lora(r=4, targets=["q_proj", "down_proj"]), "tree")
+    head = trunk.head.weight.nbytes
+    with fixed_products(trunk, 16):
+        layers = sum(part.get_base_layer().weight.nbytes for part in trunk.modules() if isinstance(part, LoraLinear))
+        layers += sum(m.weight.nbytes for m in trunk.modules() if type(m) is nn.Linear and "forward" in vars(m))
+    assert sampling_bytes(trunk) == layers + head
+    for module, rest in (("fixed", head), ("packed", 0)):
+        monkeypatch.setattr(f"align.models.cpu.{module}.COPIES", 0)
+        assert sampling_bytes(trunk) == rest
+    assert parts.COPIES == 2**31 == COPIES
 
 
 @pytest.mark.parametrize("bare", [False, True])

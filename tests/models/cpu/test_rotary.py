@@ -85,13 +85,15 @@ def test_what_is_done_otherwise_is_left_alone(kind, more, turns, dtype):
     torch.testing.assert_close(model(ids).logits, stock(ids).logits, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("change", ["settings", "output", "gradient"])
+@pytest.mark.parametrize("change", ["settings", "output", "gradient", "fault"])
 def test_a_forward_that_does_otherwise_is_left_alone(change, monkeypatch):
     own = modeling_llama.LlamaAttention.forward
 
     def forward(self, hidden_states, **more):
         if change == "settings":
             return own(self, hidden_states, sliding_window=3, **more)
+        if change == "fault":
+            return more["nothing of this name"]
         given = hidden_states.detach() + 0 * hidden_states if change == "gradient" else hidden_states
         found, weights = own(self, given, **more)
         return 2 * found if change == "output" else found, weights

@@ -7,6 +7,7 @@ import torch
 from models.tiny import save_base
 
 from align import distill, ppo
+from align.recipe.schema import Lora
 from align.training.costs import causal_attended, flops_per_token
 from align.training.planning.devices import Device, here
 from align.training.planning.memory import memory
@@ -160,6 +161,21 @@ def test_a_host_holds_what_its_processes_change_of_a_base(base):
     assert host_bytes(at, 1) == 0  # on a CPU it is in the plan itself
     assert host_bytes(at._replace(device=gpu), 2) == 4 * weights  # float32 in the file and in the run
     assert host_bytes(at._replace(device=gpu._replace(dtype=torch.bfloat16)), 2) == 4 * 2 * weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_while_it_samples(base, dtype, monkeypatch):
+    """Layers and head: of float32 few enough bytes; of bfloat16 all, where the processor multiplies it. DoRA's layers
+    are computed otherwise."""
+    rewards, device = [{"function": "align.training.rules:sentiment"}], DEVICE._replace(dtype=dtype, kernels=True)
+    at, _ = planned(ppo, base, rewards=rewards, device=device)
+    layers, head = at.skeleton.sizes.matrices * dtype.itemsize, at.skeleton.sizes.vocabulary * 32 * dtype.itemsize
+    assert (at.copied, at.copied_head) == (layers, head)
+    assert moments(memory(at))["sampling"]["weights prepared for sampling"] == layers + head
+    dora = at._replace(recipe=at.recipe.model_copy(update={"lora": Lora(dora=True)}))
+    assert (dora.arranged, dora.copied, dora.copied_head) == (0, 0, head)
+    monkeypatch.setattr("align.training.planning.parts.COPIES", 0)
+    assert (at.copied, at.copied_head) == ((0, 0) if dtype == torch.float32 else (layers, head))
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
