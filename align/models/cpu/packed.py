@@ -12,7 +12,6 @@ from torch.nn.functional import linear
 
 from align.models.acceleration import Linear
 
-
 COPIES = 2**31  # bytes that prepared copies may take where products go without them too
 
 

@@ -65,7 +65,7 @@ def test_prepared_products_give_the_same_numbers(family):
 
 @pytest.mark.parametrize("lora", [Lora(r=4, targets=["q_proj", "down_proj"]), None], ids=["some layers", "none"])
 def test_layers_without_an_adapter_are_prepared_too(lora, monkeypatch):
-    """While nothing trains, in their own dtype, for few rows; and not again the head. The copies are what multiplies."""
+    """While nothing trains, in their own dtype, for few rows; not the head. The copies are what multiplies."""
     trunk = stir(tiny_trunk("qwen2", lora, "tree")).requires_grad_(False)
     forest, x = plant(FORESTS["pairs"]), torch.randn(3, 32)
     layer = trunk.layers[0].mlp.gate_proj
