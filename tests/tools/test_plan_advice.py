@@ -67,7 +67,7 @@ def test_what_is_advised_fits_once_it_is_done(base, tmp_path, sections, processe
 
 
 def test_the_largest_rollout_is_the_last_that_fits(base, tmp_path):
-    """Of 500 MB beside a trunk of 254; a search stops within a thirty-second."""
+    """Of 2 GB; a search stops within a thirty-second."""
     recipe = {
         "stage": "ppo",
         "run": "run",
@@ -83,7 +83,7 @@ def test_the_largest_rollout_is_the_last_that_fits(base, tmp_path):
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    device = Device("a GPU", "cuda", 500 * MB, torch.bfloat16, None, None, None)
+    device = Device("a GPU", "cuda", 2000 * MB, torch.bfloat16, None, None, None)
     at = setting(read(str(path), []), device, 1)
     most = largest_rollout(at, None)
     assert most % 4 == 0

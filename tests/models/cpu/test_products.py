@@ -102,7 +102,7 @@ def test_dropout_is_pefts_and_in_training_only():
     ours.zero_grad()
     theirs.zero_grad()
     evaluated = run(ours.eval())
-    same(evaluated, run(theirs.eval()), 1e-6)
+    same(evaluated, run(theirs.eval()), 1e-5)  # one product
     assert not torch.allclose(trained[0], evaluated[0])
 
 
