@@ -10,6 +10,7 @@ unmerged model in float32. Models are those of plain transformers and peft; thei
 from __future__ import annotations
 
 import sys
+import warnings
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
@@ -48,6 +49,7 @@ def merged_exactly(model: PeftModel) -> nn.Module:
 def main(result: str) -> None:
     """The table."""
     logging.set_verbosity_error()
+    warnings.simplefilter("ignore")  # of layers that are merged already
 
     def load(**how: str) -> PeftModel:
         return AutoPeftModelForCausalLM.from_pretrained(result, dtype=torch.float32, **how).eval()
