@@ -199,8 +199,7 @@ def described(loop: Loop, last: bool, labels: list[str], test: Examples) -> dict
             "mistakes": [m for name, side in sides.items() for m in mistaken(loop, name, side, *known[name], labels)],
         }
         write_atomic(loop.run.folder / RESULTS, to_json(results))
-    config, names = loop.trunk.plain.config, dict(enumerate(labels))
-    config.update({"id2label": names, "label2id": {label: i for i, label in names.items()}})
+    config = loop.trunk.plain.config
     if config.pad_token_id is None:  # without it, transformers classifies one text at a time
         config.pad_token_id = loop.trunk.tokenizer.pad_token_id
     return {

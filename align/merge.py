@@ -64,6 +64,8 @@ def run(command: Command) -> None:
     whole = merged_chain(results, command.onto, command.trust, command.average)
     for step in whole.steps:
         say(f"merged {step.name}: {step.difference}")
+        if step.untied:
+            say(f"untied: {step.name} changes only one of embeddings and head, so each has weights of its own now")
 
     # 2. The checkpoint in its dtype, loaded again and compared.
     weights, size = sizes(whole.model)
@@ -75,7 +77,7 @@ def run(command: Command) -> None:
         average = command.average if several else None
         text = card(whole, last, average, on_disk, command.dtype, weights)
         (folder / "README.md").write_text(text, encoding="utf-8")
-        steps = [{"name": step.name, **step.difference._asdict()} for step in whole.steps]
+        steps = [{"name": step.name, **step.difference._asdict(), "untied": step.untied} for step in whole.steps]
         told = {"dtype": command.dtype, "weights": weights, "steps": steps, "on_disk": on_disk._asdict()}
         (folder / "merge.json").write_text(to_json(told, indent=1), encoding="utf-8")
         file = to_gguf(script, folder, command.gguf).name if script else "."

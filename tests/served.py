@@ -33,6 +33,10 @@ from align.training.rollouts.remote import Adapter, Remote
 
 ROOT = Path(__file__).parents[1]
 VLLM = Path(os.environ.get("ALIGN_VLLM") or ROOT / ".vllm")  # a venv that benchmarks/vllm_cpu.sh made
+SETTINGS = {  # of its processes
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+}  # fmt: skip
 
 
 class Address:
@@ -94,11 +98,9 @@ class Vllm(Address):
 
     def start(self) -> None:
         """Also after a kill."""
-        settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-        settings |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True
+                self.command, env=os.environ | SETTINGS, stdout=log, stderr=log, start_new_session=True
             )
         self.await_health(lambda: self.process.poll() is None, 240)
 

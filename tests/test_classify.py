@@ -315,11 +315,10 @@ def test_show_prints_texts_under_their_labels_and_writes_nothing(world, here):
 def stock(final: Path, texts: list[str]) -> np.ndarray:
     """(n, C) probabilities by transformers and peft alone, all texts in one padded batch."""
     tokenizer = AutoTokenizer.from_pretrained(final)
-    if (final / "adapter_config.json").exists():
-        model = AutoPeftModelForSequenceClassification.from_pretrained(final, num_labels=2).eval()
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(final).eval()
-        assert model.config.id2label == {0: "ham", 1: "spam"}
+    adapted = (final / "adapter_config.json").exists()
+    config = AutoConfig.from_pretrained(final / "base_config.json" if adapted else final)
+    model = AutoModelForSequenceClassification.from_pretrained(final, config=config).eval()
+    assert model.config.id2label == {0: "ham", 1: "spam"}
     with torch.no_grad():
         return model(**tokenizer(texts, return_tensors="pt", padding=True)).logits.softmax(-1).numpy()
 

@@ -18,7 +18,7 @@ from test_resume import records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import Child, align, flat, lines, metrics, tree, weights, write_rows
 
-from align import distill, dpo, grpo, reward
+from align import distill, dpo, grpo, merge, reward
 from align.training.meters import interval
 
 MOST = 6
@@ -127,6 +127,40 @@ def test_the_best_evaluation_is_kept(whole):
     for name, tensor in kept.items():
         assert torch.equal(tensor, there[f"causal.{name}".replace(".weight", ".default.weight")])
     assert {path.name for path in (run / "best").iterdir()} == {path.name for path in (run / "final").iterdir()}
+
+
+def test_a_merged_result_tells_its_own_recipe_and_figures(whole, world, here):
+    """Of `best/` those of its step, although the run went on; and what was checked."""
+    run, _, _ = whole
+    for name in ("final", "best"):
+        told = align(run / name, here / name, stage=merge)
+        assert (told.status, told.err) == (0, "")
+        page = (here / name / "README.md").read_text("utf-8").replace("\\", "")
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+        step = json.loads((run / name / "align.json").read_text())["step"]
+        (record,) = (record for record in metrics(run, "eval") if record["step"] == step)
+        figures = {
+            "loss",
+            "loss/few",
+            "loss/more",
+            "perplexity",
+            *(key for key in record if key.startswith("generate/")),
+        }
+        found = {key: value for key, value in (row for row in rows if len(row) == 2) if key in record}
+        assert f"Held-out rows, at step {step}:" in page
+        assert found.keys() >= figures, name
+        assert {key: float(value) for key, value in found.items()} == pytest.approx(
+            {key: record[key] for key in found}, rel=1e-5
+        )
+        assert found.keys().isdisjoint({"eval_seconds", "step"})
+        assert ["lora.r", "4"] in rows
+        assert ["optim.learning_rate", "0.1"] in rows
+        assert f"Data: {world.talks.name}" in page
+        checked = json.loads((here / name / "merge.json").read_text())
+        for key, part in ((str(run / name), checked["steps"][0]), ("files, float32", checked["on_disk"])):
+            (row,) = (row for row in rows if row[0] == key and len(row) == 5)
+            assert row[1:3] == [f"{part['largest']:.2g}", f"{part['scale']:.3g}"]
+        assert "A language model after supervised fine-tuning" in page
 
 
 def test_the_report_shows_answers_and_says_that_the_run_is_finished(whole):

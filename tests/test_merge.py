@@ -9,11 +9,19 @@ import peft.tuners.lora.layer as peft_layers
 import pytest
 import torch
 import yaml
-from models.tiny import save_base, tiny_tokenizer
+from models.tiny import save_base, save_encoder, tiny_tokenizer
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from results import KINDS as SCORING
 from results import save_result
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    pipeline,
+)
 from world import align
 
 from align import merge
@@ -78,7 +86,8 @@ def test_it_computes_what_base_and_adapter_compute(kind, tmp_path):
     base = save_base(tmp_path / "a_base: 2", family)
     trunk = trained(base, tmp_path / "final", lora=Lora(r=3, alpha=6, **lora))
     out = tmp_path / "out"
-    assert "done" in merged(tmp_path / "final", out)
+    said = merged(tmp_path / "final", out)
+    assert "done" in said
     assert far(trunk, out) < 1e-4
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2]
     assert not (out / "align.json").exists()
@@ -86,6 +95,11 @@ def test_it_computes_what_base_and_adapter_compute(kind, tmp_path):
     assert 0 <= told["on_disk"]["largest"] < 1e-4
     card = (out / "README.md").read_text()
     assert "# license" in card
+    unties = kind in ("tied", "scaled", "dora tied")
+    config = json.loads((out / "config.json").read_text())
+    assert told["steps"][0]["untied"] is unties
+    assert not (unties and config["tie_word_embeddings"])
+    assert ("weights of its own" in said, "weights of its own" in card) == (unties, unties)
     assert yaml.safe_load(card.split("---")[1])["base_model"] == str(base)
 
 
@@ -125,20 +139,35 @@ def test_a_narrower_dtype_rounds_the_weights_and_nothing_else(tmp_path):
     assert "bfloat16" in said
 
 
+@pytest.mark.parametrize("make", [save_base, save_encoder], ids=["decoder", "encoder"])
 @pytest.mark.parametrize("stage", ["reward", "classify"])
-def test_what_scores_texts_keeps_its_head_and_its_labels(stage, tmp_path):
-    base = save_base(tmp_path / "base", "llama")
+def test_what_scores_texts_keeps_its_head_and_its_labels(stage, make, tmp_path):
+    """As a file and merged, for plain transformers and peft."""
+    base = make(tmp_path / "base")
     outputs, about = SCORING[stage]
     save_result(base, tmp_path / "final", stage, outputs, about, Lora(r=2, alpha=4))
     merged(tmp_path / "final", tmp_path / "out")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert list(model.config.id2label.values()) == about.get("labels", ["reward"])
-    from peft import AutoPeftModelForSequenceClassification
-
-    plain = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "final", num_labels=outputs)
-    plain.config.pad_token_id = 2
-    assert logits(model).shape == (1, outputs)
-    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-4)
+    config = AutoConfig.from_pretrained(tmp_path / "final" / "base_config.json")
+    ways = [
+        AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "final", num_labels=outputs),
+        AutoPeftModelForSequenceClassification.from_pretrained(
+            tmp_path / "final", id2label=config.id2label, label2id=config.label2id, problem_type=config.problem_type
+        ),
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "final", config=config),
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "final", num_labels=outputs),
+    ]
+    for plain in ways:
+        plain.config.pad_token_id = 2
+        assert logits(model).shape == (1, outputs)
+        torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-4)
+    labels = about.get("labels", ["reward"])
+    for named in (model, *ways[1:3]):
+        assert named.config.id2label == dict(enumerate(labels))
+        assert named.config.label2id == {label: number for number, label in enumerate(labels)}
+        assert named.config.problem_type == ("regression" if outputs == 1 else "single_label_classification")
+    tell = pipeline("text-classification", model=ways[2], tokenizer=AutoTokenizer.from_pretrained(tmp_path / "final"))
+    assert tell("A text.")[0]["label"] in labels
     if stage == "classify":
         assert "only scores" in refused(tmp_path / "final", tmp_path / "file", "--modelfile")
 
@@ -162,14 +191,21 @@ def test_averages(tmp_path):
     assert "one rank" in refused(*finals, tmp_path / "x", "--average", "ties")
     trained(base, tmp_path / "like", 5, lora=Lora(r=2, alpha=4))
     both = [finals[0], tmp_path / "like"]
-    found = {}
-    for name, more in {"a": ["--seed", 1], "b": ["--seed", 1], "c": ["--seed", 2]}.items():
-        merged(*both, tmp_path / name, "--average", "dare_linear", *more)
-        found[name] = AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
-    same = [all(torch.equal(found["a"][name], found[other][name]) for name in start) for other in "bc"]
-    assert same == [True, False]
-    merged(*both, tmp_path / "ties", "--average", "ties", "--density", 0.3)
-    assert "density 0.3" in (tmp_path / "ties" / "README.md").read_text()
+    for number, kind in enumerate(("ties", "dare_linear", "dare_ties")):
+        out, weights, seed = tmp_path / kind, (0.75, 0.5), 7 + number
+        words = ["--weight", 0.75, "--weight", 0.5, "--density", 0.3, "--seed", seed]
+        merged(*both, out, "--average", kind, *words)
+        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), both[0], "one")
+        plain.load_adapter(both[1], "two")
+        torch.manual_seed(seed)
+        plain.add_weighted_adapter(["one", "two"], weights, "mean", kind, density=0.3)
+        plain.set_adapter("mean")
+        there = AutoModelForCausalLM.from_pretrained(out).state_dict()
+        for name, weight in plain.merge_and_unload().state_dict().items():
+            torch.testing.assert_close(there[name], weight, rtol=1e-5, atol=1e-6)
+        card = (out / "README.md").read_text()
+        assert f"weights 0.75, 0.5, density 0.3, seed {seed}" in card
+        assert "None: nothing has measured the average yet." in card
 
 
 def test_a_merge_that_computes_something_else_is_refused(tmp_path, monkeypatch):

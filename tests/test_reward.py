@@ -82,7 +82,7 @@ def assert_same(record, figures):
 
 def test_exactly_these_files_are_left(finished):
     checkpoint = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
-    final = ("adapter_config.json", "adapter_model.safetensors", "align.json")
+    final = ("adapter_config.json", "adapter_model.safetensors", "align.json", "base_config.json")
     tokenizer = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
     assert set(tree(finished)) == {
         *("recipe.yaml", "environment.json", "data.json", "ledger.jsonl", "metrics.jsonl", "summary.json"),

@@ -1,21 +1,28 @@
-"""Rollouts by a real vLLM: PPO and GRPO learn as with the own engine; a server that is killed in mid-step and started
-again; two processes. Needs a venv that benchmarks/vllm_cpu.sh made: .vllm, or the one that ALIGN_VLLM names."""
+"""A real vLLM. A merged checkpoint answers as in transformers. Rollouts: PPO and GRPO learn as with the own engine; a
+server that is killed in mid-step and started again; two processes. Needs a venv that benchmarks/vllm_cpu.sh made:
+.vllm, or the one that ALIGN_VLLM names."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from data.voices import SMOLLM, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
-from served import VLLM, Vllm, draws_of
+from served import SETTINGS, VLLM, Vllm, draws_of
+from test_merge import merged, trained
 from test_processes import free_port
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from world import Child, align, lines, metrics
 
 from align import grpo, ppo
+from align.recipe.schema import Lora
 
 pytestmark = [
     pytest.mark.slow,
@@ -77,6 +84,50 @@ def written(world, base, path, stage, engine, **train):
 def engine_of(server, **more):
     """Without seeds: a prompt that its CPU build computes in parts ends it where it has one."""
     return {"url": server.url, "seeds": False, **more}
+
+
+ASKED = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+folder, prompts, new = json.loads(sys.argv[1])
+model = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=8)
+given = [{"prompt_token_ids": ids} for ids in prompts]
+told = model.generate(given, SamplingParams(temperature=0, max_tokens=new), use_tqdm=False)
+print("TOKENS", json.dumps([list(answer.outputs[0].token_ids) for answer in told]))
+"""
+
+
+def test_a_merged_checkpoint_answers_as_in_transformers(base, here):
+    """Token by token, greedy; and its adapter has changed the answers."""
+    trained(base, here / "final", lora=Lora(r=4, alpha=8))
+    merged(here / "final", here / "out")
+    tokenizer = AutoTokenizer.from_pretrained(here / "out")
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+        for text in ("Name the capital", "Say it", "x", "What is the capital of Peru, and of Italy?")
+    ]
+    ends = json.loads((here / "out" / "generation_config.json").read_text())["eos_token_id"]
+    how = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+
+    def said(folder: Path) -> list[list[int]]:
+        model, rows = AutoModelForCausalLM.from_pretrained(folder).eval(), [torch.tensor([ids]) for ids in prompts]
+        out = [model.generate(row, attention_mask=torch.ones_like(row), **how)[0] for row in rows]
+        return [ids[row.shape[1] :].tolist() for ids, row in zip(out, rows, strict=True)]
+
+    words = [VLLM / "bin" / "python", "-c", ASKED, json.dumps([str(here / "out"), prompts, 16])]
+    told = subprocess.run(
+        words,
+        env=os.environ | SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert told.returncode == 0, told.stderr[-3000:]
+    (line,) = (line for line in told.stdout.splitlines() if line.startswith("TOKENS "))
+    assert json.loads(line.removeprefix("TOKENS ")) == said(here / "out") != said(base)
 
 
 @pytest.mark.parametrize("stage", [grpo, ppo], ids=lambda stage: stage.__name__)

@@ -5,6 +5,10 @@ A decoder's head reads the last token of a path; an encoder (BERT-like) has a he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import (
@@ -16,6 +20,8 @@ from transformers import (
 
 from align.models.quantized import like
 from align.recipe.errors import UserError
+
+BESIDE = "base_config.json"  # next to an adapter: its base's config, with names for the outputs
 
 
 def is_encoder(config: PretrainedConfig) -> bool:
@@ -45,3 +51,25 @@ def with_head(causal: PreTrainedModel, outputs: int, seed: int) -> PreTrainedMod
     model.score = nn.Linear(width, outputs, bias=False)
     model.score.weight.data = torch.randn(outputs, width, generator=draw) / (width + 1) ** 0.5
     return like(model, causal)
+
+
+def name_outputs(config: PretrainedConfig, labels: Sequence[str] | None) -> None:
+    """Say in a config what the outputs are, as transformers reads it; a single one without a label is a reward."""
+    names = list(labels or (["reward"] if config.num_labels == 1 else config.id2label.values()))
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    config.problem_type = "regression" if len(names) == 1 else "single_label_classification"
+
+
+def save_beside(config: PretrainedConfig, folder: Path) -> None:
+    """Write a scoring model's config next to its adapter, for whoever loads the two.
+
+    It has a name of its own: peft reads no config.json there, and transformers takes a folder with one for a whole
+    model and looks for the base's weights in it.
+    """
+    config = deepcopy(config)
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        part.dtype = None  # that of the base's weights
+    if hasattr(config, "quantization_config"):  # who loads it decides that anew
+        del config.quantization_config
+    config.to_json_file(folder / BESIDE)

@@ -32,6 +32,7 @@ from align.models.layout import faster_attention, layout_of
 from align.models.lora import Switch, acts, adapted, beneath
 from align.models.memory import budgets, elsewhere_bytes, free_bytes
 from align.models.quantized import ask_for_gradients
+from align.models.scoring import name_outputs, save_beside
 from align.objectives.logprobs import linear_logprobs
 from align.recipe.schema import Lora, Model
 
@@ -202,10 +203,7 @@ class Trunk(nn.Module):
 
     def hidden(self, forest: Forest, where: Tensor) -> Tensor:
         """Final hidden states of some positions, flat indices (m,) -> (m, d)."""
-        if forest.packed:
-            inputs = {"forest": self.mask(forest)}
-        else:
-            inputs = {"attention_mask": forest.tree >= 0}
+        inputs = {"forest": self.mask(forest)} if forest.packed else {"attention_mask": forest.tree >= 0}
         states = self.decoder(
             input_ids=forest.tokens, position_ids=forest.positions, use_cache=False, **inputs
         ).last_hidden_state
@@ -268,19 +266,21 @@ class Trunk(nn.Module):
     def save(self, folder: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Write a result that plain peft and transformers load into an empty or new folder.
 
-        `weights`: those of `saved`, whole, under this module's names. `about`: what else align.json tells, such as the
-        stage.
+        `weights`: those of `saved`, whole, under this module's names. `about`: what else align.json tells.
         """
+        if self.outputs:
+            name_outputs(self.plain.config, about.get("labels"))
         named = {name.removeprefix("causal."): tensor.contiguous() for name, tensor in weights.items()}
         more = {"save_embedding_layers": False, "selected_adapters": ["default"]} if self.adapted else {}
         self.causal.save_pretrained(folder, state_dict=named, **more)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
         self.tokenizer.save_pretrained(folder)
-        if not self.outputs:  # over what save_pretrained of a whole model wrote
+        if self.outputs and self.adapted:
+            save_beside(self.plain.config, folder)
+        elif not self.outputs:  # over what save_pretrained of a whole model wrote
             self.generation_config().save_pretrained(folder)
-        role = "adapter" if self.adapted else "model"
-        trunk = [link.model_dump(exclude_none=True) for link in self.links]
-        meta = {"role": role, "base": self.base_name, "fingerprint": self.fingerprint, "trunk": trunk, **about}
+        meta = {"role": "adapter" if self.adapted else "model", "base": self.base_name, "fingerprint": self.fingerprint}
+        meta |= {"trunk": [link.model_dump(exclude_none=True) for link in self.links], **about}
         (folder / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 
     def autocast(self):

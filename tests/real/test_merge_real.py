@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from world import align
 
 from align import merge
 from align.models.demo import NAMES, cache_folder, demo_model
 from align.recipe.errors import UserError
+from align.tools.merging.compared import difference, logits_of, probes
 
 ROOT = Path(__file__).parents[2]
 ASKED = [
@@ -36,6 +38,19 @@ def answers(model: PreTrainedModel, folder: Path) -> list[str]:
     return said
 
 
+def check_logits(unmerged: PeftModel, merged: PreTrainedModel, final: Path) -> None:
+    """In float32 the two differ by no more than the noise of float32. What merging itself has changed, the rounding of
+    its weights, is what they differ by in float64."""
+    unmerged, merged = deepcopy(unmerged).eval(), deepcopy(merged).eval()
+    given = probes(AutoTokenizer.from_pretrained(final), len(merged.get_input_embeddings().weight))
+    noisy, exact = (
+        difference(*(logits_of(model.to(dtype), given) for model in (unmerged, merged)))
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert noisy.largest < 1e-5 * noisy.scale
+    assert 0 < exact.largest < 1e-4
+
+
 @pytest.mark.slow
 def test_a_merged_smollm2_answers_as_base_and_adapter(tmp_path, monkeypatch):
     try:
@@ -56,5 +71,6 @@ def test_a_merged_smollm2_answers_as_base_and_adapter(tmp_path, monkeypatch):
     merged = AutoModelForCausalLM.from_pretrained(out)
     assert merged.dtype == torch.float32
     assert answers(merged, out) == said
+    check_logits(unmerged, merged, final)
     with unmerged.disable_adapter():
         assert answers(base, final) != said  # four steps are enough to tell them apart

@@ -107,19 +107,20 @@ def put(model: PeftModel, weights: dict[str, Tensor], role: str, told: str) -> N
     set_peft_model_state_dict(model, weights, adapter_name=role)
 
 
-def untie(model: PreTrainedModel) -> None:
+def untie(model: PreTrainedModel) -> bool:
     """Give the output head weights of its own where an adapter is on one only of two layers that share theirs: merged
-    into the one, it would move the other too."""
+    into the one, it would move the other too. Whether it was so."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or not any(isinstance(layer, LoraLayer) for layer in (embedding, head)):
-        return
+        return False
     own, other = (layer.get_base_layer() if isinstance(layer, LoraLayer) else layer for layer in (head, embedding))
     if own.weight is not other.weight:
-        return
+        return False
     own.weight = nn.Parameter(own.weight.detach().clone(), requires_grad=own.weight.requires_grad)
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
+    return True
 
 
 def with_rows(trunk: Merged, ids: Sequence[int], known: object, told: str) -> Merged:

@@ -69,6 +69,7 @@ class About(Known):
     score_std: Annotated[float | None, Field(ge=0, le=3e38)] = None
     labels: Annotated[list[str], Field(min_length=2)] | None = None  # of a classifier
     threshold: float | None = None
+    step: Index | None = None  # of the run that saved it
     max_length: Count | None = None
     model: Computed = Computed()
 

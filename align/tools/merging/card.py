@@ -23,7 +23,9 @@ from align.tools.merging.compared import Difference
 
 MOST = 1_000_000  # bytes of a recipe that are read
 SHOWN = ("sft", "reward", "dpo", "ppo", "grpo", "distill", "classify", "lora", "optim", "batch", "train", "seed")
-CLOCK = re.compile(r"_seconds$|_per_second$|^(step|split|epoch|tokens|tokens_seen)$|/")
+NO_MEASURE = re.compile(  # clocks, counters, and what says how training went and not how good the model is
+    r"_seconds$|_per_second$|^(step|split|epoch|tokens|tokens_seen|kl_coef)$|^(logprobs|nll_per_token)/"
+)
 CHAT = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
@@ -41,7 +43,9 @@ def card(whole: Whole, result: Result, average: Average | None, on_disk: Differe
     """The text of README.md."""
     about, run, config = result.about, result.folder.parent, whole.model.config
     scores = about.stage in SCORING
-    recipe, last = _recipe(run / "recipe.yaml"), _last_evaluation(run / "metrics.jsonl")
+    recipe, measures = {}, {}
+    if not average:  # which no one run has made or measured
+        recipe, measures = _recipe(run / "recipe.yaml"), _evaluation(run / "metrics.jsonl", about.step)
     page = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         finalize=lambda value: value if isinstance(value, _Plain) else _escaped(value),
@@ -59,6 +63,7 @@ def card(whole: Whole, result: Result, average: Average | None, on_disk: Differe
         average=str(average) if average else None,
         weights=weights,
         dtype=dtype,
+        untied=any(step.untied for step in whole.steps),
         labels=", ".join(about.labels or ()),
         threshold=about.threshold,
         ends=", ".join(map(str, whole.tokenizer.convert_ids_to_tokens(tokens))),
@@ -66,8 +71,8 @@ def card(whole: Whole, result: Result, average: Average | None, on_disk: Differe
         on_disk=on_disk,
         settings=[*_settings(recipe)],
         data=", ".join(_sources(recipe)),
-        step=last.get("step"),
-        measures=[(key, f"{value:.6g}") for key, value in last.items() if _is_measure(key, value)],
+        step=about.step,
+        measures=[(key, f"{value:.6g}") for key, value in measures.items() if _is_measure(key, value)],
         use=_Plain(SCORES.format(function='"none"' if about.stage == "reward" else '"softmax"') if scores else CHAT),
         version=__version__,
         config=config,
@@ -78,6 +83,8 @@ WHAT = {
     "sft": "A language model after supervised fine-tuning, its adapters merged into its base.",
     "dpo": "A language model after training on preferences, its adapters merged into its base.",
     "ppo": "A language model after reinforcement learning (PPO), its adapters merged into its base.",
+    "grpo": "A language model after reinforcement learning (GRPO), its adapters merged into its base.",
+    "distill": "A language model that was taught by another one, its adapters merged into its base.",
     "reward": "A reward model: one score for a whole conversation. Only differences of scores mean something.",
     "classify": "A classifier of texts.",
 }
@@ -120,13 +127,15 @@ def _sources(recipe: dict[str, Any]) -> Iterator[str]:
             yield Path(path).name or path
 
 
-def _last_evaluation(path: Path) -> dict[str, Any]:
+def _evaluation(path: Path, step: int | None) -> dict[str, Any]:
+    """The record of a run's last evaluation at a step; empty where there is none, or the step is not known."""
     try:
         records = read_lines(path, {"split": str})
     except (UserError, OSError):
         return {}
-    return next((record for record in reversed(records) if record["split"] == "eval"), {})
+    held = (record for record in reversed(records) if record["split"] == "eval" and record.get("step") == step)
+    return {} if step is None else next(held, {})
 
 
 def _is_measure(key: str, value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not CLOCK.search(key)
+    return isinstance(value, int | float) and not isinstance(value, bool) and not NO_MEASURE.search(key)

@@ -33,6 +33,7 @@ class Step(NamedTuple):
 
     name: str
     difference: Difference  # merged from unmerged, in float32
+    untied: bool  # whether the output head got weights of its own for it
 
 
 class Whole(NamedTuple):
@@ -101,8 +102,8 @@ def _step(trunk: Merged, results: Sequence[Result], average: Average, name: str)
             average.act(adapted, list(adapted.peft_config))
         given = probes(tokenizer, trunk.model.get_input_embeddings().weight.shape[0])
         unmerged = logits_of(adapted, given)
-        untie(trunk.model)
+        untied = untie(trunk.model)
         model = adapted.merge_and_unload().eval()
     told = difference(unmerged, logits_of(model, given))
     told.check(f"{KEY}: {name}: the merged model computes something else than the unmerged one")
-    return grown(trunk, model, first, name), Step(name, told), unmerged
+    return grown(trunk, model, first, name), Step(name, told, untied), unmerged

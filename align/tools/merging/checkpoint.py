@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from align.models.checkpoints.generation import settle
 from align.models.checkpoints.results import SCORING, Result
 from align.models.checkpoints.sources import foreign, is_file
+from align.models.scoring import name_outputs
 from align.recipe.errors import UserError
 from align.tools.merging.chain import KEY, Whole
 from align.tools.merging.compared import Difference, difference, logits_of, probes
@@ -27,9 +28,7 @@ def write(whole: Whole, result: Result, folder: Path, dtype: torch.dtype, trust:
     model, remarks = whole.model, []
     scores = result.about.stage in SCORING
     if scores:
-        labels = result.about.labels or ["reward"]
-        model.config.id2label = dict(enumerate(labels))
-        model.config.label2id = {label: number for number, label in enumerate(labels)}
+        name_outputs(model.config, result.about.labels)
         model.config.pad_token_id = whole.tokenizer.pad_token_id  # where transformers' heads look for a text's end
     else:
         remarks += _ends(model, result)
