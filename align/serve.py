@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for remark in engine.shelf.trunk.remarks if engine.shelf else ():
             print(printable(remark), file=sys.stderr)
         if not local:
-            who = "who has the key" if key else "anybody who reaches it can use it: give it a key (--api-key-file)"
-            print(f"{given.host} is not this machine alone: {who}; there is no TLS here", file=sys.stderr)
+            who = "whoever has the key can use it" if key else "anybody can use it: give it a key (--api-key-file)"
+            print(f"other machines reach {given.host}, and {who}; there is no TLS here", file=sys.stderr)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(printable(f"serving {', '.join(engine.models)} at http://{shown}:{port}"), flush=True)

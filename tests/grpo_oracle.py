@@ -94,6 +94,14 @@ def trainer_of(kind: str, weights: dict[str, Tensor], folder: Path, temperature:
     return made
 
 
+def advantages_of(trainer: GRPOTrainer | RLOOTrainer, scores: Tensor) -> Tensor:
+    """The trainer's, (N, k) -> (N, k): of responses that it samples, and that a reward function gives these scores."""
+    found = [None if score.isnan() else float(score) for score in scores.flatten()]
+    trainer.reward_funcs = [lambda completions, **_: found]
+    sampled = trainer._generate_and_score_completions([{"prompt": "a"}] * len(found))
+    return sampled["advantages"].view_as(scores)
+
+
 def theirs(trainer: GRPOTrainer | RLOOTrainer, given: Given) -> Told:
     """The trainer's loss of the same responses, padded."""
     trainer.model.zero_grad()

@@ -25,11 +25,13 @@ from transformers import (
     AutoTokenizer,
     BertTokenizerFast,
 )
-from world import Child, Told, lines, metrics, tree, weights, write_rows
+from world import Child, Told, in_two, lines, metrics, tree, weights, write_rows
 from world import align as world_align
 
 from align import classify
 from align.classify import class_weights, loss
+from align.training.labelling.classifier import Classifier
+from align.training.labelling.measures import threshold_of_best_f1
 from align.training.loop import Loop
 from align.training.report.classification_plots import classification_section
 
@@ -300,6 +302,32 @@ def test_labels_are_found_in_the_data_and_saved(world, here):
     assert told.status == 0, told.err
     assert json.loads((here / "run" / "final" / "align.json").read_text())["labels"] == ["0", "1", "2"]
     assert {"f1/0", "f1/1", "f1/2", "macro_f1"} <= set(metrics(here / "run", "test")[-1])
+
+
+def test_the_best_has_a_threshold_of_its_own_and_every_source_its_figures(world, here):
+    """The loss falls, and the greatest is asked for: that after the first step. The run ends an evaluation later."""
+    held = [{"label": row["label"], "text": f"{row['text']}, please"} for row in ROWS[:14]]
+    sections = {
+        "classify": {"threshold": "best_f1"},
+        "data": {"eval": {"sources": in_two(here, held, 5)}},
+        "train": {"eval_every": 1, "patience": 1, "best": {"metric": "loss/few", "goal": "greatest"}},
+    }
+    told = align(recipe(world, here / "r.yaml", **sections))
+    assert told.status == 0, told.err
+    run, abouts = here / "run", {}
+    for step, result in enumerate(("best", "final"), 1):
+        likely = Classifier(run / result).probabilities([row["text"] for row in held])
+        numbers = np.array([row["label"] == "spam" for row in held])
+        abouts[result] = about = json.loads((run / result / "align.json").read_text())
+        (record,) = (record for record in metrics(run, "eval") if record["step"] == step)
+        assert (about["step"], about["labels"]) == (step, ["ham", "spam"])
+        assert about["threshold"] == pytest.approx(threshold_of_best_f1(likely[:, 1], numbers).threshold, rel=1e-3)
+        of_true = likely[np.arange(len(held)), numbers.astype(int)]
+        for title, own in (("", slice(None)), ("/few", slice(5)), ("/more", slice(5, None))):
+            assert record[f"loss{title}"] == pytest.approx(-np.log(of_true[own]).mean(), rel=1e-4)
+            assert record[f"accuracy{title}"] == pytest.approx((of_true[own] > 0.5).mean())
+    assert abouts["best"]["threshold"] != pytest.approx(abouts["final"]["threshold"], rel=1e-2)
+    assert abouts["final"]["ended_by"] == {"patience": 1, "of_steps": 12}
 
 
 def test_show_prints_texts_under_their_labels_and_writes_nothing(world, here):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from plain import Policy, merged
 from transformers import AutoModelForCausalLM
-from world import align, flat, lines, metrics, tree, weights
+from world import align, flat, in_two, lines, metrics, tree, weights
 
 from align import dpo
 
+FIRST = {"metric": "loss", "goal": "greatest"}  # the loss falls, so the best evaluation is the first
 TRAIN = {"steps": 8, "eval_every": 4}
 SHORT = {"steps": 3, "eval_every": None}
 FULL = {"lora": None, "optim": {"learning_rate": 0.003}}
@@ -43,7 +44,8 @@ def shared(cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(world, shared):
-    return train(world, shared, log={"samples": ["Name the capital of Peru"], "sample_tokens": 4})
+    log = {"samples": ["Name the capital of Peru"], "sample_tokens": 4}
+    return train(world, shared, log=log, train=TRAIN | {"best": FIRST})
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +53,9 @@ def full(world, shared):
     return train(world, shared, "full", **FULL)
 
 
-def said(run, base, rows):
+def said(result, base, rows):
     """For each row what policy and reference make of its answers, the best first."""
-    policy = Policy.load(run / "final", base)
+    policy = Policy.load(result, base)
     answers = [[row["completion"]] if "completion" in row else [row["chosen"], row["rejected"]] for row in rows]
     return [[policy.says(row["prompt"], a) for a in given] for row, given in zip(rows, answers, strict=True)]
 
@@ -119,7 +121,7 @@ def test_exactly_these_files_are_left(finished):
         *("recipe.yaml", "environment.json", "data.json", "ledger.jsonl", "metrics.jsonl", "summary.json"),
         *("report.html", "samples.jsonl"),
         *(f"checkpoints/step-{step:06d}/{name}" for step in (6, 8) for name in checkpoint),
-        *(f"final/{name}" for name in (*final, *tokenizer)),
+        *(f"{result}/{name}" for result in ("best", "final") for name in (*final, *tokenizer)),
     }
 
 
@@ -143,18 +145,19 @@ def test_it_learns_which_answer_is_better(kind, request):
     assert (last["accuracy"], metrics(run, "eval")[-1]["accuracy"]) == (1.0, 11 / 14)
 
 
-@pytest.mark.parametrize("kind", ["finished", "full"])
-def test_every_figure_is_what_plain_transformers_computes_from_final(kind, request, world):
+@pytest.mark.parametrize(("kind", "result"), [("finished", "final"), ("finished", "best"), ("full", "final")])
+def test_every_figure_is_what_plain_transformers_computes_from_the_result(kind, result, request, world):
     run = request.getfixturevalue(kind)
-    figures = expected(said(run, world.base, lines(world.held_pairs)))
-    assert_same(metrics(run, "eval")[-1], figures)
-    about = json.loads((run / "final" / "align.json").read_text())
+    about = json.loads((run / result / "align.json").read_text())
     assert (about["stage"], about["base"]) == ("dpo", str(world.base))
     assert about["role"] == {"finished": "adapter", "full": "model"}[kind]
+    assert about["step"] == {"best": 4, "final": 8}[result]
+    (record,) = (record for record in metrics(run, "eval") if record["step"] == about["step"])
+    assert_same(record, expected(said(run / result, world.base, lines(world.held_pairs))))
 
 
 def test_margins_are_counted_in_bins(finished, world):
-    pairs = said(finished, world.base, lines(world.held_pairs))
+    pairs = said(finished / "final", world.base, lines(world.held_pairs))
     margins = [BETA * (c.policy - c.reference - r.policy + r.reference) for c, r in pairs]
     bins = [sum(margin >= edge for edge in dpo.MARGINS) for margin in margins]
     counted = [bins.count(i) / len(bins) for i in range(len(dpo.MARGINS) + 1)]
@@ -174,11 +177,15 @@ def test_margins_are_counted_in_bins(finished, world):
     ids=lambda section: section["loss"],
 )
 def test_every_loss_is_the_equation_of_its_paper(world, here, section):
-    run = train(world, here, dpo=section, train=SHORT)
-    pairs = said(run, world.base, lines(world.held_pairs))
-    figures = expected(pairs, section["loss"], "length_normalized" in section, section.get("sft_weight", 0.0))
+    """Over all held-out pairs, and over those of each source with a title."""
+    data = {"eval": {"sources": in_two(here, lines(world.held_pairs), 5)}}
+    run = train(world, here, dpo=section, train=SHORT, data=data)
+    pairs = said(run / "final", world.base, lines(world.held_pairs))
+    settings = section["loss"], "length_normalized" in section, section.get("sft_weight", 0.0)
     before, after = metrics(run, "eval")
-    assert_same(after, figures)
+    assert_same(after, expected(pairs, *settings))
+    for title, own in (("few", pairs[:5]), ("more", pairs[5:])):
+        assert_same(after, {f"{name}/{title}": figure for name, figure in expected(own, *settings).items()})
     assert after["loss"] < before["loss"]
     assert ("kl_per_token" in after) == (section["loss"] not in ("simpo", "orpo"))
 
@@ -186,10 +193,13 @@ def test_every_loss_is_the_equation_of_its_paper(world, here, section):
 def test_an_sft_result_is_the_trunk_and_so_the_reference(world, here):
     sft = align(world.recipe(here / "sft.yaml", run=str(here / "sft"), train={"steps": 2}))
     assert sft.status == 0, sft.err
-    run = train(world, here, model={"adapter": str(here / "sft" / "final")}, train=SHORT)
+    patient = {"steps": 3, "eval_every": 1, "patience": 1, "best": FIRST}
+    run = train(world, here, model={"adapter": str(here / "sft" / "final")}, train=patient)
     start = merged(world.base, here / "sft" / "final")
-    assert_same(metrics(run, "eval")[-1], expected(said(run, start, lines(world.held_pairs))))
+    assert_same(metrics(run, "eval")[-1], expected(said(run / "final", start, lines(world.held_pairs))))
     assert metrics(run, "eval")[0]["margin"] == 0.0
+    about = json.loads((run / "final" / "align.json").read_text())
+    assert (about["step"], about["ended_by"]) == (2, {"patience": 1, "of_steps": 3})
 
 
 def test_a_loss_without_reference_loads_none(world, here, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ from samplers import make_teacher, recipe_of
 from test_processes import free_port
 from test_resume import records
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from world import Child, align, flat, lines, metrics, tree, weights, write_rows
+from world import Child, align, flat, in_two, lines, metrics, tree, weights, write_rows
 
-from align import distill, dpo, grpo, merge, reward
+from align import distill, dpo, grpo, merge, ppo, reward
 from align.training.meters import interval
 
 MOST = 6
@@ -41,19 +42,12 @@ def first_alone(prompts, responses, rows):
     return [3.0] + [None] * (len(responses) - 1)
 
 
-def held_in_two(world, here):
-    """The held-out talks as two sources with titles."""
-    rows = lines(world.held)
-    first, rest = (write_rows(here / f"{name}.jsonl", part) for name, part in (("a", rows[:3]), ("b", rows[3:])))
-    return [{"path": str(first), "title": "few"}, {"path": str(rest), "title": "more"}]
-
-
 @pytest.fixture(scope="module")
 def whole(world, cache, tmp_path_factory):
     """A run of 12 steps that overshoots, so that the best evaluation is not the last; and its recipe."""
     folder = tmp_path_factory.mktemp("whole")
     train = TRAIN | {"generate": GENERATE, "best": {"metric": "loss/few", "goal": "least"}}
-    sections = {"train": train, "data": {"eval": {"sources": held_in_two(world, folder)}}}
+    sections = {"train": train, "data": {"eval": {"sources": in_two(folder, lines(world.held), 3)}}}
     recipe = world.recipe(folder / "run.yaml", run=str(folder / "run"), **sections, **OVERSHOOTING)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGN_CACHE", str(cache))
@@ -63,6 +57,16 @@ def whole(world, cache, tmp_path_factory):
 
 
 OVERSHOOTING = {"optim": {"learning_rate": 0.1, "warmup": 0, "schedule": "constant"}}
+
+
+@torch.no_grad()
+def greedy(model, prompt, end):
+    """The answer of plain transformers to the tokens of a prompt, its end token included."""
+    out = model.generate(
+        input_ids=torch.tensor([prompt]), max_new_tokens=MOST, do_sample=False, eos_token_id=end, pad_token_id=end,
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+    )  # fmt: skip
+    return out[0, len(prompt) :].tolist()
 
 
 def test_answers_are_the_greedy_ones_of_plain_transformers(whole, world):
@@ -82,11 +86,7 @@ def test_answers_are_the_greedy_ones_of_plain_transformers(whole, world):
             (talk,) = [talk for question, talk in by_question.items() if question in row["prompt"]]
             ids = tokenizer.apply_chat_template(talk[:1], add_generation_prompt=True, return_dict=False)
             end = tokenizer.eos_token_id
-            with torch.no_grad():
-                out = model.generate(
-                    input_ids=torch.tensor([ids]), max_new_tokens=MOST, do_sample=False, eos_token_id=end,
-                    pad_token_id=end, attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                )[0, len(ids) :].tolist()  # fmt: skip
+            out = greedy(model, ids, end)
             text = tokenizer.decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             assert (row["response"], row["reference"]) == (text, talk[1]["content"])
             assert (row["tokens"], row["ended"]) == (len(out), out[-1] == end)
@@ -320,34 +320,42 @@ SCORED = {"max_rows": 3, "generation": {"max_new": MOST}}
 
 
 @pytest.mark.parametrize(
-    "stage", [dpo, grpo, pytest.param(distill, marks=pytest.mark.slow)], ids=lambda stage: stage.__name__
+    ("stage", "own"),
+    [
+        (dpo, {"loss": "kto"}),
+        (ppo, {"rewards": [{"function": "ppo_start:wordy"}]}),
+        *(pytest.param(stage, {}, marks=pytest.mark.slow) for stage in (dpo, grpo, distill)),
+    ],
+    ids=["kto", "ppo", "dpo", "grpo", "distill"],
 )
-def test_other_stages_answer_too_and_a_reward_on_the_trunk_scores(world, start, here, stage):
-    """The adapter's score of each answer is what plain transformers compute, and training does not change it."""
+def test_other_stages_answer_too_and_a_reward_on_the_trunk_scores(world, start, here, stage, own):
+    """What trains answers: before the step as the base does, after it as the result. The adapter's score of each answer
+    is what plain transformers compute, and training does not change it."""
     generate = SCORED | {"scores": [{"adapter": str(start.reward), "name": "gold"}]}
     train = {"steps": 1, "eval_every": None, "save_every": None, "generate": generate}
+    sections = {"train": train, "optim": {"learning_rate": 0.1, "warmup": 0}}
     if stage is dpo:
-        recipe = world.preferences(
-            here / "run.yaml", dpo, run=str(here / "run"), model={"base": str(start.base)}, train=train
-        )
+        sections |= {"run": str(here / "run"), "model": {"base": str(start.base)}, "dpo": own}
+        recipe = world.preferences(here / "run.yaml", dpo, **sections)
     else:
-        recipe = recipe_of(world, start, here / "run.yaml", stage, train=train)
+        recipe = recipe_of(world, start, here / "run.yaml", stage, own, **sections)
     told = align(recipe, stage=stage)
     assert told.status == 0, told.err
     rows = lines(here / "run" / "answers.jsonl")
     assert [row["step"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert [row["response"] for row in rows[:3]] != [row["response"] for row in rows[3:]]
     scorer, tokenizer = Scorer.load(start.reward, start.base), AutoTokenizer.from_pretrained(start.base)
-    questions = [row["prompt"] for row in lines(world.held_pairs)]
+    base, after = (AutoModelForCausalLM.from_pretrained(start.base) for _ in range(2))
+    models = {0: base, 1: PeftModel.from_pretrained(after, here / "run" / "final").eval()}
     for row in rows:
-        (question,) = [question for question in questions if f"\n{question}" in row["prompt"]]
-        asked = [{"role": "user", "content": question}]
+        (pair,) = [pair for pair in lines(world.held_pairs) if f"\n{pair['prompt']}" in row["prompt"]]
+        asked = [{"role": "user", "content": pair["prompt"]}]
         prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-        said = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-        if tokenizer.decode(said) != row["response"] or len(said) + row["ended"] != row["tokens"]:
-            continue  # the same text from other tokens
-        ids = [*prompt, *said, *([tokenizer.eos_token_id] if row["ended"] else [])]
+        said = greedy(models[row["step"]], prompt, tokenizer.eos_token_id)
+        text = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert (row["response"], row["reference"], row["tokens"]) == (text, pair["chosen"], len(said))
         with torch.no_grad():
-            worth = scorer.model(torch.tensor([ids])).logits.item()
+            worth = scorer.model(torch.tensor([[*prompt, *said]])).logits.item()
         assert row["scores"]["gold"] == pytest.approx(worth, rel=1e-4, abs=1e-4)
     held = metrics(here / "run", "eval")
     for record in held:
@@ -375,14 +383,19 @@ def test_an_adapter_cannot_score_where_the_trunk_itself_trains(world, start, her
 
 
 def test_a_reward_keeps_its_best_with_the_mean_and_spread_of_those_weights(world, here):
-    train = {"steps": 2, "eval_every": 1, "best": {"metric": "accuracy", "goal": "greatest"}}
-    recipe = world.preferences(here / "run.yaml", reward, run=str(here / "run"), train=train)
+    """The loss falls, and the greatest is asked for: that after the first step. The run ends an evaluation later."""
+    recipe = world.preferences(here / "run.yaml", reward, run=str(here / "run"), train=PATIENT | {"patience": 1})
     told = align(recipe, stage=reward)
     assert told.status == 0, told.err
     best, last = (json.loads((here / "run" / name / "align.json").read_text()) for name in ("best", "final"))
-    assert best["accuracy"] == max(record["accuracy"] for record in metrics(here / "run", "eval") if record["step"])
-    assert {"score_mean", "score_std"} <= best.keys()
-    assert (best["step"] == 2) == (best["score_mean"] == last["score_mean"])
+    assert (best["step"], last["step"]) == (1, 2)
+    assert last["ended_by"] == {"patience": 1, "of_steps": 12}
+    for about, name in ((best, "best"), (last, "final")):
+        scorer = Scorer.load(here / "run" / name, world.base)
+        scores = [scorer.score(pair["prompt"], pair["chosen"]) for pair in lines(world.pairs)]
+        assert about["score_mean"] == pytest.approx(fmean(scores), rel=1e-4)
+        assert about["score_std"] == pytest.approx(stdev(scores), rel=1e-4)
+    assert best["score_mean"] != pytest.approx(last["score_mean"], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from grpo_oracle import Given, made, ours, theirs, trainer_of
+from grpo_oracle import Given, advantages_of, made, ours, theirs, trainer_of
 from models.tiny import tiny_trunk
 from oracle import Told, assert_equal, trained
 
+from align.grpo import ADVANTAGES
 from align.models.roles import Roles
 from align.objectives.importance import truncated_importance
 from align.recipe.schema import Lora
@@ -56,6 +57,11 @@ def grpo(roles, tmp_path_factory):
     return trainer_of("grpo", trained(roles.trunk), tmp_path_factory.mktemp("grpo"), TEMPERATURE)
 
 
+@pytest.fixture(scope="module")
+def rloo(roles, tmp_path_factory):
+    return trainer_of("rloo", trained(roles.trunk), tmp_path_factory.mktemp("rloo"), TEMPERATURE)
+
+
 def told(trainer, given, attributes: dict, config: dict) -> Told:
     for name, value in (PLAIN | attributes).items():
         setattr(trainer, name, value)
@@ -100,12 +106,35 @@ def test_length_unbiased_is_length_free_by_sequence(roles, given, grpo):
     assert 8 * found.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
-def test_rloo(roles, given, tmp_path):
-    trainer = trainer_of("rloo", trained(roles.trunk), tmp_path, TEMPERATURE)
+def test_rloo(roles, given, rloo):
     found = ours(roles, given, ratio="product", mean_over="responses", kl="none")
-    expected = theirs(trainer, given)
+    expected = theirs(rloo, given)
     assert_equal(found._replace(loss=abs(found.loss)), expected._replace(loss=abs(expected.loss)))
     assert found.loss * expected.loss > 0
+
+
+SCORES = torch.tensor([[1.0, 2.0, 6.0, float("nan")], [0.3, 0.1, 0.4, 0.1]])
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "samples"),
+    [("group", "group", 4), ("mean", "none", 4), ("leave_one_out", None, 4), ("batch", "batch", 8)],
+)
+def test_advantages_are_those_of_trl(grpo, rloo, monkeypatch, name, scale, samples):
+    """Of a response without a score TRL's is 0. A mean over the batch is TRL's where the batch is one group."""
+    trainer = rloo if scale is None else grpo
+    monkeypatch.setattr(trainer, "beta", 0.0)
+    monkeypatch.setattr(trainer, "num_generations", samples)
+    if scale:
+        monkeypatch.setattr(trainer, "scale_rewards", scale)
+    expected = advantages_of(trainer, SCORES)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(ADVANTAGES[name](SCORES).nan_to_num(0.0), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_advantage_is_another():
+    found = torch.stack([function(SCORES).nan_to_num() for function in ADVANTAGES.values()])
+    assert all((one - other).abs().max() > 0.1 for i, one in enumerate(found) for other in found[:i])
 
 
 def test_variants_differ(roles, given):

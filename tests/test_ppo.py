@@ -16,7 +16,7 @@ from plain import Policy, Scorer
 from ppo_start import MOST, SAMPLES, TRAIN, UNEVALUATED, make_start, ran, recipe_of, wordy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from world import align, flat, lines, metrics, tree
+from world import align, flat, in_two, lines, metrics, tree
 
 from align import ppo
 
@@ -45,7 +45,7 @@ def judged(start) -> dict:
     }
 
 
-LONGER = {"steps": 4, "eval_every": 1, "save_every": 2}
+LONGER = {"steps": 6, "eval_every": 1, "save_every": 2, "patience": 3}  # it ends after four
 STEADY = {"optim": {"learning_rate": 0.02, "schedule": "constant", "warmup": 2}}
 
 
@@ -54,11 +54,17 @@ def start(world, cache, tmp_path_factory):
     return make_start(world, cache, tmp_path_factory)
 
 
+def in_parts(world, folder) -> dict:
+    """One held-out prompt, and two, as sources with titles."""
+    return {"eval": {"sources": in_two(folder, lines(world.held_pairs)[:3], 1)}}
+
+
 @pytest.fixture(scope="module")
 def finished(world, start, cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGN_CACHE", str(cache))
-        return ran(world, start, tmp_path_factory.mktemp("finished"), ppo=judged(start), train=LONGER, **STEADY)
+        return ran(world, start, folder, ppo=judged(start), train=LONGER, data=in_parts(world, folder), **STEADY)
 
 
 class Heard(NamedTuple):
@@ -117,21 +123,31 @@ def evaluated(world, start, adapter=None) -> dict[str, float]:
             said.append(own)
     count, tokens = len(said), sum(len(own.tokens) for own in said)
     kl = sum(sum(own.logprobs) - sum(own.ref_logprobs) for own in said)
-    by_prompt = [fmean(scores[i : i + SAMPLES]) for i in range(0, count, SAMPLES)]
-    reach = 1.959964 * stdev(by_prompt) / len(by_prompt) ** 0.5
-    return {
-        "score": fmean(scores),
-        "score_low": fmean(scores) - reach,
-        "score_high": fmean(scores) + reach,
+    found = {
         **{f"score/{name}": sum(values) / count for name, values in raw.items()},
-        "kl": kl / count,
         "kl_per_token": kl / tokens,
         "kl_coef": KL_COEF,
         "reward": (sum(scores) - KL_COEF * kl) / count,
         "entropy": sum(sum(own.entropies) for own in said) / tokens,
-        "response_tokens": tokens / count,
-        "ended": sum(own.ended for own in said) / count,
     }
+    for title, own in ("", slice(count)), ("/few", slice(SAMPLES)), ("/more", slice(SAMPLES, count)):
+        found |= figures(scores[own], said[own], title)
+    return found
+
+
+def figures(scores: list[float], said: list[Heard], title: str) -> dict[str, float]:
+    """Of all prompts, or of those of a source; where there are several, with the interval over them."""
+    found = {
+        f"score{title}": fmean(scores),
+        f"kl{title}": fmean(sum(own.logprobs) - sum(own.ref_logprobs) for own in said),
+        f"response_tokens{title}": fmean(len(own.tokens) for own in said),
+        f"ended{title}": fmean(own.ended for own in said),
+    }
+    by_prompt = [fmean(scores[i : i + SAMPLES]) for i in range(0, len(scores), SAMPLES)]
+    if len(by_prompt) > 1:
+        reach = 1.959964 * stdev(by_prompt) / len(by_prompt) ** 0.5
+        found |= {f"score{title}_low": fmean(scores) - reach, f"score{title}_high": fmean(scores) + reach}
+    return found
 
 
 def test_exactly_these_files_are_left(finished):
@@ -169,16 +185,22 @@ def test_every_figure_of_the_docs_is_there(finished):
     common = {"step", "split", "epoch", "tokens", "tokens_seen", "step_seconds", "elapsed_seconds", "tokens_per_second"}
     assert set(first) - common == expected
     sampled = {"kl", "kl_per_token", "kl_coef", "entropy", "response_tokens", "ended", "score", "reward"}
-    assert set(held) - {"step", "split", "eval_seconds"} == sampled | parts | interval
+    of_sources = {
+        f"{name}/{title}" for name in ("score", "kl", "response_tokens", "ended") for title in ("few", "more")
+    }
+    of_sources |= {"score/more_low", "score/more_high"}
+    assert set(held) - {"step", "split", "eval_seconds"} == sampled | parts | interval | of_sources
 
 
 def test_the_best_actor_is_the_best_within_the_budget(finished):
+    """And patience ends the run, though a better one is there that went too far."""
     held = [record for record in metrics(finished, "eval") if record["step"]]
     within = max((r for r in held if r["kl"] <= BUDGET), key=lambda record: record["score"])
     assert max(held, key=lambda record: record["score"])["kl"] > BUDGET, "a better one went too far"
     best, last = (json.loads((finished / name / "align.json").read_text()) for name in ("best", "final"))
     told = {name: within[name] for name in ("step", "score", "kl")}
     assert {name: best[name] for name in told} == told == last["best"]
+    assert (last["step"], last["ended_by"]) == (4, {"patience": LONGER["patience"], "of_steps": 6})
 
 
 def test_the_same_prompts_are_answered_at_every_evaluation(world, finished):
@@ -192,7 +214,7 @@ def test_a_judge_changes_nothing(world, start, here, finished):
     """Every number to the bit, whether two judges look on or none."""
     section = judged(start)
     alone = section | {"rewards": section["rewards"][:2]}
-    run = ran(world, start, here, ppo=alone, train=LONGER | {"steps": 2}, **STEADY)
+    run = ran(world, start, here, ppo=alone, train=LONGER | {"steps": 2}, data=in_parts(world, here), **STEADY)
     named = ("score/other", "score/watching")
     watched = [{k: v for k, v in record.items() if k not in named} for record in metrics(finished)]
     assert metrics(run) == watched[:5]

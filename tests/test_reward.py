@@ -173,11 +173,12 @@ def test_an_sft_result_is_the_trunk_and_demonstrations_normalise(world, here):
 
 @pytest.mark.parametrize("pairs", ["all", "adjacent"])
 def test_margins_centring_and_ranked_lists(world, here, pairs):
-    """The loss of pairs with and without a margin beside lists of three, over all their pairs or the adjacent ones."""
+    """The loss of pairs with and without a margin beside lists of three, over all their pairs or the adjacent ones; and
+    of each of both files."""
     with_margin = [row | {"margin": 0.5 * i} if i else row for i, row in enumerate(lines(world.held_pairs)[:5])]
     ranked = [{"prompt": row["prompt"], "answers": [row["chosen"], "It.", row["rejected"]]} for row in with_margin]
     files = [write_rows(here / "pairs.jsonl", with_margin), write_rows(here / "ranked.jsonl", ranked)]
-    data = {"eval": {"sources": [{"path": str(file)} for file in files]}}
+    data = {"eval": {"sources": [{"path": str(file), "title": file.stem} for file in files]}}
     section = {"pairs": pairs, "centring": 0.05}
     run = train(world, here, data=data, train={"steps": 1}, reward=section)
     scorer = Scorer.load(run / "final", world.base)
@@ -186,7 +187,11 @@ def test_margins_centring_and_ranked_lists(world, here, pairs):
     lists = [couple for answers in row_scores(scorer, ranked) for couple in paired(answers)]
     margins = [0.5 * i for i in range(5)] + [0.0] * len(lists)
     assert len(lists) == (10 if pairs == "adjacent" else 15)
-    assert_same(metrics(run, "eval")[-1], expected([*scores, *lists], margins, 0.05))
+    record = metrics(run, "eval")[-1]
+    assert_same(record, expected([*scores, *lists], margins, 0.05))
+    for title, own in (("pairs", expected(scores, margins[:5], 0.05)), ("ranked", expected(lists, None, 0.05))):
+        numbers = {name: figure for name, figure in own.items() if not isinstance(figure, list)}
+        assert_same(record, {f"{name}/{title}": figure for name, figure in numbers.items()})
 
 
 @pytest.mark.parametrize(("examples", "row_tokens"), [(1, 1), (3, 180), (8, 480), (9, 4096)])

@@ -77,13 +77,18 @@ def test_the_engines_agree_and_nothing_of_the_server_stays(finished, server):
 
 
 @pytest.mark.slow
-def test_two_processes_ask_for_their_shares(finished, here):
-    """With seeds the responses are those of one process, and so are the figures."""
+@pytest.mark.parametrize("shard", ["none", "layers"])
+def test_two_processes_ask_for_their_shares(finished, server, here, shard):
+    """With seeds the responses are those of one process, and so are the figures; with the trunk in shards too, whose
+    adapter the server loads whole."""
     reference, recipe, _ = finished
-    for child in Child.pair(here, free_port(), recipe, f"run={here / 'two'}", stage=grpo):
-        told = child.wait()
-        assert (told.status, told.err) == (0, "")
+    words = f"run={here / 'two'}", f"train.shard={shard}"
+    ends = [child.wait() for child in Child.pair(here, free_port(), recipe, *words, stage=grpo)]
+    assert [(told.status, told.err) for told in ends] == [(0, "")] * 2
+    assert ("\nsharded: " in ends[0].out) == (shard == "layers")
+    assert server.models() == ["base"]
     for found, record in zip(metrics(here / "two"), metrics(reference), strict=True):
+        assert found["mismatch_kl"] < 1e-6
         assert found["response_tokens"] == record["response_tokens"]
         assert flat(found) == pytest.approx(flat(record), rel=1e-3, abs=1e-3)
 

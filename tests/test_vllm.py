@@ -86,6 +86,16 @@ def engine_of(server, **more):
     return {"url": server.url, "seeds": False, **more}
 
 
+@pytest.mark.parametrize("shard", ["layers", "none"])  # first, before what takes long: .ci/run has four minutes
+def test_two_processes(world, base, server, here, shard):
+    """Each asks for its own; with the trunk in shards too."""
+    recipe = written(world, base, here / "run.yaml", grpo, engine_of(server), steps=2, eval_every=1, shard=shard)
+    for child in Child.pair(here, free_port(), recipe, stage=grpo):
+        told = child.wait()
+        assert (told.status, told.err) == (0, "")
+    assert max(record["mismatch_kl"] for record in metrics(here / "run")) < 1e-3
+
+
 ASKED = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -218,13 +228,3 @@ def test_gone_for_good_the_run_ends_with_its_state_and_goes_on_later(world, base
     told = align(recipe, stage=ppo)
     assert (told.status, told.err) == (0, ""), told.err
     assert [r["step"] for r in lines(here / "run" / "metrics.jsonl") if r["split"] == "train"] == [1, 2, 3]
-
-
-@pytest.mark.parametrize("shard", ["none", "layers"])
-def test_two_processes(world, base, server, here, shard):
-    """Each asks for its own; with the trunk in shards too."""
-    recipe = written(world, base, here / "run.yaml", grpo, engine_of(server), steps=2, eval_every=1, shard=shard)
-    for child in Child.pair(here, free_port(), recipe, stage=grpo):
-        told = child.wait()
-        assert (told.status, told.err) == (0, "")
-    assert max(record["mismatch_kl"] for record in metrics(here / "run")) < 1e-3

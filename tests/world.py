@@ -169,6 +169,12 @@ def talk(question: str, *answers: str) -> dict[str, Any]:
     return {"messages": turns[:-1]}
 
 
+def in_two(folder: Path, rows: list[Any], first: int) -> list[dict[str, str]]:
+    """So many rows and the rest, as two sources with titles."""
+    parts = {"few": rows[:first], "more": rows[first:]}
+    return [{"path": str(write_rows(folder / f"{title}.jsonl", part)), "title": title} for title, part in parts.items()]
+
+
 def write_rows(path: Path, rows: list[Any]) -> Path:
     """As JSONL; a row that is a str stands as it is."""
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]

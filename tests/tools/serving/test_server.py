@@ -329,21 +329,64 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(service, monkeypatch,
     service.engine.faults = 0
 
 
+def started(folder, model, *words) -> tuple[Child, Service]:
+    """The command in a process of its own, once it serves."""
+    child = Child(folder, model, "--port", 0, "--dtype", "float32", *words, stage=serve)
+    until(lambda: "serving" in child.log.read_text() or child.process.exitcode is not None, 100)
+    return child, Service(child.log.read_text().split(" at ")[-1].strip(), None)
+
+
 @pytest.mark.slow
 def test_the_command_serves_and_ends_when_asked(shop, cache, tmp_path, monkeypatch):
     """A process of its own; SIGTERM lets a running request end."""
     monkeypatch.setenv("ALIGN_CACHE", str(cache))
-    child = Child(tmp_path, shop["red"], "--port", 0, "--dtype", "float32", stage=serve)
-    until(lambda: "serving" in child.log.read_text() or child.process.exitcode is not None, 100)
-    url = child.log.read_text().split(" at ")[-1].strip()
+    child, here = started(tmp_path, shop["red"])
     body = json.dumps({"model": "red", "prompt": [5, 6, 7], "max_tokens": 200, "ignore_eos": True, "stream": True})
-    request = urllib.request.Request(f"{url}/v1/completions", body.encode(), {"content-type": "application/json"})
+    request = urllib.request.Request(f"{here.url}/v1/completions", body.encode(), {"content-type": "application/json"})
     with urllib.request.urlopen(request) as reply:
         reply.readline()
         os.kill(child.process.pid, signal.SIGTERM)
         assert reply.read().endswith(b"data: [DONE]\n\n")
     told = child.wait()
     assert (told.status, told.err) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grace", [1, 600])
+def test_a_request_that_does_not_end_is_cut_off(shop, cache, tmp_path, monkeypatch, grace):
+    """Its body does not come. After the grace, or at once by a second signal. And a line says that other machines reach
+    the server, and who can use it."""
+    monkeypatch.setenv("ALIGN_CACHE", str(cache))
+    (tmp_path / "key").write_text("sesame")
+    key = ["--api-key-file", tmp_path / "key"] if grace == 1 else []
+    child, here = started(tmp_path, shop["red"], "--host", "0.0.0.0", "--grace", grace, *key)
+    line = socket.create_connection(("127.0.0.1", here.port))
+    line.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer sesame\r\n"
+        b"Content-Length: 100\r\n\r\n{"
+    )
+    here.get("/health")  # what came before it is a running request now
+    began = time.monotonic()
+    os.kill(child.process.pid, signal.SIGTERM)
+    child.process.join(0.5)
+    assert child.process.exitcode is None, "it waits"
+    if grace == 600:
+        os.kill(child.process.pid, signal.SIGTERM)
+    told = child.wait()
+    assert time.monotonic() - began < 15, "half of the time that a body may take"
+    assert b" 200 " not in line.recv(1000)
+    who = "whoever has the key" if key else "anybody"
+    assert (told.status, told.err.count("\n")) == (0, 1), told.err
+    assert told.err.startswith(f"other machines reach 0.0.0.0, and {who} can use it")
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [(host, True) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost")]
+    + [(host, False) for host in ("0.0.0.0", "::", "192.168.1.5", "fe80::1", "localhost.example.org")],
+)
+def test_which_addresses_are_this_machine_alone(host, local):
+    assert serve.is_local(host) == local
 
 
 @pytest.mark.slow
@@ -354,9 +397,7 @@ def test_a_template_without_end_holds_up_nobody(shop, cache, tmp_path, monkeypat
     (endless / "chat_template.jinja").write_text(
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     )
-    child = Child(tmp_path, shop["red"], "--port", 0, "--dtype", "float32", "--adapters", tmp_path, stage=serve)
-    until(lambda: "serving" in child.log.read_text() or child.process.exitcode is not None, 100)
-    here = Service(child.log.read_text().split(" at ")[-1].strip(), None)
+    child, here = started(tmp_path, shop["red"], "--adapters", tmp_path)
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(here.post, "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "endless"})
         replies = 0
