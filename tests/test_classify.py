@@ -163,7 +163,7 @@ def test_two_processes_are_one(world, here, run):
     path = recipe(world, here / "r.yaml", classify={"precision": 0.9})
     first, second = (child.wait() for child in Child.pair(here, 29533, path, stage=classify))
     assert (first.status, second.status, second.out) == (0, 0, ""), first.err + second.err
-    assert flat(here / "run") == pytest.approx(flat(run), rel=2e-3, abs=1e-5)
+    assert flat(here / "run") == pytest.approx(flat(run), rel=1e-5, abs=1e-5)
     first, last = metrics(here / "run", "eval")[0], metrics(here / "run", "test")[-1]
     assert first["accuracy"] == metrics(run, "eval")[0]["accuracy"]
     assert last["accuracy"] == metrics(run, "test")[-1]["accuracy"]

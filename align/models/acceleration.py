@@ -70,10 +70,16 @@ class Offer(NamedTuple):
     """What a user should know of what is missing."""
 
 
+def there_is(folder: str) -> bool:
+    """Whether this folder has its modules; what git leaves of one, with bytecode alone, has none."""
+    spec = find_spec(f"{__package__}.{folder}")
+    return spec is not None and spec.origin is not None
+
+
 def offer(device: torch.device) -> Offer:
     """What there is for a device."""
     folder = FOLDERS.get(device.type)
-    if folder is None or find_spec(f"{__package__}.{folder}") is None:
+    if folder is None or not there_is(folder):
         return Offer()
     return import_module(f"{__package__}.{folder}").OFFER
 

@@ -182,3 +182,12 @@ def test_without_a_compiler_attention_is_the_dense_one_with_a_remark(variants, m
     assert trunk.packed
     assert trunk.forest_attention is dense_attention
     assert any("no compiler here" in remark for remark in trunk.remarks)
+
+
+def test_what_a_gpu_is_offered():
+    """All there is; without `models/cpu`, whose modules it fuses and prepares, attention and replayed steps."""
+    offered, plain = acceleration.offer(torch.device("cuda")), Offer()
+    assert offered.attention is flex.flex_attention
+    assert offered.replayed is not plain.replayed
+    whole = acceleration.there_is("cpu")
+    assert (offered.adopt is not plain.adopt, offered.for_sampling is not plain.for_sampling) == (whole, whole)
