@@ -137,6 +137,8 @@ def test_chat_finds_the_trunk_by_itself(chain, here, monkeypatch):
 def test_prediction_has_the_numbers_of_the_run(chain, here):
     """The trunk and its bits come from the result."""
     classifier = Classifier(chain.classify)
+    beside = json.loads((chain.classify / "base_config.json").read_text())
+    assert "quantization_config" not in beside, "plain transformers loads the base as it is"
     assert classifier.trunk.links[0].quantize == chain.bits
     texts = ["yes 1", "no 4"]
     shares = classifier.probabilities(texts)

@@ -79,8 +79,7 @@ def test_the_engines_agree_and_nothing_of_the_server_stays(finished, server):
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "layers"])
 def test_two_processes_ask_for_their_shares(finished, server, here, shard):
-    """With seeds the responses are those of one process, and so are the figures; with the trunk in shards too, whose
-    adapter the server loads whole."""
+    """With seeds the responses are those of one process, and so are the figures; with the trunk in shards too."""
     reference, recipe, _ = finished
     words = f"run={here / 'two'}", f"train.shard={shard}"
     ends = [child.wait() for child in Child.pair(here, free_port(), recipe, *words, stage=grpo)]
