@@ -1,12 +1,14 @@
 """A real vLLM. A merged checkpoint answers as in transformers. Rollouts: PPO and GRPO learn as with the own engine; a
-server that is killed in mid-step and started again; two processes. Needs a venv that benchmarks/vllm_cpu.sh made:
-.vllm, or the one that ALIGN_VLLM names."""
+server that is killed in mid-step and started again; two processes. And the `openai` client against it. Needs a venv
+that benchmarks/vllm_cpu.sh made: .vllm, or the one that ALIGN_VLLM names."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -29,6 +31,7 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not (VLLM / "made").exists(), reason=f"no vLLM in {VLLM}: benchmarks/vllm_cpu.sh makes it"),
 ]
+TESTS = Path(__file__).parent
 SAMPLES, PROMPTS, NEW, STEPS, SEEDS = 8, 7, 4, 12, (0, 1, 2)
 T_OF_4 = 8.610  # Student's t with 2 x (3 - 1) degrees of freedom, 99.9 %: draws are new each time
 watching = []  # called at each scoring
@@ -181,6 +184,15 @@ def test_it_draws_from_the_adapter_that_was_loaded_last(base, server, here):
         assert draws.apart < 1e-3
         assert max(abs(draws.surprise), abs(draws.first)) < 4, draws
         assert draws.adapter > 0.3, "the adapters say something else than the base"
+
+
+def test_the_openai_client_as_it_is(base, server):
+    """The tests of align.serve, but for what they list, and for the key, which this server has not."""
+    asked = {"ALIGN_SERVE_URL": server.url, "ALIGN_SERVE_MODEL": str(base)}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tools/serving/test_openai.py"]
+    told = subprocess.run(command, cwd=TESTS, env=os.environ | asked, capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout
+    assert re.search(r"^10 passed, 3 skipped", told.stdout, re.MULTILINE), told.stdout
 
 
 def test_another_trunk_is_named(world, base, server, here):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -21,6 +22,9 @@ from align import reward, sft
 
 pytestmark = [pytest.mark.slow, needs_browser, pytest.mark.timeout(300)]
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>\x1b[2J&lt; "
+SHADED = """
+    const style = getComputedStyle(document.querySelector(".token"));
+    return [style.color, getComputedStyle(document.body).backgroundColor, style.backgroundColor];"""
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,20 @@ def answer_of(server: Service, model: str, messages: list, **more) -> str:
     return told["choices"][0]["message"]["content"]
 
 
+def contrast(ink: str, paper: str, shade: str) -> float:
+    """That of two colours of a page, as the WCAG have it, with a shade over the lower one."""
+    over = [float(each) for each in re.findall(r"[\d.]+", shade)]  # color(srgb red green blue / alpha)
+    ink, paper = ([int(each) / 255 for each in re.findall(r"\d+", colour)] for colour in (ink, paper))
+    paper = [over[3] * high + (1 - over[3]) * low for high, low in zip(over, paper, strict=False)]
+    light, dark = sorted((luminance(ink), luminance(paper)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def luminance(colour: list[float]) -> float:
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in colour]
+    return sum(share * each for share, each in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
 def user(text: str) -> dict:
     return {"role": "user", "content": text}
 
@@ -141,6 +159,10 @@ def test_tokens_and_their_probabilities(page, server):
     assert not page.one("#tip").is_displayed()
     page.one("#shade").click()
     assert page.run("return getComputedStyle(document.querySelector('.token')).backgroundColor") != "rgba(0, 0, 0, 0)"
+    page.run("document.querySelector('.token').style.setProperty('--doubt', 1)")
+    for scheme in ("light", "dark"):
+        page.colours(scheme)
+        assert contrast(*page.run(SHADED)) >= 4.5, f"{scheme}: a token that is shaded most can be read"
 
 
 def test_side_by_side_and_a_vote(page, server, votes, world, tmp_path):
