@@ -209,7 +209,8 @@ def every_stage(world, wide, here: Path) -> dict[str, Job]:
     add("dpo", "cached", preferences(dpo), dpo={"reference": "cached"})
     add("dpo", "kto", preferences(dpo), **heavy(world.held_verdicts), dpo={"loss": "kto"})
     add("dpo", "kto copied", preferences(dpo), lora=None, dpo={"loss": "kto"}, **GENTLE)
-    add("reward", "scores", preferences(reward), **heavy(world.held_pairs))
+    four = {"batch": {"examples": 4}}  # of fewer, a gradient is so small that AdamW makes its rounding large
+    add("reward", "scores", preferences(reward), **heavy(world.held_pairs) | four)
     add("reward", "all scores", preferences(reward), lora=None, **GENTLE)
     add("classify", "classes", labelled)
     add("classify", "blocks", labelled, lora=None, classify={"train": "last_blocks"})
