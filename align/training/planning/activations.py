@@ -109,7 +109,7 @@ def _traced(skeleton: Skeleton, layers: int, way: Way, tokens: int, segment: int
         device, dtype = ("cpu", torch.float32) if way.autocast else ("meta", way.dtype)
         model = skeleton.made(layers, dtype, device)
         base = plain(model)
-        if not way.autocast:
+        if not way.autocast and not skeleton.model.quantize:  # peft's own layers compute on packed weights
             fast.adopt(base, True)
         model.train()
         if skeleton.model.gradient_checkpointing:

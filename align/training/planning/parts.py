@@ -18,6 +18,7 @@ PACKED = {"4bit": 0.5 + 1 / 64 + 4 / 64 / 256, "8bit": 1.0}  # bytes a weight: N
 COPIES = 2**31  # bytes of prepared weights on a CPU, as in models/cpu/packed.py
 # Resident on a CPU besides: code that is first run, threads, gaps (seen: 0 to 170 MB); and with gloo (60 to 280 MB).
 LIBRARIES, WITH_GLOO = 60 * 10**6, 140 * 10**6
+PACKING = 100 * 10**6  # what bitsandbytes takes on a CPU besides (seen: 10 to 280 MB)
 WITHOUT_REFERENCE = ("simpo", "orpo")
 
 
@@ -185,6 +186,8 @@ def held(at: Setting) -> list[Part]:
         parts.append(Part("the teacher", teacher_bytes(at) // at.shards))
     if at.device.type == "cpu":
         parts.append(Part("PyTorch's own", WITH_GLOO if at.processes > 1 else LIBRARIES))
+    if at.device.type == "cpu" and at.recipe.model.quantize:
+        parts.append(Part("bitsandbytes' own", PACKING))
     if at.processes > 1 and at.shards == 1:
         parts.append(Part("gradients to be exchanged", 4 * trained(at)))
     return parts
