@@ -153,9 +153,10 @@ def _learning(at: Setting, always: list[Part], load: Load, one: Row, limits: Bud
     if recipe.stage == "distill":  # before the student's pass
         other = row(at.teacher, at.way, load.row, load.segment) if at.teacher else one
         moments.append(Moment("the teacher", (*fixed, *before, Part("a layer", other.forward), *unpack, *teaching(at))))
-    if load.beside:  # the actor's alone, after the rows of its responses
+    if load.beside:  # the actor's alone; the only row of responses has been said, with its graph, before the first
         other, most = row(at.skeleton, at.way, load.beside.row, load.beside.segment), load.beside.row
-        held = (*fixed, slopes, Part("activations kept", other.kept))
+        said = [Part("activations of the responses", kept.bytes)] if load.rows == 1 else []
+        held = (*fixed, slopes, *said, Part("activations kept", other.kept))
         moments.append(Moment("ptx, the loss", (*held, _logits(at, limits, most))))
         moments.append(Moment("ptx, the backward pass", (*held, Part("a layer's gradients", other.backward), *unpack)))
     return moments

@@ -73,6 +73,7 @@ def test_language_modelling_beside_ppo(base):
     assert set(moments(beside)) - set(moments(without)) == {"ptx, the loss", "ptx, the backward pass"}
     one, other = moments(beside)["ptx, the loss"], moments(beside)["the loss"]
     assert one["activations kept"] == row(at.skeleton, at.way, 2048, 1024).kept
+    assert one["activations of the responses"] == other["activations kept"]
     assert one["logits"] > other["logits"]
     updates = at.recipe.ppo.epochs * 2
     trunk = 2 * moments(without)["update"]["trunk"]
