@@ -59,7 +59,11 @@ def clone(world, here, monkeypatch) -> Path:
 def form(text: str) -> list[str]:
     """Lines without numbers, their intervals, names of bases and verdicts: what outputs of two models have in common. A
     tiny one has no plan, and numbers that are all the same no interval."""
-    lines = [line for line in text.splitlines() if line not in ("", "…") and not line.startswith(("plan:", "      "))]
+    lines = [
+        line
+        for line in text.splitlines()
+        if line not in ("", "…") and not line.startswith(("plan:", "peak:", "      "))
+    ]
     lines = [re.sub(r"\S*/base\b|demo/smollm2-135m", "BASE", line).split("(")[0] for line in lines]
     lines = [re.sub(r"\b(bfloat16|float32)", "DTYPE", line) for line in lines]
     lines = ["WHICH IS BETTER" if WHICH.match(line) else line for line in lines]
