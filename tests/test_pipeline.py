@@ -440,15 +440,20 @@ def when(ready, then):
 def test_stopped_by_a_signal_then_killed_it_ends_as_if_nothing_had_happened(ran, folder):
     """The kill leaves a stage that runs on by itself: started here as the pipeline starts it, without a pipeline."""
     path, log = written({"sft": SFT}), Path("runs/both/sft/metrics.jsonl")
-    begun = when(
-        lambda: log.is_file() and log.read_text().count("\n") >= 2, lambda: os.kill(os.getpid(), signal.SIGTERM)
-    )
-    told = align(path, stage=pipeline)
-    begun.join()
-    assert told.status == 0
-    step = int(re.search(r"sft: stopped at step (\d) of 6", told.out)[1])
-    assert told.out.endswith("stopped by a signal; run the same command again to go on from there\n")
-    assert lines(log)[-1]["step"] == step < 6
+    for _ in range(5):  # a machine with much to do may give it the signal after its last step
+        begun = when(
+            lambda: log.is_file() and log.read_text().count("\n") >= 2, lambda: os.kill(os.getpid(), signal.SIGTERM)
+        )
+        told = align(path, stage=pipeline)
+        begun.join()
+        assert told.status == 0
+        step = int(re.search(r"sft: stopped at step (\d) of 6", told.out)[1])
+        assert told.out.endswith("stopped by a signal; run the same command again to go on from there\n")
+        assert lines(log)[-1]["step"] == step
+        if step < 6:
+            break
+        shutil.rmtree("runs")
+    assert step < 6
     stage = stages_of(Document(path), Path("runs/both"))[0]
     command = ["python", "-m", "align.sft", "runs/both/stages/sft.yaml"]
     own = Path("runs/both/logs/sft.log")
