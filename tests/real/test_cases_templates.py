@@ -32,7 +32,8 @@ def recipe(file: Path, to: Path, base: str = str(BASE)) -> Path:
 def test_responses_end_where_training_ended_them(here):
     """The template ends turns with `<s>`; the tokenizer's end of text is another."""
     shutil.copytree(CASES / "wrong-end", here, dirs_exist_ok=True)
-    told = align(recipe(here / "sft.yaml", here / "1.yaml"))
+    # Sixty steps at 1e-2 to the end may leave, by rounding alone, what had been learnt.
+    told = align(recipe(here / "sft.yaml", here / "1.yaml"), "optim.schedule=linear")
     assert told.status == 0, told.err
     told = align(recipe(here / "eval.yaml", here / "2.yaml"), stage=evaluate)
     assert told.status == 0, told.err
