@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from functools import partial
 from hashlib import sha256
@@ -104,6 +105,13 @@ def base_config(section: Model, scores: bool, described: Path | None = None) -> 
     return config
 
 
+def _stay_within_limit() -> None:
+    """No more threads than OpenMP gives: PyTorch does not ask, and oneDNN's products are wrong where some lack."""
+    limit = os.environ.get("OMP_THREAD_LIMIT", "")
+    if limit.isdigit() and 0 < int(limit) < torch.get_num_threads():
+        torch.set_num_threads(int(limit))
+
+
 def load_base(
     section: Model,
     device: torch.device,
@@ -120,6 +128,7 @@ def load_base(
     a head of as many scores in place of the output projection. `loaded_on`: where it stays for now, if not on the
     device.
     """
+    _stay_within_limit()
     place, dtype = loaded_on or device, compute_dtype(section.dtype, device)
     results = [read_result(name, "model.adapter") for name in section.adapters]
     folder, config = base_folder(section), base_config(section, outputs is not None)
