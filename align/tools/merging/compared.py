@@ -23,9 +23,8 @@ TEXTS = (
 )
 LONGEST = 48  # tokens of a probe
 DRAWN = 2  # probes of any tokens, those that were added among them
-TOLERANCE = (
-    1e-4  # of the largest logit where that is above 1; float32 itself has noise of some 1e-6 of it (docs/merge.md)
-)
+# Of the largest logit where that is above 1; float32 itself has noise of some 1e-6 of it (docs/merge.md).
+TOLERANCE = 1e-4
 
 
 class Difference(NamedTuple):

@@ -18,7 +18,7 @@ PACKED = {"4bit": 0.5 + 1 / 64 + 4 / 64 / 256, "8bit": 1.0}  # bytes a weight: N
 COPIES = 2**31  # bytes of prepared weights on a CPU, as in models/cpu/packed.py
 # Resident on a CPU besides: code that is first run, threads, gaps (seen: 0 to 170 MB); and with gloo (60 to 280 MB).
 LIBRARIES, WITH_GLOO = 60 * 10**6, 140 * 10**6
-PACKING = 100 * 10**6  # what bitsandbytes takes on a CPU besides (seen: 10 to 280 MB)
+PACKING = 100 * 10**6  # what bitsandbytes takes on a CPU besides (seen: 110 to 280 MB)
 WITHOUT_REFERENCE = ("simpo", "orpo")
 
 
@@ -71,7 +71,7 @@ class Setting(NamedTuple):
 
     @property
     def copied_head(self) -> int:
-        """The same of the head, which has none where it classifies."""
+        """The same of the output head, of which there is none where the model scores."""
         sizes = self.skeleton.sizes
         if self.device.type != "cpu" or self.skeleton.outputs:
             return 0
