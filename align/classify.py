@@ -52,7 +52,7 @@ from align.training.launch import run_stage
 from align.training.learner import Metrics
 from align.training.loop import Loop
 from align.training.meters import Sums, interval
-from align.training.runs.checkpoint import write_atomic
+from align.training.runs.durable import write_atomic
 from align.training.session import SHOWN, Session
 from align.training.shards import load_trunk
 from align.training.supervised import fit

@@ -30,7 +30,7 @@ from align.tools.comparison.page import costs, figures, markdown, page
 from align.tools.comparison.summary import cost, headlines, summary
 from align.training.bootstrap import Draws
 from align.training.borders.border import border, shows
-from align.training.runs.checkpoint import write_atomic
+from align.training.runs.durable import write_atomic
 from align.training.runs.removal import is_written, run_recipe
 
 

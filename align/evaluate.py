@@ -52,7 +52,7 @@ from align.training.launch import run_stage
 from align.training.meters import environment
 from align.training.rollouts.parts import RewardPart
 from align.training.rollouts.rewards import Rewards
-from align.training.runs.checkpoint import write_atomic
+from align.training.runs.durable import write_atomic
 from align.training.screen import Screen
 from align.training.session import Session
 

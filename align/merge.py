@@ -33,7 +33,7 @@ from align.tools.merging.chain import merged_chain, read_results
 from align.tools.merging.checkpoint import refuse_taken, sizes, write
 from align.tools.merging.export import GGUF_TYPES, converter, modelfile, to_gguf
 from align.training.borders.border import Parser, border, shows
-from align.training.runs.checkpoint import published
+from align.training.runs.durable import published
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -37,7 +37,7 @@ from align.tools.pipeline.stage import Stage
 from align.tools.pipeline.stages import stages_of
 from align.training.borders.border import Parser, border, shows
 from align.training.borders.stops import signals
-from align.training.runs.checkpoint import write_atomic
+from align.training.runs.durable import write_atomic
 from align.training.runs.removal import is_written, run_recipe
 
 LAST_LINES = 12  # of a stage that failed

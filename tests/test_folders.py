@@ -84,3 +84,12 @@ def test_fresh_killed_then_the_plain_command(whole, here, times):
         assert metrics(run) == metrics(whole[0])
         assert set(tree(run)) == {*tree(whole[0]), "notes.txt"}
         assert not list(run.rglob(".*"))
+
+
+def test_killed_between_a_checkpoint_and_the_deletion_of_an_older_one(whole, here):
+    run = shutil.copytree(whole[0], here / "run")
+    shutil.rmtree(run / "final")
+    shutil.copytree(run / "checkpoints" / "step-000003", run / "checkpoints" / "step-000002")
+    told = align(whole[1], f"run={run}")
+    assert told.status == 0, told.err
+    assert set(tree(run)) == set(tree(whole[0]))

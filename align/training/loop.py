@@ -34,7 +34,8 @@ from align.training.learner import Learner, Work
 from align.training.meters import Sums, Throughput
 from align.training.plan import Plan, learning_rate
 from align.training.planning.forecast import planned_rows
-from align.training.runs.checkpoint import CheckpointWriter, published
+from align.training.runs.checkpoint import CheckpointWriter
+from align.training.runs.durable import published
 from align.training.runs.run import Run
 from align.training.runs.start import find_start, start_from, terms_of
 from align.training.runs.state import kept_portions, restore

@@ -22,7 +22,7 @@ from align.models.trunk import Trunk
 from align.objectives.logprobs import linear_kl, linear_logprobs
 from align.objectives.losses import path_sums
 from align.training.batches import Batches
-from align.training.runs.checkpoint import write_atomic
+from align.training.runs.durable import write_atomic
 from align.training.screen import Screen
 from align.training.session import Session
 from align.training.shards import let_go

@@ -17,7 +17,7 @@ from align.recipe.errors import UserError
 from align.recipe.locks import locked
 from align.recipe.paths import expanded
 from align.recipe.records import parsed, to_json
-from align.training.runs.checkpoint import sync, write_atomic
+from align.training.runs.durable import sync, write_atomic
 
 
 class Answers:

@@ -25,7 +25,7 @@ from align.tools.evaluation.generation import SUMS, Prompts, Responses
 from align.tools.pipeline.inputs import digest
 from align.training.bootstrap import Estimate
 from align.training.rollouts.parts import RewardPart
-from align.training.runs.checkpoint import write_atomic
+from align.training.runs.durable import write_atomic
 from align.training.runs.removal import is_written, run_recipe
 from align.training.runs.run import differences
 

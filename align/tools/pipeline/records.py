@@ -19,7 +19,7 @@ from align import __version__
 from align.recipe.records import is_there, parsed, to_json
 from align.tools.pipeline.inputs import digest, digests
 from align.tools.pipeline.stage import Stage
-from align.training.runs.checkpoint import write_atomic
+from align.training.runs.durable import write_atomic
 from align.training.runs.run import FREE
 
 UNSEEN = FREE | {"workers": ..., "engine": ...}  # where `prepare` works: of a recipe, what decides on no result

@@ -17,7 +17,7 @@ from typing import Any
 from align.recipe.errors import UserError
 from align.recipe.records import parsed, to_json
 from align.recipe.section import Section
-from align.training.runs.checkpoint import write_atomic
+from align.training.runs.durable import write_atomic
 from align.training.runs.removal import RECIPE, is_written, run_recipe
 
 MANIFEST, BESIDE, KEY, OLD = "manifest.json", ".preparing", "key.json", "old.json"

@@ -34,7 +34,7 @@ from align.training.report.classification_plots import classification_section
 from align.training.report.panels import ANSWERS, Metrics, curves, distributions, panel_title, records
 from align.training.report.plots import Curve, amount, change, duration, pages, percent, size, value
 from align.training.report.rollout_plots import rollout_section
-from align.training.runs.checkpoint import write_atomic
+from align.training.runs.durable import write_atomic
 
 LEDGER_ROWS = 50
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from torch import Tensor
 from align.models.checkpoints.sources import foreign
 from align.recipe.errors import UserError
 from align.recipe.records import parsed, to_json
+from align.training.runs.durable import speaking, sync
 
 FORMAT = 1
 Tensors = dict[str, dict[str, Tensor]]  # file name without suffix -> name -> tensor
@@ -88,6 +87,14 @@ def tidy_checkpoints(folder: Path) -> None:
             shutil.rmtree(aside)
 
 
+def trim_checkpoints(point: Path, keep: int) -> None:
+    """Delete what a kill right after `point` was written left: all older ones but the newest `keep` - 1."""
+    there = sorted(_checkpoints(point.parent), reverse=True)
+    newest = [path for _, _, path in there].index(point)
+    for *_, path in there[newest + keep :]:
+        _discard(path)
+
+
 class CheckpointWriter:
     """Saves in a background thread while training goes on, one checkpoint at a time."""
 
@@ -137,26 +144,6 @@ def copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace the file at `path` in one step: a kill leaves the old content or the new, never a part.
-
-    Makes the folder where there is none. Half a surrogate pair, which UTF-8 lacks, is written as its escape. Raises
-    UserError when the disk is full or refuses.
-    """
-    beside = path.with_name(f".writing-{path.name}")
-    raw = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    with speaking(path, len(raw)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            beside.write_bytes(raw)
-            sync(beside)
-            beside.replace(path)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
-        sync(path.parent)
-
-
 def _write(folder: Path, step: int, tensors: Tensors, state: str, keep: int) -> Path:
     assert min(step, keep - 1) >= 0, (step, keep)
     path, writing, old = (folder / f"{prefix}step-{step:06d}" for prefix in ("", ".writing-", ".old-"))
@@ -192,7 +179,11 @@ def _prune(folder: Path, saved: Path, keep: int) -> None:
     others = [path for *_, path in sorted(_checkpoints(folder), reverse=True) if path != saved]
     kept = [path for path in others if _fault(path, hashes=False) is None][: keep - 1]
     for path in set(others) - set(kept):
-        shutil.rmtree(path.rename(path.with_name(f".old-{path.name}")))
+        _discard(path)
+
+
+def _discard(path: Path) -> None:
+    shutil.rmtree(path.rename(path.with_name(f".old-{path.name}")))
 
 
 def _checkpoints(folder: Path) -> Iterator[tuple[int, bool, Path]]:
@@ -232,65 +223,3 @@ def _fault(path: Path, hashes: bool = True) -> str | None:
 def _measure(file: Path) -> dict[str, int | str]:
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file's content, or a folder's names, before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def published(folder: Path, size: int) -> Iterator[Path]:
-    """A folder to write into that takes the place of `folder` when it is whole and on the disk; a link there goes, and
-    what it points to stays."""
-    beside, old = (folder.with_name(f".{word}-{folder.name}") for word in ("writing", "old"))
-    with speaking(folder, size):
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        try:
-            yield beside
-            for file in (*beside.iterdir(), beside):
-                sync(file)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-        if folder.is_symlink():
-            folder.unlink()
-        elif folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)  # until the next line there is none, and a run that is killed here writes it anew
-        beside.rename(folder)
-        sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def speaking(path: Path, size: int) -> Iterator[None]:
-    """Say what the disk refused, when `size` bytes were to be written at `path`, in words that help."""
-    try:
-        yield
-    except Exception as error:
-        if (reason := _refused(error)) is None:
-            raise
-        near = next((folder for folder in path.parents if folder.is_dir()), Path("/"))
-        free = shutil.disk_usage(near).free
-        room = f"{size / 1e6:,.1f} MB to write, {free / 1e6:,.1f} MB free in {near}"
-        raise UserError(
-            f"{path}: cannot be written: {reason} ({room}); make room there or choose another `run` folder. "
-            "What was saved before is still whole."
-        ) from error
-
-
-def _refused(error: Exception) -> str | None:
-    """What the system said, where it refused a file; None for another error. Libraries in Rust wrap it in their own:
-    safetensors in SafetensorError, tokenizers in a bare Exception."""
-    if isinstance(error, UserError):
-        return None
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    found = re.search(r"([^:]*) \(os error \d+\)", str(error))
-    return found[1].strip() if found else str(error) if isinstance(error, SafetensorError) else None

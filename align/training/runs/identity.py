@@ -7,13 +7,13 @@ import json
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from align.data.examples import Examples
 from align.data.formats.prompts import asked

@@ -17,13 +17,14 @@ from align.recipe.errors import UserError
 from align.recipe.load import STAGES, dump_recipe
 from align.recipe.records import is_there
 from align.recipe.schema import BaseRecipe, Section
-from align.training.runs.checkpoint import sync
+from align.training.runs.durable import sync
 
 RECIPE, ASIDE = "recipe.yaml", ".old-run"
 HEADER = "# The resolved recipe of a run of align. This folder is the run's own: --fresh deletes what it wrote here.\n"
 OWN = (
-    "environment.json", "metrics.jsonl", "ledger.jsonl", "data.json", "samples.jsonl", "episodes.jsonl", "answers.jsonl",
-    "summary.json", "report.html", "classification.json", "tensorboard", "checkpoints", "best", "final", "engine",
+    "environment.json", "metrics.jsonl", "ledger.jsonl", "data.json", "samples.jsonl", "episodes.jsonl",
+    "answers.jsonl", "summary.json", "report.html", "classification.json", "tensorboard", "checkpoints", "best",
+    "final", "engine",
 )  # fmt: skip
 CHECKPOINT = re.compile(r"(\.old-|\.writing-)?step-[0-9]{6,}")
 

@@ -20,12 +20,13 @@ from align.recipe.errors import UserError
 from align.recipe.load import load_recipe
 from align.recipe.records import parsed, read_lines, to_json
 from align.recipe.schema import BaseRecipe
-from align.training.rollouts.parts import CALLING
-from align.training.runs.checkpoint import load_state, newest_checkpoint, speaking, tidy_checkpoints, write_atomic
-from align.training.runs.identity import Identity, changes, read_identity
 from align.training.best import patience_end
 from align.training.meters import environment
 from align.training.plan import Plan, learning_rate
+from align.training.rollouts.parts import CALLING
+from align.training.runs.checkpoint import load_state, newest_checkpoint, tidy_checkpoints, trim_checkpoints
+from align.training.runs.durable import speaking, write_atomic
+from align.training.runs.identity import Identity, changes, read_identity
 from align.training.runs.removal import (
     check_own,
     finish_removal,
@@ -139,6 +140,7 @@ class Run:
         tidy(self.folder)
         if point:
             point = point.with_name(point.name.removeprefix(".old-"))
+            trim_checkpoints(point, self.recipe.train.keep)
         records = self.records("metrics.jsonl")
         evaluated = any(record["step"] == step and record["split"] == "eval" for record in records)
         said = (*passed_over, *self._extended(examples, plan))

@@ -46,9 +46,7 @@ def adamw(model: nn.Module, optim: Optim, rates: dict[str, float]) -> torch.opti
 def capture(named: Named, optimizer: torch.optim.Optimizer, keep: bool = True) -> Tensors:
     """Copies of weights and AdamW moments, on the CPU; with shards, every process must call it, and those that do not
     `keep` get none."""
-    moments = {
-        f"{name}/{key}": value for name, p in named.items() for key, value in optimizer.state.get(p, {}).items()
-    }
+    moments = {f"{name}/{key}": value for name, p in named.items() for key, value in optimizer.state.get(p, {}).items()}
     return {"model": gathered(named, keep, copies=True), "optimizer": gathered(moments, keep, copies=True)}
 
 
@@ -112,7 +110,9 @@ def restore(path: Path, named: Named, optimizer: torch.optim.Optimizer, fingerpr
         raise UserError(f"{path} holds other weights than this recipe trains; start over with --fresh")
     moments = tensors.get("optimizer", {})
     if state["step"] and not moments:
-        raise UserError(f"{path} has no moments of AdamW, which has made {state['step']:,} steps; start over with --fresh")
+        raise UserError(
+            f"{path} has no moments of AdamW, which has made {state['step']:,} steps; start over with --fresh"
+        )
     put_back(path, tensors["model"], moments, named, optimizer)
     return state
 

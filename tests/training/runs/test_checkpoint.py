@@ -13,15 +13,8 @@ import torch
 
 from align.recipe.errors import UserError
 from align.training.runs import checkpoint
-from align.training.runs.checkpoint import (
-    CheckpointWriter,
-    copied,
-    load_checkpoint,
-    newest_checkpoint,
-    published,
-    save_checkpoint,
-    write_atomic,
-)
+from align.training.runs.checkpoint import CheckpointWriter, copied, load_checkpoint, newest_checkpoint, save_checkpoint
+from align.training.runs.durable import published, write_atomic
 
 
 def parts(value: float) -> dict:

@@ -18,7 +18,8 @@ from forks import forked
 from test_checkpoint import names, parts, save, value_of
 
 from align.recipe.errors import UserError
-from align.training.runs.checkpoint import CheckpointWriter, newest_checkpoint, save_checkpoint, write_atomic
+from align.training.runs.checkpoint import CheckpointWriter, newest_checkpoint, save_checkpoint
+from align.training.runs.durable import write_atomic
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}  # audited by Python
 

@@ -10,7 +10,16 @@ from pathlib import Path
 from world import tree
 
 from align.recipe.schema import BaseRecipe, Data, Model, Source
-from align.training.runs.removal import ASIDE, OWN, finish_removal, forget_removal, is_free, is_run, remove_run, run_recipe
+from align.training.runs.removal import (
+    ASIDE,
+    OWN,
+    finish_removal,
+    forget_removal,
+    is_free,
+    is_run,
+    remove_run,
+    run_recipe,
+)
 
 OPERATIONS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "open"}  # audited by Python
 FOREIGN = ("notes.txt", "checkpoints/best of them.txt", "eval/table.csv")

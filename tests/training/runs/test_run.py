@@ -13,9 +13,10 @@ import pytest
 from align.models.checkpoints.sources import base_folder
 from align.recipe.errors import UserError
 from align.recipe.schema import BaseRecipe, Batch, Data, Model, Source, Train
-from align.training.runs.checkpoint import newest_checkpoint, save_checkpoint, tidy_checkpoints, write_atomic
-from align.training.runs.identity import changes, read_identity
 from align.training.plan import Plan
+from align.training.runs.checkpoint import newest_checkpoint, save_checkpoint, tidy_checkpoints, trim_checkpoints
+from align.training.runs.durable import write_atomic
+from align.training.runs.identity import changes, read_identity
 from align.training.runs.removal import OWN, run_recipe
 from align.training.runs.run import Run
 
@@ -78,6 +79,15 @@ def test_what_a_kill_left_of_checkpoints_goes_and_a_whole_one_comes_back(tmp_pat
     (tmp_path / ".writing-step-000005").mkdir()
     tidy_checkpoints(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000003", "step-000004"]
+
+
+def test_what_a_kill_before_the_old_ones_went_left_is_trimmed(tmp_path):
+    for step in (5, 999_998, 999_999, 1_000_000, 1_000_001):
+        save_checkpoint(tmp_path, step, {}, {"step": step}, keep=9)
+    trim_checkpoints(tmp_path / "step-1000000", 2)  # the one behind it is damaged, say, and is written anew
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1000000", "step-1000001", "step-999999"]
+    trim_checkpoints(tmp_path / "step-1000000", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1000000", "step-1000001"]
 
 
 def test_a_plan_goes_on_behind_a_short_step():
@@ -147,7 +157,10 @@ def test_changes_are_told_by_what_they_come_from():
         ({}, "identity.sides: "),
         ({"sides": {"train": 5}}, "identity.sides.train: "),
         ({"sides": {"train": side(1, "a") | {"files": {"x": 1}}}}, "identity.sides.train.files.x: "),
-        (dict.fromkeys(("template", "tokenizer", "base", "settings"), "t") | {"sides": {}, "results": [1]}, "identity.results: "),
+        (
+            dict.fromkeys(("template", "tokenizer", "base", "settings"), "t") | {"sides": {}, "results": [1]},
+            "identity.results: ",
+        ),
     ],
 )
 def test_a_damaged_identity_is_one_line(found, place):
@@ -198,5 +211,7 @@ def test_a_checkpoint_whose_manifest_is_a_pipe(tmp_path):
 def test_a_base_with_a_pipe_in_it(tmp_path, name):
     (tmp_path / "config.json").write_text("{}")
     os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match=f"^model.base: {re.escape(str(tmp_path / name))} is no regular file; move it away$"):
+    with pytest.raises(
+        UserError, match=f"^model.base: {re.escape(str(tmp_path / name))} is no regular file; move it away$"
+    ):
         base_folder(Model(base=str(tmp_path)))
