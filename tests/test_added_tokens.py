@@ -14,7 +14,7 @@ from test_resume import records
 from transformers import AutoTokenizer
 from world import Child, align, metrics, talk, write_rows
 
-from align import chat, classify, dpo, evaluate
+from align import chat, classify, dpo, evaluate, serve
 
 TOKENS = ["<|call|>", "<|back|>"]
 SHORT = {"steps": 1, "eval_every": None, "save_every": None}
@@ -84,6 +84,12 @@ def test_its_rows_are_learnt_and_go_where_the_result_goes(taught, world, here, m
     # Chat finds them by itself.
     monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: SIM115
     assert align(final, stage=chat).status == 0
+
+    # A server's one trunk is without them, whatever else stands on it.
+    for served in (final, here / "run" / "final"):
+        told = align(served, stage=serve)
+        assert told.status == 2
+        assert f"{final} brings rows of added tokens; merge {served} with align.merge, and serve the result" in told.err
 
     # Once the recipe names other tokens, it is another run.
     told = align(recipe, "model.add_tokens=['<|call|>']", "--fresh", f"run={here / 'other'}", "train.steps=1")

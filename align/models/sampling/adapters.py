@@ -62,8 +62,6 @@ def chain_of(trunk: Trunk, results: Sequence[Result], key: str) -> Chain:
     chain: Chain = {}
     for result in results:
         told, config = f"{key}: {result.folder}", result.config
-        if config.tokens:
-            raise UserError(f"{told} brings rows of added tokens; merge it with align.merge, and serve the result")
         scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
         for name, parts in _parts(result, told).items():
             layer = layers.get(name)
