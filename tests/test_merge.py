@@ -9,18 +9,14 @@ import peft.tuners.lora.layer as peft_layers
 import pytest
 import torch
 import yaml
-from models.tiny import save_base, save_encoder, tiny_tokenizer
-from peft import AutoPeftModelForSequenceClassification, PeftModel
-from results import KINDS as SCORING
+from models.tiny import save_base, tiny_tokenizer
+from peft import PeftModel
 from results import save_result
 from tokenizers.processors import TemplateProcessing
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
-    pipeline,
 )
 from world import align
 
@@ -137,39 +133,6 @@ def test_a_narrower_dtype_rounds_the_weights_and_nothing_else(tmp_path):
     assert model.dtype == torch.bfloat16
     assert 1e-4 < far(trunk, tmp_path / "out") < 1
     assert "bfloat16" in said
-
-
-@pytest.mark.parametrize("make", [save_base, save_encoder], ids=["decoder", "encoder"])
-@pytest.mark.parametrize("stage", ["reward", "classify"])
-def test_what_scores_texts_keeps_its_head_and_its_labels(stage, make, tmp_path):
-    """As a file and merged, for plain transformers and peft."""
-    base = make(tmp_path / "base")
-    outputs, about = SCORING[stage]
-    save_result(base, tmp_path / "final", stage, outputs, about, Lora(r=2, alpha=4))
-    merged(tmp_path / "final", tmp_path / "out")
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    config = AutoConfig.from_pretrained(tmp_path / "final" / "base_config.json")
-    ways = [
-        AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "final", num_labels=outputs),
-        AutoPeftModelForSequenceClassification.from_pretrained(
-            tmp_path / "final", id2label=config.id2label, label2id=config.label2id, problem_type=config.problem_type
-        ),
-        AutoModelForSequenceClassification.from_pretrained(tmp_path / "final", config=config),
-        AutoModelForSequenceClassification.from_pretrained(tmp_path / "final", num_labels=outputs),
-    ]
-    for plain in ways:
-        plain.config.pad_token_id = 2
-        assert logits(model).shape == (1, outputs)
-        torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-4)
-    labels = about.get("labels", ["reward"])
-    for named in (model, *ways[1:3]):
-        assert named.config.id2label == dict(enumerate(labels))
-        assert named.config.label2id == {label: number for number, label in enumerate(labels)}
-        assert named.config.problem_type == ("regression" if outputs == 1 else "single_label_classification")
-    tell = pipeline("text-classification", model=ways[2], tokenizer=AutoTokenizer.from_pretrained(tmp_path / "final"))
-    assert tell("A text.")[0]["label"] in labels
-    if stage == "classify":
-        assert "only scores" in refused(tmp_path / "final", tmp_path / "file", "--modelfile")
 
 
 def test_averages(tmp_path):

@@ -16,8 +16,10 @@ from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
+from align.data.templates.ends import turn_ends
 from align.models.quantized import like
 from align.recipe.errors import UserError
 
@@ -59,6 +61,26 @@ def name_outputs(config: PretrainedConfig, labels: Sequence[str] | None) -> None
     config.id2label = dict(enumerate(names))
     config.label2id = {name: number for number, name in enumerate(names)}
     config.problem_type = "regression" if len(names) == 1 else "single_label_classification"
+
+
+def name_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say in a config and its tokenizer what rows are filled up with, so that transformers reads scores where they are.
+
+    It reads a decoder's score at the last token that is no padding. Where a text ends with the padding token, as with
+    an end of turn that is both, that is a token too early. So the padding is a special token that ends neither a turn
+    nor a plain text. Where there is none, the config names none: transformers then reads a single row at its last
+    token, and refuses several.
+    """
+    text, chosen = config.get_text_config(), tokenizer.pad_token_id
+    if not is_encoder(config):  # whose head reads at a place of its own
+        ends = {*turn_ends(tokenizer).ids, *tokenizer("a")["input_ids"][-1:]}
+        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+        usual = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id]
+        free = (i for i in (*usual, *special) if i is not None and i not in ends and i < text.vocab_size)
+        chosen = next(free, None)
+    config.pad_token_id = text.pad_token_id = chosen
+    if chosen is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
 
 
 def save_beside(config: PretrainedConfig, folder: Path) -> None:

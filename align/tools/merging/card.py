@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from align import __version__
 from align.models.checkpoints.results import SCORING, Result
+from align.models.scoring import is_encoder
 from align.recipe.errors import UserError, printable
 from align.recipe.records import read_lines, to_json
 from align.tools.merging.averages import Average
@@ -33,16 +34,27 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")
 asked = [{"role": "user", "content": "Hello!"}]
 inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :]))"""
-SCORES = """from transformers import pipeline
+CLASSES = """from transformers import pipeline
 
 classify = pipeline("text-classification", model="FOLDER")
-print(classify("A text.", function_to_apply={function}))"""
+print(classify("A text.", function_to_apply="softmax"))"""
+SCORES = """import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForSequenceClassification.from_pretrained("FOLDER").eval()
+talk = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello! How can I help?"}]
+text = tokenizer.apply_chat_template(talk, tokenize=False).rstrip()  # ends with the end of turn, where the score is
+with torch.no_grad():
+    print(model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits.item())"""
+USES = {"reward": SCORES, "classify": CLASSES}
 
 
 def card(whole: Whole, result: Result, average: Average | None, on_disk: Difference, dtype: str, weights: int) -> str:
     """The text of README.md."""
     about, run, config = result.about, result.folder.parent, whole.model.config
     scores = about.stage in SCORING
+    reads_last = scores and not is_encoder(config)  # as a decoder's head does
     recipe, measures = {}, {}
     if not average:  # which no one run has made or measured
         recipe, measures = _recipe(run / "recipe.yaml"), _evaluation(run / "metrics.jsonl", about.step)
@@ -73,7 +85,9 @@ def card(whole: Whole, result: Result, average: Average | None, on_disk: Differe
         data=", ".join(_sources(recipe)),
         step=about.step,
         measures=[(key, f"{value:.6g}") for key, value in measures.items() if _is_measure(key, value)],
-        use=_Plain(SCORES.format(function='"none"' if about.stage == "reward" else '"softmax"') if scores else CHAT),
+        reads_last=reads_last,
+        padding=whole.tokenizer.pad_token if reads_last and config.pad_token_id is not None else None,
+        use=_Plain(USES.get(about.stage, CHAT)),
         version=__version__,
         config=config,
     )

@@ -18,7 +18,7 @@ from align.models.checkpoints.adapters import Merged, beside, grown, plain_token
 from align.models.checkpoints.results import SCORING, Link, Result, read_about, read_result
 from align.models.checkpoints.sources import foreign, speaking_of
 from align.models.quantized import unpacked
-from align.models.scoring import is_encoder, with_head
+from align.models.scoring import is_encoder, name_padding, with_head
 from align.recipe.errors import UserError
 from align.tools.merging.averages import Average
 from align.tools.merging.compared import Difference, difference, logits_of, probes
@@ -75,6 +75,7 @@ def merged_chain(results: Sequence[Result], onto: Sequence[str], trust: bool, av
     stands_on = trunk_of(last, KEY, OWN, onto[0] if onto else None, trust, onto[1:])
     names = list(onto[1:]) or [link.name for link in last.about.trunk[1:]]
     bare = stands_on.model_copy(update={"dtype": "float32", "adapter": None, "add_tokens": []})
+    tokenizer = plain_tokenizer(last.folder, KEY)
     outputs = {"reward": 1, "classify": len(last.about.labels or ())}.get(last.about.stage)
     with speaking_of(KEY):
         whole = outputs if is_encoder(base_config(bare, outputs is not None)) else None  # its head is its own
@@ -86,8 +87,10 @@ def merged_chain(results: Sequence[Result], onto: Sequence[str], trust: bool, av
             steps.append(step)
         if outputs and whole is None:
             trunk = trunk._replace(model=with_head(trunk.model, outputs, 0).eval())
+        if outputs:
+            name_padding(trunk.model.config, tokenizer)
         trunk, step, unmerged = _step(trunk, results, average, " + ".join(str(one.folder) for one in results))
-    return Whole(trunk.model, plain_tokenizer(last.folder, KEY), unmerged, [*steps, step], trunk.links)
+    return Whole(trunk.model, tokenizer, unmerged, [*steps, step], trunk.links)
 
 
 def _step(trunk: Merged, results: Sequence[Result], average: Average, name: str) -> tuple[Merged, Step, list[Tensor]]:

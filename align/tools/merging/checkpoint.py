@@ -29,7 +29,8 @@ def write(whole: Whole, result: Result, folder: Path, dtype: torch.dtype, trust:
     scores = result.about.stage in SCORING
     if scores:
         name_outputs(model.config, result.about.labels)
-        model.config.pad_token_id = whole.tokenizer.pad_token_id  # where transformers' heads look for a text's end
+        if model.config.pad_token_id is None:
+            remarks.append("every special token ends a text, so none can be padding: score one row at a time")
     else:
         remarks += _ends(model, result)
     for p in model.parameters():
