@@ -36,7 +36,7 @@ from align.data.formats.turns import (
     thoughts_beside,
     tools_of,
 )
-from align.data.formats.values import encodable, filled, from_json, text
+from align.data.formats.values import encodable, filled, from_json, shallow, text
 from align.data.formats.verdicts import LABELS, learnable
 from align.recipe.errors import UserError
 from align.recipe.schema import Source
@@ -180,7 +180,7 @@ def convert(row: Any, format: str, file: str, line: int, formats: Formats | None
             raise Refused(_refusal(row))
         shape = (formats or FORMATS)[format]
         text_alone("", row)
-        return shape.read(shape.named(row))._replace(file=file, line=line)
+        return shallow(shape.read(shape.named(row)))._replace(file=file, line=line)
     except Refused as refused:
         return Fault(file, line, str(refused))
     except RecursionError:

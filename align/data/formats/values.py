@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from align.data.formats.rows import Refused
+from align.data.formats.rows import Refused, Row
 from align.data.formats.shown import a
+
+DEPTH = 100  # of lists and objects in a row
+DEEP = f"expected a row nested at most {DEPTH} deep, found a deeper one"
 
 
 def text(at: str, value: Any) -> str:
@@ -40,3 +43,25 @@ def encodable(at: str, value: Any) -> Any:
     except (TypeError, ValueError) as error:
         raise Refused(f"{at}: cannot be written as JSON in UTF-8: {error}") from error
     return value
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects stand in each other more than DEPTH times: what reads rows walks them by recursion."""
+    level = [value]
+    for _ in range(DEPTH):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each if isinstance(each, list | tuple) else ())
+            if isinstance(inner, dict | list | tuple)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def shallow(row: Row) -> Row:
+    """The row, whose tools and calls must not be nested too deeply for what writes them."""
+    if any(map(is_deep, (row.messages, row.answers, row.tools))):
+        raise Refused(DEEP)
+    return row

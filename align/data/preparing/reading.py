@@ -11,7 +11,7 @@ from align.data.formats.formats import FORMATS, converted, find, records_of
 from align.data.formats.labels import formats as labelled
 from align.data.formats.prompts import PROMPTING
 from align.data.formats.rows import Fault, Formats, Row
-from align.data.formats.values import encodable
+from align.data.formats.values import DEEP, encodable, is_deep
 from align.data.preparing.step import Item, Kind
 from align.recipe.schema import Source
 
@@ -24,7 +24,6 @@ ALL: Formats = {  # whatever some stage reads, each row as the stage that learns
     "prompts": PROMPTING["prompts"],
 }
 RECORDS = 512  # of a batch at most
-DEPTH = 100  # of lists and objects in a row
 CHARACTERS = 4_000_000  # of the records of a batch at most, unless one alone has more
 
 
@@ -81,9 +80,7 @@ def items_of(
         for line, value in segment.records:
             record, row = converted(value, source, segment.format, segment.file, line, formats)
             if isinstance(row, Row) and is_deep(record):
-                faults.append(
-                    Fault(segment.file, line, f"expected a row nested at most {DEPTH} deep, found a deeper one")
-                )
+                faults.append(Fault(segment.file, line, DEEP))
             elif isinstance(row, Row):
                 items.append(Item(number, segment.source, kind_of(row), row, _kept(record, value, kept)))
             else:
@@ -110,21 +107,6 @@ def characters(value: Any) -> int:
         total += len(each) if isinstance(each, str | bytes) else 8
         left += each.values() if isinstance(each, dict) else each if isinstance(each, list | tuple) else ()
     return total
-
-
-def is_deep(value: Any) -> bool:
-    """Whether lists and objects stand in each other more than DEPTH times: steps walk through rows by recursion."""
-    level = [value]
-    for _ in range(DEPTH):
-        level = [
-            inner
-            for each in level
-            for inner in (each.values() if isinstance(each, dict) else each if isinstance(each, list | tuple) else ())
-            if isinstance(inner, dict | list | tuple)
-        ]
-        if not level:
-            return False
-    return True
 
 
 def _kept(record: Mapping[str, Any], raw: Mapping[str, Any], kept: Sequence[str] | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from align.data.formats.media import REASON
 from align.data.formats.prompts import PROMPTING, stems, written
 from align.data.formats.rows import Fault, Refused, Row
+from align.data.formats.values import shallow
 from align.data.templates.chat import Unwritable
 from align.data.templates.chats import chat_of
 from align.data.templates.control import controls_of, encoded_text
@@ -85,7 +86,7 @@ def classified(tokenizer: PreTrainedTokenizerBase, given: str, most: int | None)
 
 def _canonical(record: dict[str, Any]) -> Row:
     try:
-        return PROMPTING["prompts"].read(record)
+        return shallow(PROMPTING["prompts"].read(record))
     except (Refused, RecursionError) as refused:
         told = str(refused).replace("prompt[", "messages[").replace(REASON, "this server reads text alone, not")
         for remedy in ("; say in the recipe", "; its keys are", "; drop the row"):  # those are of rows in files

@@ -189,6 +189,23 @@ def test_no_tools(empty):
     assert convert({"messages": HI, "tools": empty}, "messages", "f", 1).tools is None
 
 
+@pytest.mark.parametrize("where", ["tools", "calls", "calls in JSON"])
+def test_what_is_nested_too_deeply_is_a_fault(where):
+    """Before it comes to those that walk it by recursion. JSON itself may be nested some 900 deep."""
+    for depth, taken in ((50, True), (600, False)):
+        deep = []
+        for _ in range(depth):
+            deep = [deep]
+        function = {"name": "sum", "arguments": {"x": deep}}
+        if where == "calls in JSON":
+            function["arguments"] = json.dumps(function["arguments"])
+        turn = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+        tools = {"tools": [SUM | {"parameters": {"x": deep}}]} if where == "tools" else {}
+        row = convert({"messages": [*HI, turn] if not tools else HI} | tools, "messages", "f", 1)
+        assert isinstance(row, Row) == taken, row
+        assert taken or row.reason == "expected a row nested at most 100 deep, found a deeper one"
+
+
 def test_turns_after_the_last_answer_are_cut_and_told():
     row = said(("human", "hi"), ("gpt", "hello"), ("human", "bye"))
     assert convert(row, "sharegpt", "f", 1) == Row(

@@ -220,6 +220,20 @@ def test_what_is_wrong_is_told_of_the_kind_that_was_given(service, body, told):
     assert (status, reply["error"]["message"][: len(told)]) == (400, told)
 
 
+def test_tools_that_are_nested_too_deeply_are_no_fault_of_the_server(service, capfd):
+    """JSON may be nested deeper than what writes prompts can follow."""
+    for depth in (50, 600, 900):
+        deep = []
+        for _ in range(depth):
+            deep = [deep]
+        tool = {"type": "function", "function": {"name": "f", "parameters": {"x": deep}}}
+        body = {"model": "red", "messages": ASKED, "tools": [tool], "max_tokens": 1}
+        status, reply = service.post("/v1/chat/completions", body)
+        told = "context length" if depth == 50 else "nested at most 100 deep"
+        assert (status, told in reply["error"]["message"]) == (400, True), reply
+    assert capfd.readouterr().err == ""
+
+
 def test_a_client_that_leaves_within_its_body_is_counted_and_no_fault(service, capfd):
     counted = lambda: 'align_replies_total{path="/score",status="499"} 1' in service.get("/metrics")  # noqa: E731
     line = socket.create_connection(("127.0.0.1", service.port))
