@@ -89,7 +89,7 @@ def test_its_rows_are_learnt_and_go_where_the_result_goes(taught, world, here, m
     for served in (final, here / "run" / "final"):
         told = align(served, stage=serve)
         assert told.status == 2
-        assert f"{final} brings rows of added tokens; merge {served} with align.merge, and serve the result" in told.err
+        assert f"{final} brings rows of added tokens; merge {served} with align.merge" in told.err
 
     # Once the recipe names other tokens, it is another run.
     told = align(recipe, "model.add_tokens=['<|call|>']", "--fresh", f"run={here / 'other'}", "train.steps=1")

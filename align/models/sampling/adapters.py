@@ -77,7 +77,7 @@ def _parts(result: Result, told: str) -> dict[str, dict[str, Tensor]]:
     for full, weight in result.weights.items():
         name, _, kind = full.removeprefix(PEFT).removesuffix(".weight").rpartition(".")
         if kind not in ("lora_A", "lora_B", "lora_magnitude_vector"):
-            raise UserError(f"{told} brings {full}, which is no LoRA; merge it with align.merge, and serve the result")
+            raise UserError(f"{told} brings {full}, which is no LoRA; merge it with align.merge")
         found.setdefault(name, {})[kind] = weight.float()
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if result.config.use_dora else set())
     for name, parts in found.items():

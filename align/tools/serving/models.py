@@ -89,7 +89,7 @@ class Shelf:
         fingerprint, chain = self.trunk.fingerprint, [*(read_result(each, key) for each in section.adapters), result]
         if more := next((each for each in chain if each.config.tokens), None):  # they are in the next fingerprint
             told = f"{more.folder} brings rows of added tokens"
-            raise UserError(f"{key}: {told}; merge {folder} with align.merge, and serve the result")
+            raise UserError(f"{key}: {told}; merge {folder} with align.merge")
         for each in chain:
             if each.about.fingerprint != fingerprint or (each is chain[0] and not stands_on(each, self.trunk)):
                 raise UserError(f"{key}: {stranger(each, self.trunk, 'the base that is served')}")
