@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from align.models import acceleration
-from align.models.sampling.adapters import Adapters
+from align.models.sampling.adapters import BARE, Adapters
 from align.models.sampling.decode import FEW_ROWS, projection
 from align.models.sampling.mixed import chosen
 from align.models.sampling.pools import NAME, Filling, Kept, Pools, Stepping
@@ -77,6 +77,10 @@ class Running:
         assert len(row.prompt)
         assert len(row.prompt) + len(row.drawn) <= self.room
         self.waiting.append(row)
+
+    def has(self, number: int) -> bool:
+        """Whether a new row may have this adapter."""
+        return number == BARE or (number in self.adapters.known and number not in self.retired)
 
     def retire(self, number: int) -> None:
         """An adapter that no new row will have: it goes with its last row."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from align.models.sampling.requests import Said
 from align.recipe.errors import UserError
-from align.tools.serving.engine import Asked, Engine, Full
+from align.tools.serving.engine import Asked, Engine, Full, Gone
 from align.tools.serving.limits import Limits, Refusal
 from align.tools.serving.models import Served
 from align.tools.serving.protocol import MOST_AT_ONCE, Asking, ChatAsking, TextAsking
@@ -128,11 +128,14 @@ def check(engine: Engine, ids: np.ndarray, more: int) -> None:
 
 
 def submit(engine: Engine, requests: Sequence[Asked]) -> None:
-    """Into the queue. Raises Refusal where it is full, or the server stops."""
+    """Into the queue. Raises Refusal where it is full, where the model has gone meanwhile, or the server stops."""
     try:
         engine.ask(requests)
     except Full:
         raise full() from None
+    except Gone:
+        told = "the model was unloaded, or another put in its place, while this request was read; ask again"
+        raise Refusal(409, told, "conflict_error") from None
     except UserError as error:
         raise Refusal(503, str(error), "server_error") from None
 

@@ -33,6 +33,10 @@ class Full(Exception):
     """As many requests wait as may."""
 
 
+class Gone(Exception):
+    """The adapter that a request was to have has been taken away since."""
+
+
 class Asked(Request):
     """A request that somebody listens to."""
 
@@ -151,10 +155,12 @@ class Engine:
         return fault and f"the prompt {fault}"
 
     def ask(self, requests: Sequence[Asked]) -> None:
-        """Requests that are sound, all or none. Raises Full."""
+        """Requests that are sound, all or none. Raises Full, and Gone."""
         with self._news:
             if self._over:
                 raise UserError(OVER)
+            if not all(self.running.has(request.voice.adapter) for request in requests):
+                raise Gone
             if self.waiting and self.waiting + len(requests) > self.most_waiting:
                 raise Full
             self._requests.extend(requests)
@@ -187,18 +193,28 @@ class Engine:
         except BaseException:
             self.running.retire(number)
             raise
-        if before := self.models.get(loaded.name):
-            self._retire(before)
+        before = self.models.get(loaded.name)
         self.models = {**self.models, loaded.name: served}  # others may be reading the one before
+        if before:
+            self._retire(before)
         return served
 
     def _remove(self, name: str) -> None:
-        self._retire(self.models[name])
+        before = self.models[name]
         self.models = {other: served for other, served in self.models.items() if other != name}
+        self._retire(before)
 
     def _retire(self, served: Served) -> None:
         if served.voice.adapter != BARE:  # one on a trunk of its own is under no number
-            self.running.retire(served.voice.adapter)
+            with self._news:  # what was asked of it until now is its own; what comes later is Gone
+                self._join()
+                self.running.retire(served.voice.adapter)
+
+    def _join(self) -> None:
+        """Into the batch: counted as waiting in one place or the other."""
+        while self._requests:
+            self.running.join(self._requests[0])
+            self._requests.popleft()
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)  # of this thread, too
@@ -208,11 +224,9 @@ class Engine:
                     self._news.wait()
                 if self._over:
                     break
-                tasks, requests = [*self._tasks], [*self._requests]
+                tasks = [*self._tasks]
                 self._tasks.clear()
-                for request in requests:  # counted as waiting in one place or the other
-                    self.running.join(request)
-                    self._requests.popleft()
+                self._join()
             for task, future in tasks:
                 done(task, future)
             try:

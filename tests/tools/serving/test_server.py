@@ -156,6 +156,33 @@ def test_only_adapters_of_this_trunk_below_the_folder_are_loaded(service, shop, 
     assert "x" not in service.engine.models
 
 
+@pytest.mark.parametrize("instead", [None, "green/final"])
+def test_a_request_that_is_still_read_never_gets_another_models_answer(service, instead):
+    """Its model goes, or another comes in its place, while its texts wait to become tokens."""
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    assert service.post(load, {"lora_name": "new", "lora_path": "red/final"})[0] == 200
+    body = {"prompt": [f"{i:03}" * 20 for i in range(300)], "temperature": 0, "max_tokens": 3}  # long, taken together
+    wanted = service.post("/v1/completions", body | {"model": "red"})[1]
+    before = [{"role": "user", "content": "word " * 200_000}]
+    with ThreadPoolExecutor(8) as pool:
+        long = {"model": "red", "messages": before}
+        first = [pool.submit(service.post, "/v1/chat/completions", long) for _ in range(3)]
+        asked = pool.submit(service.post, "/v1/completions", body | {"model": "new"})
+        time.sleep(0.2)
+        if instead:
+            change = {"lora_name": "new", "lora_path": instead, "load_inplace": True}
+            assert service.post(load, change)[0] == 200
+            assert service.post(unload, {"lora_name": "new"})[0] == 200
+        else:
+            assert service.post(unload, {"lora_name": "new"})[0] == 200
+        assert not all(each.done() for each in first), "it was read before its model went"
+        status, reply = asked.result()
+    if status == 200:
+        assert [each["text"] for each in reply["choices"]] == [each["text"] for each in wanted["choices"]]
+    else:
+        assert (status, "ask again" in reply["error"]["message"]) == (409, True)
+
+
 def test_what_it_counts(service):
     text(service, "red", [5, 6, 7], max_tokens=4, ignore_eos=True)
     lines = service.get("/metrics").splitlines()
