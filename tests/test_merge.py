@@ -200,6 +200,9 @@ def test_wrong_input(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert "new or empty" in refused(final, tmp_path / "full")
+    (tmp_path / "file").write_text("mine")
+    said = align(final, tmp_path / "file" / "out", stage=merge)
+    assert (said.status, "cannot be written" in said.err, "`run`" in said.err) == (2, True, False), said.err
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
     assert "no align.json" in refused(base, out)
     assert "OUT" in refused(final)

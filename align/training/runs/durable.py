@@ -80,7 +80,7 @@ def speaking(path: Path, size: int) -> Iterator[None]:
         free = shutil.disk_usage(near).free
         room = f"{size / 1e6:,.1f} MB to write, {free / 1e6:,.1f} MB free in {near}"
         raise UserError(
-            f"{path}: cannot be written: {reason} ({room}); make room there or choose another `run` folder. "
+            f"{path}: cannot be written: {reason} ({room}); make room there or choose another folder. "
             "What was saved before is still whole."
         ) from error
 
