@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 
 import pytest
 from plain import Scorer, merged
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from world import align, flat, lines, metrics, pair, tree, weights, write_rows
 
 from align import reward
@@ -144,6 +144,15 @@ def test_all_weights_are_trained_without_lora(world, here):
     )
     assert metrics(run, "eval")[-1]["accuracy"] == 11 / 14
     assert json.loads((run / "final" / "align.json").read_text())["role"] == "model"
+
+    # As plain transformers load it, several rows at once: it pads with no end of turn, where the base does.
+    model = AutoModelForSequenceClassification.from_pretrained(run / "final").eval()
+    tokenizer, scorer = AutoTokenizer.from_pretrained(run / "final"), Scorer.load(run / "final", None)
+    answers = ["Yes.", "It is a longer answer."]
+    talks = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}] for answer in answers]
+    texts = [tokenizer.apply_chat_template(talk, tokenize=False).rstrip() for talk in talks]
+    found = model(**tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")).logits[:, 0].tolist()
+    assert found == pytest.approx([scorer.score("Hi", answer) for answer in answers], abs=1e-4)
     assert set(weights(run)) >= {"score.weight", "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"}
 
 

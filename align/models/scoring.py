@@ -63,8 +63,9 @@ def name_outputs(config: PretrainedConfig, labels: Sequence[str] | None) -> None
     config.problem_type = "regression" if len(names) == 1 else "single_label_classification"
 
 
-def name_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say in a config and its tokenizer what rows are filled up with, so that transformers reads scores where they are.
+def name_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Say in a config what rows are filled up with, so that transformers reads scores where they are; the tokenizer, or
+    a copy, that fills them up so.
 
     It reads a decoder's score at the last token that is no padding. Where a text ends with the padding token, as with
     an end of turn that is both, that is a token too early. So the padding is a special token that ends neither a turn
@@ -79,8 +80,21 @@ def name_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -
         free = (i for i in (*usual, *special) if i is not None and i not in ends and i < text.vocab_size)
         chosen = next(free, None)
     config.pad_token_id = text.pad_token_id = chosen
-    if chosen is not None:
+    if chosen not in (None, tokenizer.pad_token_id):
+        tokenizer = deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
+    return tokenizer
+
+
+def described(
+    config: PretrainedConfig, labels: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, beside: bool
+) -> PreTrainedTokenizerBase:
+    """Say in a config what the outputs and the padding are; the tokenizer that goes with it.
+
+    `beside`: it is an adapter's. Then its base may be loaded by the base's own config, so the padding stays the base's.
+    """
+    name_outputs(config, labels)
+    return tokenizer if beside else name_padding(config, tokenizer)
 
 
 def save_beside(config: PretrainedConfig, folder: Path) -> None:

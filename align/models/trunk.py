@@ -32,7 +32,7 @@ from align.models.layout import faster_attention, layout_of
 from align.models.lora import Switch, acts, adapted, beneath
 from align.models.memory import budgets, elsewhere_bytes, free_bytes
 from align.models.quantized import ask_for_gradients
-from align.models.scoring import name_outputs, save_beside
+from align.models.scoring import described, save_beside
 from align.objectives.logprobs import linear_logprobs
 from align.recipe.schema import Lora, Model
 
@@ -64,12 +64,11 @@ class Trunk(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.causal = adapted(causal, lora, bool(outputs), base.added) if self.adapted else causal
-        if self.adapted:
-            self.causal.active_peft_config.base_model_name_or_path = base.source
         self.whole: Whole = shard(self) if shard else lambda part=None: nullcontext()
         self.autocast_dtype = None if self.adapted else compute_dtype(model.dtype, self.device)
         self.acts_as: str | None = "default"  # the adapter in use; None: the bare trunk
         if self.adapted:
+            self.causal.active_peft_config.base_model_name_or_path = base.source
             self.switch = Switch(self.causal)
             self._act("default")
         if model.gradient_checkpointing:
@@ -268,13 +267,14 @@ class Trunk(nn.Module):
 
         `weights`: those of `saved`, whole, under this module's names. `about`: what else align.json tells.
         """
+        tokenizer = self.tokenizer
         if self.outputs:
-            name_outputs(self.plain.config, about.get("labels"))
+            tokenizer = described(self.plain.config, about.get("labels"), tokenizer, self.adapted)
         named = {name.removeprefix("causal."): tensor.contiguous() for name, tensor in weights.items()}
         more = {"save_embedding_layers": False, "selected_adapters": ["default"]} if self.adapted else {}
         self.causal.save_pretrained(folder, state_dict=named, **more)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
-        self.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         if self.outputs and self.adapted:
             save_beside(self.plain.config, folder)
         elif not self.outputs:  # over what save_pretrained of a whole model wrote

@@ -88,7 +88,7 @@ def merged_chain(results: Sequence[Result], onto: Sequence[str], trust: bool, av
         if outputs and whole is None:
             trunk = trunk._replace(model=with_head(trunk.model, outputs, 0).eval())
         if outputs:
-            name_padding(trunk.model.config, tokenizer)
+            tokenizer = name_padding(trunk.model.config, tokenizer)
         trunk, step, unmerged = _step(trunk, results, average, " + ".join(str(one.folder) for one in results))
     return Whole(trunk.model, tokenizer, unmerged, [*steps, step], trunk.links)
 
