@@ -35,9 +35,9 @@ pytestmark = [
 ]
 TESTS = Path(__file__).parent
 NEW = 4  # most tokens of a response
-STEPS, SEEDS = 6, range(8)  # of a learning curve, and curves of each engine
+STEPS, SEEDS = 6, range(6)  # of a learning curve, and curves of each engine
 RATES = {grpo: 0.03, ppo: 0.02}  # so slow that curves of one engine lie close together
-T_OF_14 = 4.140  # Student's t with 2 x (8 - 1) degrees of freedom, 99.9 %
+T_OF_10 = 4.587  # Student's t with 2 x (6 - 1) degrees of freedom, 99.9 %
 watching = []  # called at each scoring
 
 
@@ -161,7 +161,7 @@ def learnt(world, base, cache, tmp_path_factory):
         folders = [tmp_path_factory.mktemp(f"{name}{seed}") / "run" for seed in SEEDS]
         short = {"train": [{"path": str(texts)}], "eval": {"fraction": 0.1}}
         for seed, folder in zip(SEEDS, folders, strict=True):
-            some = {"prompts": 20, "samples": 16, "data": short}
+            some = {"prompts": 10, "samples": 16, "data": short}
             train = {"steps": STEPS, "eval_every": None, "save_every": None}
             recipe = written(world, base, folder.with_suffix(".yaml"), stage, engine, **some, **train)
             told = align(recipe, f"seed={seed}", stage=stage)
@@ -181,7 +181,7 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     thirds = [curves.view(len(curves), 3, -1).mean(2) for curves in (one, other)]
     difference = thirds[1].mean(0) - thirds[0].mean(0)
     error = (sum(third.var(0) for third in thirds) / len(one)).sqrt()
-    found = torch.stack([difference - T_OF_14 * error, difference + T_OF_14 * error], 1)
+    found = torch.stack([difference - T_OF_10 * error, difference + T_OF_10 * error], 1)
     print(*(curves.mean(0).tolist() for curves in (one, other)), found.tolist(), sep="\n")  # for -s
     return found
 
@@ -200,24 +200,21 @@ def test_it_learns_as_with_the_own_engine(learnt, base, server, stage):
     assert server.models() == [str(base)]
 
 
-@pytest.mark.parametrize("used", [-2, 0], ids=["a step late", "never again"])
-def test_a_stale_adapter_is_seen_in_the_curve(learnt, server, tmp_path, monkeypatch, used):
-    """What the test above can see: an adapter that is loaded a step late, or never again after the first, without the
-    weights and the checks that would tell of it."""
-    load, written_before = Remote.load, []
+def test_a_stale_adapter_learns_otherwise(learnt, server, tmp_path, monkeypatch):
+    """What the test above can see: a server that keeps the first adapter, where no weights and no checks make up for
+    it."""
+    load, first = Remote.load, {}
 
     async def stale(self: Remote, adapter: Adapter) -> None:
-        kept = str(shutil.copytree(adapter.path, tmp_path / f"{self.name}-{adapter.step}"))
-        if adapter.step == 0:  # a run begins
-            written_before[:] = [kept]
-        written_before.append(kept)
-        await load(self, adapter._replace(path=written_before[used]))
+        if self.name not in first:
+            first[self.name] = shutil.copytree(adapter.path, tmp_path / self.name)
+        await load(self, adapter._replace(path=str(first[self.name])))
 
     monkeypatch.setattr(Remote, "load", stale)
     engine = engine_of(server, importance_cap=None, tolerance=100.0)
-    (own, _), (other, _) = learnt(grpo, "own", "own"), learnt(grpo, f"stale{used}", engine)
+    (own, _), (other, _) = learnt(grpo, "own", "own"), learnt(grpo, "stale", engine)
     found = apart(own, other)
-    assert (found[1:, 1] < 0).any(), found
+    assert found[2, 1] < 0, found
 
 
 def test_it_draws_from_the_adapter_that_was_loaded_last(base, server, here):
