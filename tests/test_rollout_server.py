@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -17,6 +18,7 @@ from test_resume import records
 from world import Child, align, flat, lines, metrics, tree
 
 from align import distill, grpo, ppo
+from align.training.rollouts.remote import Adapter, Remote
 
 FIGURES = {"mismatch_kl", "importance", "importance_capped"}
 meddling = []  # what the reward function does in its calls, one after another
@@ -121,6 +123,23 @@ def test_a_killed_server_ends_the_run_and_the_same_command_goes_on(world, start,
     assert [record["step"] for record in lines(run / "metrics.jsonl")] == [1, 2, 3]
     assert not (run / "engine").exists()
     assert server.models() == ["base"]
+
+
+@pytest.mark.slow
+def test_a_server_that_keeps_the_first_adapter_is_told_of(world, start, server, here, monkeypatch):
+    """It says that it has loaded each. At the start they all say the same."""
+    load, first = Remote.load, []
+
+    async def kept(self: Remote, adapter: Adapter) -> None:
+        first[:] = first or [shutil.copytree(adapter.path, here / self.name)]
+        await load(self, adapter._replace(path=str(first[0])))
+
+    monkeypatch.setattr(Remote, "load", kept)
+    train = {"steps": 6, "eval_every": None, "save_every": None}
+    recipe = written(world, start, here / "run.yaml", {"url": server.url}, data=UNEVALUATED, train=train)
+    told = align(recipe, stage=grpo)
+    assert (told.status, told.err) == (0, ""), told.err
+    assert told.out.count("the server has come away from the actor") == 1
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FOLDER = "best"
 BEST, JUDGED = "best", "judged"  # in the memory: the best evaluation, and the last one with evaluations since
+SOUND = ("loss", "kl")  # a number at every evaluation, unless the weights give none
 
 
 def judged(loop: Loop, record: dict[str, Any], measured: bool) -> None:
@@ -33,7 +34,8 @@ def judged(loop: Loop, record: dict[str, Any], measured: bool) -> None:
     if loop.step == last["step"]:  # the first, or one that is done again
         return
     sign, before = 1 if best.goal == "greatest" else -1, loop.memory.get(BEST)
-    gains = math.isfinite(value) and loop.algorithm.may_be_best(record)
+    broken = any(math.isnan(figure(name, record)) for name in SOUND if name in record)
+    gains = math.isfinite(value) and not broken and loop.algorithm.may_be_best(record)
     gains = gains and (before is None or sign * value > sign * before[best.metric])
     loop.memory[JUDGED] = {"step": loop.step, "without_gain": 0 if gains else last["without_gain"] + 1}
     if gains:

@@ -77,6 +77,16 @@ def test_what_may_not_be_kept_or_is_no_number_is_no_gain():
     assert run.memory["best"] == {"step": 4, "score": 1.0, "kl": 1.0}
 
 
+@pytest.mark.parametrize("broken", ["loss", "kl"])
+def test_weights_that_give_no_number_are_never_the_best(broken):
+    """What they say may still score well."""
+    run = Run("score", "greatest")
+    run.at(1, score=9.0, **{broken: math.nan})
+    assert run.published == []
+    run.at(2, score=1.0, **{broken: 1.0})
+    assert [about["step"] for about in run.published] == [2]
+
+
 def test_evaluations_without_answers_do_not_count():
     run = Run("generate/ended", "greatest", patience=1)
     assert not run.at(1, **{"generate/ended": 0.5})

@@ -28,6 +28,7 @@ def diagnose(train: Course, held: Course, judges: Sequence[str] = ()) -> list[Fi
     found = []
     if len(train) >= RECENT:
         found += [*_negative_kl(train), *_no_end(train), *_blind_critic(train), *_equal_groups(train), *_idle(train)]
+        found += _another_actor(train)
     for course in (held, train):
         if len(course) > 1:
             found += [*_lengths(course), *_entropy(course)]
@@ -97,6 +98,25 @@ def _idle(train: Course) -> list[Finding]:
             f"{RECENT} steps in a row learnt nothing: their groups have equal scores and are dropped, or their "
             "responses do not end and are masked. Look at the responses and their scores, take more samples or raise "
             "generation.max_new",
+        )
+    ]
+
+
+def _another_actor(train: Course) -> list[Finding]:
+    told = _known(train, "mismatch_kl")  # which is only of responses that a server draws
+    if len(told) < RECENT:
+        return []
+    first, last = (
+        told[0]["mismatch_kl"],
+        _mean(told, "mismatch_kl"),
+    )  # at first the actor is the base, so rounding alone
+    if last < max(0.01, 10 * first):
+        return []
+    return [
+        Finding(
+            "another actor",
+            f"the server has come away from the actor: mismatch_kl rose from {first:.2g} to {last:.2g} nats a token. "
+            "See in its log whether it loads the adapter in each step; if it does, give both engines one precision",
         )
     ]
 

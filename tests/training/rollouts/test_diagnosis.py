@@ -46,6 +46,7 @@ HACKED = {"score": (0.5, 1.5), "score/judge": (1.0, 0.8)}
         (course("train", 5, ended=0.05), "no end", "5% of responses come to an end"),
         (course("train", 5, updates=0, entropy=None), "nothing learnt", "5 steps in a row learnt nothing"),
         (course("train", 20, explained_variance=-0.5), "blind critic", "explained variance -0.50"),
+        (course("train", 20, mismatch_kl=(0.0, 0.1)), "another actor", "rose from 0 to 0.089 nats a token"),
         (course("train", 2, response_tokens=(30.0, 50.0)), "length drift", "from 30 to 50 tokens"),
         (course("eval", 3, response_tokens=(30.0, 12.0)), "length drift", "from 30 to 12 tokens"),
         (course("train", 4, entropy=(2.0, 0.1)), "collapsed entropy", "from 2.00 to 0.10 nats"),
@@ -67,6 +68,8 @@ def test_a_failure_is_told(records, kind, words):
         course("train", 4, kl_per_token=-0.05, ended=0.0),  # too early to tell
         course("train", 19, explained_variance=-0.5),
         course("train", 5, kl_per_token=-0.005),  # as noise has it
+        course("train", 20, mismatch_kl=0.02),  # of other kernels, from the first step on
+        course("train", 20, mismatch_kl=(0.0, 0.008)),
         course("train", 5, response_tokens=(2.0, 6.0)),  # a few tokens
         course("train", 5, response_tokens=(30.0, 42.0)),
         course("train", 5, entropy=(4.0, 0.9)),  # a quarter of the first, but many words yet
