@@ -32,7 +32,7 @@ STEADY = {"optim": {"learning_rate": 0.005, "schedule": "constant", "warmup": 0}
 GENTLE = {"optim": {"learning_rate": 0.0005, "warmup": 0}}  # every weight trains
 SAYS = {"log": {"trackers": [], "samples": ["Name the capital of Peru"], "sample_tokens": 8}}
 # What a process with a shard may hold of the bytes of one with a copy. A frozen copy that lay whole would be 0.6.
-MOST = {"whole": 0.6, "copied": 0.55, "kto": 0.6, "scores": 0.6}
+MOST = {"whole": 0.6, "copied": 0.55, "kto": 0.35, "scores": 0.35}
 
 SHARDED = ("bfloat16", "recomputed", "from a")  # of `every_stage`, those that say nothing new of whole copies
 
