@@ -53,6 +53,7 @@ NUMERICAL = [
     "tests/test_grpo_truth.py",
     "tests/test_processes.py",
     "tests/test_shards.py",
+    "tests/test_shard_moments.py",
     "tests/test_resume.py",
     "tests/test_ppo_resume.py",
     "tests/test_sampling_resume.py",

@@ -8,9 +8,9 @@ import pytest
 import torch
 from ppo_start import make_start
 from samplers import make_teacher, recipe_of
+from sharding import Job, alone, assert_same, place, together
 from test_processes import free_port
 from test_resume import records
-from test_shards import Job, alone, assert_same, place, together
 from world import Child, align, flat, lines, metrics, tree, weights
 
 from align import distill, grpo

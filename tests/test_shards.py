@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import several
 import torch
 from ppo_start import make_start, recipe_of
 from samplers import make_teacher
 from samplers import recipe_of as sampling
+from sharding import FSDP, LAYERS, Job, alone, assert_same, make_wide, place, together
 from test_classify import ROWS, predicted
 from test_classify import recipe as classes
 from test_processes import free_port
 from transformers import (
-    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertTokenizerFast,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
-from world import Child, align, flat, lines, metrics, weights
+from world import align
 
 from align import distill, dpo, grpo, reward
 
@@ -36,62 +31,10 @@ STEPS = {"train": {"steps": 2, "eval_every": 1, "save_every": 1}}
 STEADY = {"optim": {"learning_rate": 0.005, "schedule": "constant", "warmup": 0}}
 GENTLE = {"optim": {"learning_rate": 0.0005, "warmup": 0}}  # every weight trains
 SAYS = {"log": {"trackers": [], "samples": ["Name the capital of Peru"], "sample_tokens": 8}}
-LAYERS = "train.shard=layers"
-FSDP = "ACCELERATE_USE_FSDP=true"
 # What a process with a shard may hold of the bytes of one with a copy. A frozen copy that lay whole would be 0.6.
-MOST = {"whole": 0.6, "copied": 0.55, "kto": 0.6, "scores": 0.6}
+MOST = {"whole": 0.6, "copied": 0.55, "kto": 0.35, "scores": 0.35}
 
 SHARDED = ("bfloat16", "recomputed", "from a")  # of `every_stage`, those that say nothing new of whole copies
-
-
-class Job(NamedTuple):
-    """A run for two processes."""
-
-    stage: str
-    recipe: Path
-    words: tuple[str, ...] = (LAYERS,)
-    run: str = "two"
-
-    @property
-    def folder(self) -> Path:
-        return self.recipe.parent / self.run
-
-    def copied(self) -> Job:
-        """The same with the whole trunk on both (DDP)."""
-        return self._replace(words=(), run="copies")
-
-
-def alone(job: Job, *words: str) -> Path:
-    """The run of a job on this process alone, and its folder."""
-    folder = job.recipe.parent / "one"
-    told = align(job.recipe, f"run={folder}", *words, stage=importlib.import_module(f"align.{job.stage}"))
-    assert told.status == 0, told.err
-    return folder
-
-
-def together(here: Path, jobs: list[Job]) -> list[int]:
-    """All jobs on two processes, one after another; of each the bytes that a process held after its first step."""
-    asked = [[job.stage, str(job.recipe), f"run={job.folder}", *job.words] for job in jobs]
-    told = [child.wait() for child in Child.pair(here, 0, here, *map(json.dumps, asked), stage=several)]
-    assert [one.status for one in told] == [0, 0], told[0].err + told[1].err
-    assert (told[0].err, told[1].err) == ("", "")
-    held = [[json.loads(line)["held"] for line in one.out.splitlines() if line.startswith('{"held')] for one in told]
-    for job, said in zip(jobs, told[0].out.split('{"held'), strict=False):
-        assert ("\nsharded: " in said) == (LAYERS in job.words or FSDP in job.words), said
-    return [max(both) for both in zip(*held, strict=True)]
-
-
-def assert_same(run: Path, other: Path, tolerance: float = 1e-5) -> None:
-    """Every number of metrics.jsonl, every weight, every sampled word."""
-    ours, theirs = metrics(run), metrics(other)
-    assert [record.keys() for record in ours] == [record.keys() for record in theirs]
-    for record, reference in zip(ours, theirs, strict=True):
-        assert flat(record) == pytest.approx(flat(reference), rel=tolerance, abs=tolerance), record["step"]
-    mine, known = weights(run), weights(other)
-    assert mine.keys() == known.keys()
-    for name, tensor in known.items():
-        torch.testing.assert_close(mine[name], tensor, rtol=tolerance, atol=tolerance)
-    assert lines(run / "samples.jsonl") == lines(other / "samples.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -101,22 +44,7 @@ def start(world, cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wide(world, tmp_path_factory):
-    """A Llama with tied embeddings of 2.7 million weights, beside which a small LoRA does not count."""
-    folder = tmp_path_factory.mktemp("wide")
-    tokenizer = AutoTokenizer.from_pretrained(world.base)
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **sizes, **ends)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def place(here: Path, name: str) -> Path:
-    (here / name).mkdir()
-    return here / name / "recipe.yaml"
+    return make_wide(world, tmp_path_factory.mktemp("wide"))
 
 
 def ppo_recipe(world, start, path: Path, **ppo: Any) -> Path:

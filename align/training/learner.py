@@ -1,8 +1,8 @@
 """What trains, and how it changes: weights, gradients and the optimizer, on one process or several.
 
 Under DDP every process holds all weights, and gradients are averaged after a step's last row. With
-`train.shard: layers` the base lies over the processes (`shards.py`), and one all-reduce averages the gradients of what
-is whole. Under DeepSpeed its engine does both (`zero_learner.py`).
+`train.shard: layers` the base lies over the processes, and so do AdamW's moments (`shard_learner.py`). Under DeepSpeed
+its engine does both (`zero_learner.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from align.training.meters import Sums
 from align.training.runs.checkpoint import Tensors
 from align.training.runs.state import adamw, capture, gathered, trained_parameters, whole
 from align.training.session import Session
-from align.training.shards import agreed, average_gradients, let_go
+from align.training.shards import let_go
 
 Metrics = dict[str, tuple[Tensor | float, Tensor | float]]  # name -> (sum, count), or vectors of them
 Loss = Callable[[nn.Module, Forest], tuple[Tensor, Metrics]]  # (model, batch) -> (summed loss, metrics with "loss")
@@ -41,8 +41,8 @@ class Learner:
         self.model.train()
 
     def wrapped(self) -> nn.Module:
-        """The module, under DDP where several processes hold the whole trunk."""
-        return agreed(self.module) if self.trunk.sharded else self.accelerator.prepare(self.module)
+        """The module, under DDP on several processes."""
+        return self.accelerator.prepare(self.module)
 
     def begin(self) -> None:
         """The state to go on from is there."""
@@ -67,8 +67,6 @@ class Learner:
             sums.add("distinct", batch.distinct if row else 0)
             for name, (value, count) in metrics.items() if row else ():
                 sums.add(name, value, count)
-        if self.trunk.sharded:
-            average_gradients(self.named.values(), self.accelerator)
         return sums.merged(self.accelerator)
 
     def clipped(self, rate: float, count: float) -> dict[str, float]:

@@ -30,7 +30,8 @@ from align.training import best, telling
 from align.training.answers.answers import Answers
 from align.training.batches import Batches
 from align.training.borders.stops import Stopped
-from align.training.learner import Learner, Work
+from align.training.learner import Work
+from align.training.learners import learner_of
 from align.training.meters import Sums, Throughput
 from align.training.plan import Plan, learning_rate
 from align.training.planning.forecast import planned_rows
@@ -42,8 +43,6 @@ from align.training.runs.state import kept_portions, restore
 from align.training.screen import Screen
 from align.training.session import Session
 from align.training.shards import let_go
-from align.training.zero import stage_of
-from align.training.zero_learner import ZeroLearner
 
 if TYPE_CHECKING:
     from align.training.algorithm import Algorithm
@@ -82,8 +81,7 @@ class Loop:
         self.plan = Plan(self.recipe, data.train, run.standing.step, run.standing.place)
         generate = getattr(self.recipe.train, "generate", None)
         self.answers = Answers(generate, data.prompts, trunk, self.recipe.seed) if data.prompts else None
-        kind = ZeroLearner if stage_of(self.accelerator) else Learner
-        self.learner = kind(session, trunk, module or trunk, rates or {})
+        self.learner = learner_of(session, trunk, module or trunk, rates or {})
         self.writer = CheckpointWriter(run.checkpoints, self.recipe.train.keep)
         acceleration.for_training(trunk)
         trunk.budgets = trunk.budgets.asked(self.recipe.batch.cache_tokens)

@@ -3,7 +3,8 @@
 Each process keeps a part of every weight of the base. Before a layer computes, forward or backward, its weights are
 gathered from all processes, and let go of after it (Zhao et al. 2023, arXiv 2304.11277; torch's `fully_shard`). What a
 LoRA trains, and heads on a frozen trunk, are small: they stay whole on every process, and their gradients are averaged
-in one all-reduce a step. With `lora: null` gradients and AdamW's moments lie over the processes as the weights do.
+in one all-reduce a step; AdamW's moments are shared out (`shard_learner.py`). With `lora: null` gradients and moments
+lie over the processes as the weights do.
 
 A gathering is a collective: all processes must run the layers equally often, or hold the weights whole meanwhile
 (`Trunk.whole`), as they do while they sample.
@@ -12,7 +13,7 @@ A gathering is a collective: all processes must run the layers equally often, or
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -144,7 +145,7 @@ def told(trunk: Trunk) -> str:
 def agreed(module: nn.Module) -> nn.Module:
     """The module; what of it trains whole on every process is now as it is in the first."""
     trained = [p.data for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-    _together(trained, lambda flat: distributed.broadcast(flat, 0))
+    together(trained, lambda flat: distributed.broadcast(flat, 0))
     return module
 
 
@@ -156,11 +157,11 @@ def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerat
         distributed.all_reduce(flat)
         flat /= accelerator.num_processes
 
-    _together(gradients, mean)
+    together(gradients, mean)
 
 
-def _together(tensors: list[torch.Tensor], act) -> None:
-    """`act` in place on float32 tensors, all in one."""
+def together(tensors: list[torch.Tensor], act: Callable[[torch.Tensor], None]) -> None:
+    """`act` in place on float32 tensors, all in one (n,)."""
     if not tensors:
         return
     flat = torch.cat([t.reshape(-1) for t in tensors])

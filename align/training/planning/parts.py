@@ -207,17 +207,14 @@ def teaching(at: Setting) -> list[Part]:
     return [Part("the teacher's layers that are gathered", _gathered(at.teacher, at.dtype.itemsize))]
 
 
-def _own(at: Setting, numbers: int) -> int:
-    """Of what trains, this process's: shared out where the trunk itself trains in shards."""
-    return numbers // at.shards if not at.adapted else numbers
-
-
 def gradients(at: Setting) -> Part:
-    return Part("gradients", 4 * _own(at, trained(at)))
+    """Of what trains: this process's where the trunk itself trains in shards; an adapter's are whole until clipped."""
+    return Part("gradients", 4 * trained(at) // (1 if at.adapted else at.shards))
 
 
 def moments_of_adam(at: Setting) -> list[Part]:
-    return [Part("AdamW's moments", 8 * _own(at, trained(at)))]
+    """Of what this process steps."""
+    return [Part("AdamW's moments", 8 * trained(at) // at.shards)]
 
 
 def asks_reference(recipe: BaseRecipe) -> bool:

@@ -43,21 +43,21 @@ def traffic(at: Setting, load: Load) -> float:
     """Bytes that each device sends in a step.
 
     A ring reduces or gathers n bytes over P devices in (P - 1) / P * n sent by each; an all-reduce is both. Gradients
-    of an adapter are reduced once an update, in float32. A sharded trunk is gathered for each forward and each backward
-    pass of a row, and once more where activations are computed again.
+    of an adapter are reduced once an update, in float32; where the trunk is sharded, each process then sends the part
+    that it has stepped. A sharded trunk is gathered for each forward and each backward pass of a row, and once more
+    where activations are computed again.
     """
     share = (at.processes - 1) / at.processes
     updates = load.passes * getattr(sampling_of(at.recipe), "minibatches", 1)
-    sent = 2 * share * 4 * trained(at) * updates if at.shards == 1 or at.adapted else 0.0
+    learnt = share * 4 * trained(at)  # what trains, sent once
     if at.shards == 1:
-        return sent
+        return 2 * learnt * updates
     whole = trunk_bytes(at)
     rows, beside = load.rows * updates, load.beside.rows * updates if load.beside else 0
-    learnt = rows * policies(at) + beside
-    sent += share * whole * learnt * (3 if at.recipe.model.gradient_checkpointing else 2)
+    sent = learnt * (3 * updates if at.adapted else rows)  # the latter reduced to the shards, row by row
+    passes = (rows * policies(at) + beside) * (3 if at.recipe.model.gradient_checkpointing else 2)
+    sent += share * whole * passes
     sent += share * (whole * _read(at) + teacher_bytes(at)) * rows / load.passes
-    if not at.adapted:  # gradients are reduced to the shards, row by row
-        sent += share * 4 * trained(at) * rows
     if load.episodes:
         sent += share * whole  # whole while it samples
     return sent

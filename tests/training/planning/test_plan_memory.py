@@ -12,7 +12,7 @@ from align.training.costs import causal_attended, flops_per_token
 from align.training.planning.activations import row
 from align.training.planning.devices import Device, here
 from align.training.planning.memory import memory
-from align.training.planning.parts import host_bytes, setting
+from align.training.planning.parts import host_bytes, setting, trained
 from align.training.planning.words import room
 from align.training.planning.work import work
 
@@ -25,13 +25,14 @@ def base(tmp_path_factory):
     return str(save_base(tmp_path_factory.mktemp("base") / "llama", "llama"))
 
 
-def planned(module, base, processes=1, generation=None, shard="none", model=None, device=DEVICE, **own):
+def planned(module, base, processes=1, generation=None, shard="none", model=None, device=DEVICE, rank=16, **own):
     """The setting of a recipe, and its plan."""
     stage = module.__name__.removeprefix("align.")
     recipe = {
         "stage": stage,
         "run": "run",
         "model": {"base": base} | (model or {}),
+        "lora": {"r": rank},
         "data": {"train": [{"path": "prompts.jsonl"}], "max_length": 32},
         "batch": {"examples": 4},
         "train": {"steps": 1, "shard": shard},
@@ -142,6 +143,24 @@ def test_every_pass_over_shards_is_sent(base):
     trunk = 2 * moments(fewer)["update"]["trunk"]
     rows = fewer.load.rows * at.recipe.ppo.minibatches
     assert work(there, more).sent - work(at, fewer).sent == pytest.approx(rows * trunk / 2)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_of_an_adapter_each_process_has_its_part_of_the_moments(base, processes):
+    """In shards; with whole copies all have all. Weights and gradients are whole, and what was stepped is sent on."""
+    rewards, held, sent = [{"function": "align.training.rules:sentiment"}], {}, {}
+    for shard in ("none", "layers"):
+        took = []
+        for rank in (8, 16):
+            at, plan = planned(ppo, base, processes, shard=shard, rank=rank, rewards=rewards)
+            took.append(work(at, plan).sent)
+            parts = moments(plan)["update"]
+            held[shard] = [parts[name] / 4 / trained(at) for name in ("adapters", "gradients", "AdamW's moments")]
+        updates = plan.load.passes * at.recipe.ppo.minibatches
+        more = 4 * (trained(at) - at.skeleton.sizes.width - 1) / 2 * updates * (processes - 1) / processes
+        sent[shard] = (took[1] - took[0]) / more
+    assert held == {"none": [1, 1, 2], "layers": [1, 1, pytest.approx(2 / processes)]}
+    assert sent == {"none": pytest.approx(2), "layers": pytest.approx(3)}
 
 
 def test_a_teacher_costs_what_its_own_size_is(base, tmp_path):
