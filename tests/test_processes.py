@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import deciding
@@ -180,9 +181,10 @@ def test_a_killed_first_process_ends_those_that_wait_for_it(world, here):
     """While it tokenises a large set, for which the other waits as long as it takes."""
     write_rows(here / "many.jsonl", [{"text": f"{'word ' * 40}{i}"} for i in range(60_000)])
     recipe = world.recipe(here / "recipe.yaml", data={"train": [{"path": "many.jsonl"}], "eval": {"sources": []}})
+    files = partial((Path(os.environ["ALIGN_CACHE"]) / "tokens").glob, ".*.new/tokens.bin")
+    before = {*files()}
     first, second = Child.pair(here, free_port(), recipe)
-    tokens = Path(os.environ["ALIGN_CACHE"]) / "tokens"
-    assert first.send_when(signal.SIGKILL, lambda: [*tokens.glob(".*.new/tokens.bin")])
+    assert first.send_when(signal.SIGKILL, lambda: {*files()} > before)
     began = time.monotonic()
     told = second.wait()
     assert told.status == 2, told.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -76,10 +77,11 @@ def test_in_evaluations_and_before_and_after_training(slow, here):
 
 def test_while_it_tokenises_and_while_it_scores_demonstrations(world, cache, here):
     """Nothing is there yet, and nothing is left; then all is there but the scores' mean."""
-    write_rows(here / "many.jsonl", [{"text": f"{'word ' * 40}{i}"} for i in range(60_000)])
+    write_rows(here / "many.jsonl", [{"text": f"{'stop ' * 40}{i}"} for i in range(60_000)])
     recipe = world.recipe(here / "recipe.yaml", data={"train": [{"path": "many.jsonl"}], "eval": {"sources": []}})
-    building = lambda: any((cache / "tokens").glob(".*.new/tokens.bin"))  # noqa: E731
-    said = stopped(Child(here, recipe, f"run={here / 'none'}"), building)
+    files = partial((cache / "tokens").glob, ".*.new/tokens.bin")
+    before = {*files()}  # of processes that other tests killed
+    said = stopped(Child(here, recipe, f"run={here / 'none'}"), lambda: {*files()} > before)
     assert said == "stopped by a signal; run the same command again to go on\n"
     assert not (here / "none").exists()
     write_rows(here / "said.jsonl", [{"prompt": f"Say {i}", "completion": "yes " * 30 + str(i)} for i in range(400)])
