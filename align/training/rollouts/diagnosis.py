@@ -106,10 +106,8 @@ def _another_actor(train: Course) -> list[Finding]:
     told = _known(train, "mismatch_kl")  # which is only of responses that a server draws
     if len(told) < RECENT:
         return []
-    first, last = (
-        told[0]["mismatch_kl"],
-        _mean(told, "mismatch_kl"),
-    )  # at first the actor is the base, so rounding alone
+    # At first the actor is the base, so that the two engines differ by rounding alone.
+    first, last = told[0]["mismatch_kl"], _mean(told, "mismatch_kl")
     if last < max(0.01, 10 * first):
         return []
     return [
