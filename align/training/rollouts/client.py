@@ -86,7 +86,7 @@ class Client:
         self.httpx, self.server, self.told, self.say = httpx, server, f"{key}: {server.url}", say
         self.patience = Patience(server.patience)
         self.headers: dict[str, str] = {}
-        self._troubled = False
+        self._troubled = 0  # requests that are asked again now
         if name := server.api_key_env:
             secret = os.environ.get(name, "").strip()
             if not secret:
@@ -121,27 +121,31 @@ class Client:
         answer for `patience` seconds, or refuses its key.
         """
         failed = 0
-        while True:
-            try:
-                async with self._turns:
-                    answer = await self.once(path, body)
-                if answer.status in AGAIN and not (answer.status == 500 and tries is not None and failed >= tries):
-                    raise Again(f"says {answer.status} ({answer.message})", answer.after)
-                found = read(answer)
-            except Again as fault:
-                delay = self.patience.delay(failed, fault.after)
-                if delay is None:
-                    raise UserError(
-                        f"{self.told} {fault}, and has answered nothing else for {self.server.patience:g} seconds; "
-                        "look at the server's log, start it again, and run the same command again to go on"
-                    ) from None
-                self._tell(f"{self.told} {fault}; it is asked again for up to {self.server.patience:g} seconds")
-                failed += 1
-                await asyncio.sleep(delay)
-            else:
-                self.patience.answered()
-                self._troubled = False
-                return found
+        try:
+            while True:
+                try:
+                    async with self._turns:
+                        answer = await self.once(path, body)
+                    if answer.status in AGAIN and not (answer.status == 500 and tries is not None and failed >= tries):
+                        raise Again(f"says {answer.status} ({answer.message})", answer.after)
+                    found = read(answer)
+                except Again as fault:
+                    delay = self.patience.delay(failed, fault.after)
+                    if delay is None:
+                        raise UserError(
+                            f"{self.told} {fault}, and has answered nothing else for {self.server.patience:g} seconds; "
+                            "look at the server's log, start it again, and run the same command again to go on"
+                        ) from None
+                    if not self._troubled:  # once for each trouble, however many requests are in it
+                        self.say(f"{self.told} {fault}; it is asked again for up to {self.server.patience:g} seconds")
+                    self._troubled += not failed
+                    failed += 1
+                    await asyncio.sleep(delay)
+                else:
+                    self.patience.answered()
+                    return found
+        finally:
+            self._troubled -= bool(failed)
 
     async def once(self, path: str, body: dict[str, Any] | None) -> Answer:
         """One try. Raises Again where none comes, and UserError for one that is no use to anybody."""
@@ -167,12 +171,6 @@ class Client:
             where = response.headers.get("location", "nowhere")[:SHOWN]
             raise UserError(f"{self.told} sends on to {where}; give that address as `url`")
         return answer
-
-    def _tell(self, line: str) -> None:
-        """Once for each trouble, however many requests are in it."""
-        if not self._troubled:
-            self.say(line)
-        self._troubled = True
 
 
 def _seconds(after: str | None) -> float | None:

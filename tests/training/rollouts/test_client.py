@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Lock, Thread
 
 import pytest
 from models.tiny import VOCABULARY, tiny_tokenizer
@@ -140,15 +140,26 @@ def test_a_server_that_forgets_what_it_loads():
 
 
 def test_a_trouble_that_passes_is_told_of_once():
-    """Of eight requests, which are all refused at first."""
-    told, refused = [], []
+    """Of eight requests, which are all refused at first: the last of them long after the first, and after others have
+    had their answer."""
+    told, asked, turn, answered, refused = [], [], Lock(), Event(), Event()
     good = b'{"choices": [{"finish_reason": "stop", "token_ids": [2], "logprobs": {"token_logprobs": [-0.5]}}]}'
 
     def answering(handler: BaseHTTPRequestHandler) -> None:
-        if len(refused) < 8:
-            refused.append(handler.path)
-            return said(429, b"full", Retry_After="0")(handler)
-        return said(200, good)(handler)
+        with turn:
+            asked.append(handler.path)
+            count = len(asked)
+        if count < 8:
+            said(429, b"full", Retry_After="0")(handler)
+        elif count == 8:
+            answered.wait(20)  # one of the seven has its answer
+            said(429, b"full", Retry_After="0")(handler)
+            refused.set()
+        else:
+            if count > 9:
+                refused.wait(20)
+            said(200, good)(handler)
+            answered.set()
 
     with server(answering) as url:
         remote = remote_of(url, told, patience=30.0)
