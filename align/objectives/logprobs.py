@@ -5,6 +5,9 @@ Shapes: n labelled positions, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
+from mmap import mmap
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -99,17 +102,16 @@ def wide(weight: Tensor) -> torch.dtype:
 
 
 class Chunks:
-    """Goes through positions chunk by chunk, in two buffers that are filled anew each time."""
+    """Goes through positions chunk by chunk, in buffers that are filled anew each time."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, chunk_bytes: int) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, chunk_bytes: int, entropies: bool = False) -> None:
+        """`entropies`: those of the softmax are asked for, which takes a buffer more."""
         rows = min(len(hidden), max(1, chunk_bytes // (4 * len(weight))))
         self.parts = [slice(first, min(first + rows, len(hidden))) for first in range(0, len(hidden), max(rows, 1))]
-        self.narrow = hidden.new_empty(rows, len(weight))
-        self.wide = (
-            self.narrow
-            if wide(weight) == hidden.dtype
-            else self.narrow.new_empty(self.narrow.shape, dtype=wide(weight))
-        )
+        shape, device = (rows, len(weight)), hidden.device
+        self.narrow = _buffer(shape, hidden.dtype, device)
+        self.wide = self.narrow if wide(weight) == hidden.dtype else _buffer(shape, wide(weight), device)
+        self.softmax = _buffer(shape, wide(weight), device) if entropies else self.wide
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """hidden @ weight.T + bias in the wide dtype, (c, V)."""
@@ -123,10 +125,19 @@ class Chunks:
         return self.narrow[: len(gradient)].copy_(gradient) if self.wide is not self.narrow else gradient
 
 
-def _log_softmax_parts(logits, labels, scale, softcap, entropies=None):
+def _buffer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty tensor; a large one on a CPU has pages of its own. A heap full of activations has no hole for it, and
+    would grow by it."""
+    if device.type != "cpu" or (size := math.prod(shape) * dtype.itemsize) < 2**20:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap(-1, size), dtype=dtype).view(shape)
+
+
+def _log_softmax_parts(logits, labels, scale, softcap, softmax, entropies=None):
     """logits (c, V), overwritten -> logprobs (c,), exp(logits - max) (c, V), its sum (c, 1), slope of the softcap.
 
-    `entropies` (c,) is filled where it is given.
+    `softmax` (c or more, V) is the buffer for the second, which may be that of the logits; where it is not, `entropies`
+    (c,) may be given, to be filled.
     """
     if scale != 1.0:
         logits *= scale
@@ -138,10 +149,10 @@ def _log_softmax_parts(logits, labels, scale, softcap, entropies=None):
     top = logits.amax(-1, keepdim=True)
     chosen = logits.gather(-1, labels[:, None]) - top
     logits.sub_(top)
-    softmax = logits.exp_() if entropies is None else logits.exp()
+    softmax = torch.exp(logits, out=softmax[: len(logits)])
     total = softmax.sum(-1, keepdim=True)
     if entropies is not None:  # log Z - sum of p z
-        entropies.copy_(total.log()[:, 0] - torch.linalg.vecdot(softmax, logits) / total[:, 0])
+        entropies.copy_(total.log()[:, 0] - logits.mul_(softmax).sum(-1) / total[:, 0])
     return (chosen - total.log())[:, 0], softmax, total, slope
 
 
@@ -162,11 +173,13 @@ class _LinearLogprobs(torch.autograd.Function):
         ahead = hidden.requires_grad and not ctx.weight_trains
         logprobs = torch.empty(len(hidden), dtype=wide(weight), device=hidden.device)
         jacobian = torch.empty_like(hidden) if ahead else None
-        chunks = Chunks(hidden, weight, chunk_bytes)
+        chunks = Chunks(hidden, weight, chunk_bytes, entropies is not None)
         for part in chunks.parts:
             logits = chunks.logits(hidden[part], weight, bias)
             filled = None if entropies is None else entropies[part]
-            logprobs[part], softmax, total, slope = _log_softmax_parts(logits, labels[part], scale, softcap, filled)
+            logprobs[part], softmax, total, slope = _log_softmax_parts(
+                logits, labels[part], scale, softcap, chunks.softmax, filled
+            )
             if ahead:
                 gradient = _logits_gradient(softmax, total, slope, labels[part], scale)
                 torch.mm(chunks.narrowed(gradient), weight, out=jacobian[part])
@@ -189,7 +202,7 @@ class _LinearLogprobs(torch.autograd.Function):
         chunks = Chunks(hidden, weight, ctx.chunk_bytes)
         for part in chunks.parts:
             logits = chunks.logits(hidden[part], weight, bias)
-            _, softmax, total, slope = _log_softmax_parts(logits, labels[part], ctx.scale, ctx.softcap)
+            _, softmax, total, slope = _log_softmax_parts(logits, labels[part], ctx.scale, ctx.softcap, chunks.softmax)
             gradient = _logits_gradient(softmax, total, slope, labels[part], ctx.scale)
             gradient *= upstream[part, None]
             if grad_bias is not None:

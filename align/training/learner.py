@@ -19,7 +19,7 @@ from align.models.trunk import Trunk
 from align.training.batches import Batches, Planted
 from align.training.meters import Sums
 from align.training.runs.checkpoint import Tensors
-from align.training.runs.state import adamw, capture, gathered, trained_parameters, whole
+from align.training.runs.state import adamw, capture, gathered, make_moments, trained_parameters, whole
 from align.training.session import Session
 from align.training.shards import let_go
 
@@ -46,6 +46,7 @@ class Learner:
 
     def begin(self) -> None:
         """The state to go on from is there."""
+        make_moments(self.optimizer, self.named.values())
 
     def row(self, last: bool) -> AbstractContextManager:
         """Around a row's forward and backward pass; gradients go from process to process after the last."""

@@ -21,7 +21,7 @@ from align.training.batches import Batches
 from align.training.learner import Learner, Work
 from align.training.meters import Sums
 from align.training.runs.checkpoint import Tensors
-from align.training.runs.state import MOMENTS
+from align.training.runs.state import MOMENTS, make_moments
 from align.training.shards import agreed, average_gradients, together
 
 
@@ -37,9 +37,9 @@ class ShardLearner(Learner):
         whole = [p for p in self.named.values() if not isinstance(p, DTensor)]
         self.parts = shared_out(whole, self.accelerator.num_processes)
         self.owner = {p: process for process, part in enumerate(self.parts) for p in part}
-        self.stepped = {p for p in whole if p in self.optimizer.state}  # in some process: they have moments
         for p in self._others():
             self.optimizer.state.pop(p, None)
+        make_moments(self.optimizer, self.parts[self.accelerator.process_index])
 
     def gradients(self, batches: Batches, work: Sequence[Work]) -> Sums:
         """Accumulate the gradient of this process's rows; of what is whole, the mean over all processes."""
@@ -49,7 +49,6 @@ class ShardLearner(Learner):
 
     def step(self) -> None:
         """Change this process's part of what is whole, and get the others' parts from them."""
-        self.stepped |= {p for p in self.owner if p.grad is not None}
         for p in self._others():
             p.grad = None  # AdamW passes over it and makes no moments
         super().step()
@@ -61,7 +60,7 @@ class ShardLearner(Learner):
         found, own = super().captured(), self.accelerator.process_index
         for name, p in self.named.items():
             there = self.owner.get(p, 0)
-            if p not in self.stepped or there == 0 or own not in (0, there):
+            if there == 0 or own not in (0, there):
                 continue
             for key in MOMENTS:
                 if own == there:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +41,15 @@ def adamw(model: nn.Module, optim: Optim, rates: dict[str, float]) -> torch.opti
     ]
     betas = (optim.beta1, optim.beta2)
     return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=betas, eps=optim.eps, fused=True)
+
+
+def make_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Those that are not there yet, as AdamW makes them at its first step: side by side, before there are activations.
+    Small pieces that stay between these would leave holes in a CPU's heap which those of the next row do not fit."""
+    for p in parameters:
+        if p not in optimizer.state:
+            step = torch.zeros((), device=p.device)
+            optimizer.state[p] = dict(zip(MOMENTS, (step, torch.zeros_like(p), torch.zeros_like(p)), strict=True))
 
 
 def capture(named: Named, optimizer: torch.optim.Optimizer, keep: bool = True) -> Tensors:
