@@ -197,6 +197,15 @@ def test_merging_happens_before_rounding(tmp_path):
     assert all(torch.equal(p, exact[name].bfloat16()) for name, p in rounded.items())
 
 
+def test_a_fingerprint_is_the_same_however_its_files_are_read(tmp_path, monkeypatch):
+    """Tensors at once, or row by row where they are large."""
+    shapes = {"long": (40, 300), "short": (3, 5, 700), "row": (100,), "one": (), "none": (0, 4)}
+    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    at_once = weights_fingerprint(tmp_path)
+    monkeypatch.setattr(fingerprints, "WHOLE", 0)
+    assert weights_fingerprint(tmp_path) == at_once
+
+
 def test_a_merged_trunks_fingerprint_is_of_both(folder, tmp_path):
     one, other = (saved(stir(trunk_on(folder), seed), tmp_path / str(seed)) for seed in (1, 2))
     prints = [loaded(folder, adapter=str(final)).fingerprint for final in (one, one, other)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import signal
 import socket
+import threading
 import time
 import urllib.request
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -163,19 +165,23 @@ def test_a_request_that_is_still_read_never_gets_another_models_answer(service, 
     assert service.post(load, {"lora_name": "new", "lora_path": "red/final"})[0] == 200
     body = {"prompt": [f"{i:03}" * 20 for i in range(300)], "temperature": 0, "max_tokens": 3}  # long, taken together
     wanted = service.post("/v1/completions", body | {"model": "red"})[1]
-    before = [{"role": "user", "content": "word " * 200_000}]
-    with ThreadPoolExecutor(8) as pool:
-        long = {"model": "red", "messages": before}
-        first = [pool.submit(service.post, "/v1/chat/completions", long) for _ in range(3)]
-        asked = pool.submit(service.post, "/v1/completions", body | {"model": "new"})
-        time.sleep(0.2)
-        if instead:
-            change = {"lora_name": "new", "lora_path": instead, "load_inplace": True}
-            assert service.post(load, change)[0] == 200
+    others = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            pool.submit(asyncio.run, service.desk.do(others.wait, long=True))  # as long texts before it would
+            while not service.desk.waiting:
+                time.sleep(0.001)
+            asked = pool.submit(service.post, "/v1/completions", body | {"model": "new"})
+            while service.desk.waiting < 2:
+                assert not asked.done(), asked.result()
+                time.sleep(0.001)
+            if instead:
+                change = {"lora_name": "new", "lora_path": instead, "load_inplace": True}
+                assert service.post(load, change)[0] == 200
             assert service.post(unload, {"lora_name": "new"})[0] == 200
-        else:
-            assert service.post(unload, {"lora_name": "new"})[0] == 200
-        assert not all(each.done() for each in first), "it was read before its model went"
+            assert not asked.done(), "it was read before its model went"
+        finally:
+            others.set()
         status, reply = asked.result()
     if status == 200:
         assert [each["text"] for each in reply["choices"]] == [each["text"] for each in wanted["choices"]]
