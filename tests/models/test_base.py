@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from align.data.trees import plant
 from align.models.base import compute_dtype, load_base, load_tokenizer
+from align.models.checkpoints import fingerprints
 from align.models.checkpoints.fingerprints import settings_of, weights_fingerprint
 from align.models.checkpoints.results import META
 from align.models.checkpoints.sources import read_config

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 import urllib.request
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -338,17 +338,24 @@ def test_more_requests_than_may_wait_are_refused(shop):
 
 def test_long_texts_hold_up_each_other_alone(shop):
     """They take their time to become tokens. What is short passes them; what would wait too long is refused."""
-    path, long = "/v1/chat/completions", {"model": "red", "messages": [{"role": "user", "content": "word " * 40_000}]}
+    path, long = "/v1/chat/completions", {"model": "red", "messages": [{"role": "user", "content": "word " * 4_000}]}
+    short = {"model": "red", "messages": ASKED, "max_tokens": 1}
+    others = threading.Event()
     with serving([shop["red"]], limits=Limits(waiting=5)) as service, ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(service.post, path, long) for _ in range(4)]
-        first = wait(asked, return_when=FIRST_COMPLETED).done
-        short = {"model": "red", "messages": ASKED, "max_tokens": 1}
-        status, _ = service.post(path, short)
-        waiting = sum(not each.done() for each in asked)
-        assert (status, waiting > 0) == (200, True)
-        assert all("maximum context length" in each.result()[1]["error"]["message"] for each in first)
-        asked += [pool.submit(service.post, path, long) for _ in range(6)]
-        assert {each.result()[0] for each in asked} == {400, 429}
+        try:
+            pool.submit(asyncio.run, service.desk.do(others.wait, long=True))  # another, as long as this test wants
+            asked = [pool.submit(service.post, path, long) for _ in range(3)]
+            until(lambda: service.desk.waiting == 4)
+            assert service.post(path, short)[0] == 200
+            assert not any(each.done() for each in asked)
+            asked.append(pool.submit(service.post, path, long))
+            until(lambda: service.desk.waiting == 5)
+            assert service.post(path, long)[0] == 429
+        finally:
+            others.set()
+        for each in asked:
+            status, reply = each.result()
+            assert (status, "maximum context length" in reply["error"]["message"]) == (400, True)
 
 
 @pytest.mark.slow
