@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from forks import ending
+from forks import begun_server, ending, use_server
 from hypothesis import HealthCheck, settings
 
 # Machines are shared and slow at times: how long an example takes says nothing. And a green run stays green.
@@ -31,6 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long, or wait for processes, come first: what is left at the end is short."""
     rank = {f"test_{name}.py": number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(FIRST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """The processes that run tests share a server of forks: each of its own would import all once more."""
+    node.workerinput["forks"] = begun_server()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if found := getattr(config, "workerinput", {}).get("forks"):
+        use_server(found)
 
 
 @pytest.hookimpl(optionalhook=True)

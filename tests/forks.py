@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.forkserver
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
@@ -39,6 +40,22 @@ def ending() -> Iterator[None]:
                 for one in (*process.children(recursive=True), process):
                     with suppress(psutil.Error):
                         one.kill()
+
+
+def begun_server() -> dict[str, Any]:
+    """The server of this process, which begins; what another process needs to use it."""
+    multiprocessing.forkserver.set_forkserver_preload(PRELOADED)
+    multiprocessing.forkserver.ensure_running()
+    server = multiprocessing.forkserver._forkserver
+    return {
+        name: getattr(server, name) for name in ("_forkserver_address", "_forkserver_authkey") if hasattr(server, name)
+    }
+
+
+def use_server(found: dict[str, Any]) -> None:
+    """In another process: what it forks comes from that server, which ends with the process that has begun it."""
+    vars(multiprocessing.forkserver._forkserver).update(found, _forkserver_alive_fd=os.pipe()[1])
+    share_server()
 
 
 def forked(target: Callable[..., Any], *args: Any, kept: bool = False) -> BaseProcess:

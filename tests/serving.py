@@ -54,6 +54,7 @@ class Service(NamedTuple):
 
     url: str
     engine: Engine
+    desk: Desk | None = None
 
     @property
     def port(self) -> int:
@@ -103,7 +104,7 @@ def serving(
     engine.start()
     thread.start()
     try:
-        yield Service(f"http://127.0.0.1:{listener.getsockname()[1]}", engine)
+        yield Service(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, desk)
     finally:
         server.ask()
         thread.join(20)

@@ -215,7 +215,7 @@ def test_a_loss_without_reference_loads_none(world, here, monkeypatch):
         assert len(loaded) == models, section
 
 
-@pytest.mark.parametrize(("kind", "more"), [("finished", {}), ("full", FULL)])
+@pytest.mark.parametrize(("kind", "more"), [("finished", {}), pytest.param("full", FULL, marks=pytest.mark.slow)])
 def test_a_cached_reference_changes_no_figure(kind, more, request, world, here):
     """To 1e-5: it is computed in other rows than the steps', and float32 sums differ by as much."""
     run = train(world, here, dpo={"reference": "cached"}, **more)
@@ -271,7 +271,11 @@ def test_every_figure_is_the_same_for_every_batch_size(world, here):
         assert flat(record) == pytest.approx(flat(records[0]), rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("section", [{"batch": {"row_tokens": 1}}, {"model": {"layout": "padded"}}], ids=str)
+@pytest.mark.parametrize(
+    "section",
+    [pytest.param({"batch": {"row_tokens": 1}}, marks=pytest.mark.slow), {"model": {"layout": "padded"}}],
+    ids=str,
+)
 def test_accuracy_stays_the_same_while_it_trains(world, here, finished, section):
     """Whatever the rows: updates differ by rounding alone."""
     run = train(world, here, **section)

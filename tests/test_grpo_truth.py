@@ -60,7 +60,7 @@ def settings(beta=BETA, **more):
 def teacher(base, cache, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGN_CACHE", str(cache))
-        return trained(base, tmp_path_factory.mktemp("teacher"), grpo, settings(), steps=40) / "final"
+        return trained(base, tmp_path_factory.mktemp("teacher"), grpo, settings(samples=128), steps=40) / "final"
 
 
 def assert_on_the_frontier(policy, reference):

@@ -8,6 +8,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from often import often
 from test_fuzz_command import FLAGS, FUZZ, check, damaged
 from world import align, lines, pair, talk, tree, verdicts, write_rows
 
@@ -179,7 +180,7 @@ def test_an_adapter_that_is_none(refused, stage):
     assert refused(stage, "model.adapter=nowhere").startswith("model.adapter: nowhere has no ")
 
 
-MODEST = settings(FUZZ, max_examples=100)
+MODEST = settings(FUZZ, max_examples=often(400))
 
 
 def ends_well(told):

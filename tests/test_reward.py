@@ -203,7 +203,9 @@ def test_margins_centring_and_ranked_lists(world, here, pairs):
         assert_same(record, {f"{name}/{title}": figure for name, figure in numbers.items()})
 
 
-@pytest.mark.parametrize(("examples", "row_tokens"), [(1, 1), (3, 180), (8, 480), (9, 4096)])
+@pytest.mark.parametrize(
+    ("examples", "row_tokens"), [(1, 1), pytest.param(3, 180, marks=pytest.mark.slow), (8, 480), (9, 4096)]
+)
 def test_every_figure_is_the_same_for_every_batch_size(world, here, finished, examples, row_tokens):
     """Of the untrained head, with one, three, eight or nine pairs a step, and as many in a row."""
     batch = {"examples": examples, "row_tokens": row_tokens}
@@ -213,7 +215,11 @@ def test_every_figure_is_the_same_for_every_batch_size(world, here, finished, ex
     assert_close(before, reference)
 
 
-@pytest.mark.parametrize("section", [{"batch": {"row_tokens": 1}}, {"model": {"layout": "padded"}}], ids=str)
+@pytest.mark.parametrize(
+    "section",
+    [{"batch": {"row_tokens": 1}}, pytest.param({"model": {"layout": "padded"}}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_accuracy_stays_the_same_while_it_trains(world, here, finished, section):
     """Steps differ by rounding alone, which this high rate of learning makes grow."""
     run = train(world, here, **section)

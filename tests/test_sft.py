@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import align, lines, metrics, tree, weights
 
+UNEVALUATED = {"eval_every": None, "save_every": None}
 QUESTION = "Name the capital of Peru"
 
 
@@ -205,7 +206,7 @@ def test_all_weights_are_trained_without_lora(world, here):
     "section",
     [
         {"batch": {"row_tokens": 1}},  # every example a row of its own
-        {"batch": {"row_tokens": 2048}},  # all in one row
+        pytest.param({"batch": {"row_tokens": 2048}}, marks=pytest.mark.slow),  # all in one row
         {"model": {"layout": "padded"}},
         {"model": {"gradient_checkpointing": True}},
     ],
@@ -222,8 +223,9 @@ def test_what_must_not_change_the_numbers(section, finished, world, here):
 
 
 def test_dropout_is_random_and_repeats(world, here, finished):
-    first, second = (train(world, here, name, lora={"dropout": 0.3}) for name in ("first", "second"))
+    first, second = (train(world, here, name, lora={"dropout": 0.3}, train=UNEVALUATED) for name in ("first", "second"))
     assert metrics(first) == metrics(second)
+    assert len(losses(first)) == len(losses(finished[0]))
     assert losses(first)[1:] != losses(finished[0])[1:]
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from align.data.trees import plant
 from align.models.base import compute_dtype, load_base, load_tokenizer
+from align.models.checkpoints import fingerprints
 from align.models.checkpoints.fingerprints import settings_of, weights_fingerprint
 from align.models.checkpoints.results import META
 from align.models.checkpoints.sources import read_config
@@ -198,6 +196,15 @@ def test_merging_happens_before_rounding(tmp_path):
     exact = dict(PeftModel.from_pretrained(wide, final).merge_and_unload().named_parameters())
     rounded = dict(loaded(folder, adapter=str(final), dtype="bfloat16").model.named_parameters())
     assert all(torch.equal(p, exact[name].bfloat16()) for name, p in rounded.items())
+
+
+def test_a_fingerprint_is_the_same_however_its_files_are_read(tmp_path, monkeypatch):
+    """Tensors at once, or row by row where they are large."""
+    shapes = {"long": (40, 300), "short": (3, 5, 700), "row": (100,), "one": (), "none": (0, 4)}
+    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    at_once = weights_fingerprint(tmp_path)
+    monkeypatch.setattr(fingerprints, "WHOLE", 0)
+    assert weights_fingerprint(tmp_path) == at_once
 
 
 def test_a_merged_trunks_fingerprint_is_of_both(folder, tmp_path):
@@ -481,17 +488,14 @@ def test_what_scores_texts_is_no_start_for_a_policy(stage, folder, tmp_path):
         load_base(section.model_copy(update={"base": str(tmp_path / "whole")}), device, frozen=True)
 
 
-def test_no_more_threads_than_openmp_gives(tmp_path):
+@pytest.mark.parametrize(("limit", "threads"), [("1", 1), ("8", 2)])
+def test_no_more_threads_than_openmp_gives(limit, threads, folder, monkeypatch):
     """With fewer than PyTorch believes in, oneDNN's products are wrong, without a word."""
-    folder, code = (
-        save_base(tmp_path / "llama", "llama"),
-        (
-            "import sys, torch; from align.models.base import load_base; from align.recipe.schema import Model;"
-            "torch.set_num_threads(2); load_base(Model(base=sys.argv[1]), torch.device('cpu'), frozen=True);"
-            "print(torch.get_num_threads())"
-        ),
-    )
-    for limit, threads in (("1", "1"), ("8", "2")):
-        given = os.environ | {"OMP_THREAD_LIMIT": limit, "HF_HUB_OFFLINE": "1"}
-        told = subprocess.run([sys.executable, "-c", code, str(folder)], env=given, capture_output=True, text=True)
-        assert told.stdout.strip() == threads, told.stderr
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_THREAD_LIMIT", limit)  # of a fresh process; PyTorch believes in what it is told, too
+    torch.set_num_threads(2)
+    try:
+        load_base(Model(base=str(folder)), torch.device("cpu"), frozen=True)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

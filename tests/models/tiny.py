@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -71,6 +72,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 ATTENTION = [name for name in FAMILIES if name not in ("mamba", "lfm2")]
 RECURRENT = ["mamba", "lfm2"]
+APART = ("llama", "gpt2", "mistral-window", "gemma2", "gemma3")  # their attention or their cache differs
+FEW = [name if name in APART else pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION]
 
 
 def tiny_model(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:

@@ -8,7 +8,6 @@ import os
 import random
 import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from forks import forked
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -70,39 +70,32 @@ def test_merging_alone_changes_nothing():
     assert sums.merged(Accelerator(cpu=True)).sums() == sums.sums()
 
 
-MERGE = """
-import json, os
-from accelerate import Accelerator
-from align.training.meters import Sums
-
-accelerator, sums = Accelerator(cpu=True), Sums()
-if accelerator.process_index == 0:
-    sums.add("loss", 0.1, 3)
-    sums.add("seen by one", 5.0, 2)
-else:
-    sums.add("loss", 16777217.0, 4)
-print(json.dumps(sums.merged(accelerator).sums()))
-"""
+def merge(told: Path, env: dict[str, str]) -> None:
+    """What one of two processes has after a merge, into a file."""
+    os.environ |= env
+    accelerator, sums = Accelerator(cpu=True), Sums()
+    if accelerator.process_index == 0:
+        sums.add("loss", 0.1, 3)
+        sums.add("seen by one", 5.0, 2)
+    else:
+        sums.add("loss", 16777217.0, 4)
+    told.write_text(json.dumps(sums.merged(accelerator).sums()))
 
 
-def test_shards_merge_to_the_whole_over_processes():
+def test_shards_merge_to_the_whole_over_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", MERGE],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"},
-        )
-        for rank in range(2)
+        forked(merge, tmp_path / str(rank), shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
     ]
-    answers = [json.loads(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in ranks]
+    for rank in ranks:
+        rank.join(120)
+        assert rank.exitcode == 0
     whole = {"loss": [0.1 + 16777217.0, 7.0], "seen by one": [5.0, 2.0]}  # 2**24 + 1: float32 would round it
-    assert answers == [whole, whole]
+    assert [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)] == [whole, whole]
 
 
 def test_throughput_is_per_device_over_all_steps():

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from align.models.checkpoints.sources import first_line, foreign
 from align.recipe.errors import UserError
 
+WHOLE = 2**20  # numbers of a tensor that is read at once
 ELSEWHERE = (
     "base_model_name_or_path",
     "revision",
@@ -50,12 +54,21 @@ def weights_fingerprint(folder: Path, name: str | None = None, sample: int = 409
                     part = file.get_slice(tensor)
                     shape = part.get_shape()
                     digest.update(f"{tensor} {part.get_dtype()} {shape}".encode())
-                    rows = range(0, shape[0], max(1, shape[0] // 16)) if shape else ()
-                    for row in rows:
-                        values = part[row : row + 1].flatten()
-                        step = max(1, values.numel() // (sample // 16))
-                        digest.update(values[::step].contiguous().view(torch.uint8).numpy().tobytes())
+                    for values in _sampled(file.get_tensor(tensor) if prod(shape) <= WHOLE else part, shape):
+                        step = max(1, values.shape[1] // (sample // 16))
+                        digest.update(values[:, ::step].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _sampled(part: Any, shape: Sequence[int]) -> Iterator[Tensor]:
+    """Some 16 rows of a tensor, or of a slice that is read row by row, as (rows, numbers)."""
+    every = max(1, shape[0] // 16) if shape else 1
+    if not shape or not prod(shape):
+        return
+    if isinstance(part, Tensor):
+        yield part[::every].flatten(1) if len(shape) > 1 else part[::every, None]
+    else:
+        yield from (part[row : row + 1].reshape(1, -1) for row in range(0, shape[0], every))
 
 
 def result_fingerprint(folder: Path) -> str:

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-import torch
-
 from align.recipe.errors import UserError, printable
 from align.recipe.streams import ReaderLeft, standard_streams
 from align.training.borders import leaving
@@ -49,7 +47,7 @@ def border(memory: str, result: bool = False) -> Iterator[None]:
             _end(2, *error.problems)
         except KeyboardInterrupt:
             _end(130, "interrupted")
-        except (torch.OutOfMemoryError, MemoryError):
+        except _of_memory():
             _end(2, f"out of memory: {memory}")
         except ReaderLeft:
             _end(0)
@@ -72,6 +70,12 @@ def _flushed() -> Iterator[None]:
         sys.stdout.flush()
         raise
     sys.stdout.flush()
+
+
+def _of_memory() -> tuple[type[BaseException], ...]:
+    """What says that memory is short; PyTorch's own where the command uses it, which takes seconds to import."""
+    torch = sys.modules.get("torch")
+    return (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
 
 
 def _end(status: int, *lines: str) -> NoReturn:

@@ -87,7 +87,7 @@ def row(skeleton: Skeleton, way: Way, tokens: int, segment: int) -> Row:
         fewer = segment = RECURRENT_TOKENS
     else:
         fewer = min(max(2 ** round(math.log2(max(tokens, 1))), TRACED[0]), TRACED[1])
-        segment = min(fewer, 2 ** round(math.log2(max(segment, 1))))
+        segment = fewer if _maskless(way) else min(fewer, 2 ** round(math.log2(max(segment, 1))))
     return Row(*(part * tokens // fewer for part in _row(skeleton, way, fewer, segment)))
 
 
@@ -104,20 +104,34 @@ def _row(skeleton: Skeleton, way: Way, tokens: int, segment: int) -> Row:
 
 
 def _traced(skeleton: Skeleton, layers: int, way: Way, tokens: int, segment: int) -> Row:
-    fast = offer(torch.device(way.device))
     with FakeTensorMode() if way.autocast else nullcontext():  # the meta device knows no autocast
-        device, dtype = ("cpu", torch.float32) if way.autocast else ("meta", way.dtype)
-        model = skeleton.made(layers, dtype, device)
-        base = plain(model)
-        if not way.autocast and not skeleton.model.quantize:  # peft's own layers compute on packed weights
-            fast.adopt(base, True)
-        model.train()
-        if skeleton.model.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-        kernel = kernel_attention if way.kernels or fast.traced is None else fast.traced
+        kernel = kernel_attention if _maskless(way) else offer(torch.device(way.device)).traced
         AttentionInterface.register(ATTENTION, partial(_attention, kernel, _mask(tokens, segment)))
-        base.set_attn_implementation(ATTENTION)
-        return _stepped(model, base, way, tokens, skeleton.encoder)
+        model = (_made.__wrapped__ if way.autocast else _made)(skeleton, layers, way)  # what a mode makes ends with it
+        return _stepped(model, plain(model), way, tokens, skeleton.encoder)
+
+
+def _maskless(way: Way) -> bool:
+    """Whether attention keeps the same, however the texts of a row are divided."""
+    return way.kernels or offer(torch.device(way.device)).traced is None
+
+
+@lru_cache(maxsize=4)
+def _made(skeleton: Skeleton, layers: int, way: Way) -> nn.Module:
+    """The model of a trace, ready to be trained: to make it takes as long as to trace it."""
+    device, dtype = ("cpu", torch.float32) if way.autocast else ("meta", way.dtype)
+    model = skeleton.made(layers, dtype, device)
+    base = plain(model)
+    if not way.autocast and not skeleton.model.quantize:  # peft's own layers compute on packed weights
+        offer(torch.device(way.device)).adopt(base, True)
+    model.train()
+    if skeleton.model.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.set_attn_implementation(ATTENTION)
+    for p in model.parameters():
+        if p.requires_grad:  # a plan counts gradients of weights by themselves
+            p.register_post_accumulate_grad_hook(_drop)
+    return model
 
 
 def _stepped(model: nn.Module, base: nn.Module, way: Way, tokens: int, encoder: bool) -> Row:
@@ -136,9 +150,6 @@ def _stepped(model: nn.Module, base: nn.Module, way: Way, tokens: int, encoder: 
     with torch.no_grad(), Live(own) as live:
         passed()
     forward = live.peak
-    for p in model.parameters():
-        if p.requires_grad:  # a plan counts gradients of weights by themselves
-            p.register_post_accumulate_grad_hook(_drop)
     with Live(own) as live:
         states = passed()
         kept = live.now

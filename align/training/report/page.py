@@ -37,6 +37,7 @@ from align.training.report.rollout_plots import rollout_section
 from align.training.runs.durable import write_atomic
 
 LEDGER_ROWS = 50
+FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C, where PyYAML was built with it
 
 
 def write_report(run: Path, state: str = "") -> Path:
@@ -246,7 +247,7 @@ def _classification(path: Path) -> Markup:
 def _settings(recipe: str | None) -> dict[str, Any]:
     """The recipe's own values; nothing where it cannot be read."""
     try:
-        settings = yaml.safe_load(recipe or "")
+        settings = yaml.load(recipe or "", FAST)
     except yaml.YAMLError:
         return {}
     return settings if isinstance(settings, dict) else {}

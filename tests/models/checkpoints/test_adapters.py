@@ -116,7 +116,7 @@ def short_of_rows(folder: Path, family: str) -> Path:
     return base
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma"])  # heads tied, apart, tied; scaled embeddings
 def test_rows_of_added_tokens_train_and_plain_peft_loads_them(family, dora, tmp_path):
     base = short_of_rows(tmp_path / "base", family)

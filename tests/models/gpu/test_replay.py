@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from models.tiny import ATTENTION, SPECIAL, VOCABULARY, tiny_trunk
+from models.tiny import FEW, SPECIAL, VOCABULARY, tiny_trunk
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -76,12 +76,12 @@ def said(trunk, sampling: Sampling) -> list[list[int]]:
     return [r.tokens.tolist() for row in sample(trunk, PROMPTS, sampling, KEYS, samples=3) for r in row]
 
 
-@pytest.mark.parametrize("family", ATTENTION)
+@pytest.mark.parametrize("family", FEW)
 def test_replayed_steps_say_the_same(family, monkeypatch):
     trunk, tapes = tiny_trunk(family, Lora(r=4, alpha=8)), Tapes()
-    sampling = Sampling(40, temperature=3.0, stop=STOPS)
+    sampling = Sampling(24, temperature=3.0, stop=STOPS)
     expected = said(trunk, sampling)
-    assert len({len(tokens) for tokens in expected}) > 5  # rows leave while it goes on
+    assert len({len(tokens) for tokens in expected}) > 4  # rows leave while it goes on
     records(trunk, monkeypatch, tapes)
     assert said(trunk, sampling) == expected
     assert tapes.replayed > tapes.recorded > 0

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from models.tiny import ATTENTION, SPECIAL, VOCABULARY, tiny_trunk
+from models.tiny import FEW, SPECIAL, VOCABULARY, tiny_trunk
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from align.models.sampling import decode
@@ -36,7 +36,7 @@ def said(trunk, sampling: Sampling, **more) -> list[tuple[list[int], bool]]:
     return [(r.tokens.tolist(), r.ended) for row in found for r in row]
 
 
-@pytest.mark.parametrize("family", ATTENTION)
+@pytest.mark.parametrize("family", FEW)
 def test_prompts_in_several_passes_get_the_same_responses(family, monkeypatch):
     trunk, sampling, passes = tiny_trunk(family, Lora(r=4, alpha=8)), Sampling(12, temperature=2.0), []
     expected, whole = said(trunk, sampling), rows_module.Rows._pass

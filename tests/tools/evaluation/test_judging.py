@@ -134,8 +134,8 @@ def test_what_did_not_get_through_is_tried_again_and_a_lost_judge_is_left(server
 def test_a_signal_waits_for_no_answer(server):
     started = time.monotonic()
     ask = judge(server, timeout=15.0, parallel=2)
-    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
-    with Signals(), pytest.raises(Stopped):
+    with Signals(), pytest.raises(Stopped):  # noqa: PT012
+        threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
         ask(pairs(("slow", "no"), ("slow", "so")))
     assert time.monotonic() - started < 10
 

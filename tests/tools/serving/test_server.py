@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import signal
 import socket
+import threading
 import time
 import urllib.request
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -163,19 +165,23 @@ def test_a_request_that_is_still_read_never_gets_another_models_answer(service, 
     assert service.post(load, {"lora_name": "new", "lora_path": "red/final"})[0] == 200
     body = {"prompt": [f"{i:03}" * 20 for i in range(300)], "temperature": 0, "max_tokens": 3}  # long, taken together
     wanted = service.post("/v1/completions", body | {"model": "red"})[1]
-    before = [{"role": "user", "content": "word " * 200_000}]
-    with ThreadPoolExecutor(8) as pool:
-        long = {"model": "red", "messages": before}
-        first = [pool.submit(service.post, "/v1/chat/completions", long) for _ in range(3)]
-        asked = pool.submit(service.post, "/v1/completions", body | {"model": "new"})
-        time.sleep(0.2)
-        if instead:
-            change = {"lora_name": "new", "lora_path": instead, "load_inplace": True}
-            assert service.post(load, change)[0] == 200
+    others = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            pool.submit(asyncio.run, service.desk.do(others.wait, long=True))  # as long texts before it would
+            while not service.desk.waiting:
+                time.sleep(0.001)
+            asked = pool.submit(service.post, "/v1/completions", body | {"model": "new"})
+            while service.desk.waiting < 2:
+                assert not asked.done(), asked.result()
+                time.sleep(0.001)
+            if instead:
+                change = {"lora_name": "new", "lora_path": instead, "load_inplace": True}
+                assert service.post(load, change)[0] == 200
             assert service.post(unload, {"lora_name": "new"})[0] == 200
-        else:
-            assert service.post(unload, {"lora_name": "new"})[0] == 200
-        assert not all(each.done() for each in first), "it was read before its model went"
+            assert not asked.done(), "it was read before its model went"
+        finally:
+            others.set()
         status, reply = asked.result()
     if status == 200:
         assert [each["text"] for each in reply["choices"]] == [each["text"] for each in wanted["choices"]]
@@ -332,17 +338,24 @@ def test_more_requests_than_may_wait_are_refused(shop):
 
 def test_long_texts_hold_up_each_other_alone(shop):
     """They take their time to become tokens. What is short passes them; what would wait too long is refused."""
-    path, long = "/v1/chat/completions", {"model": "red", "messages": [{"role": "user", "content": "word " * 40_000}]}
+    path, long = "/v1/chat/completions", {"model": "red", "messages": [{"role": "user", "content": "word " * 4_000}]}
+    short = {"model": "red", "messages": ASKED, "max_tokens": 1}
+    others = threading.Event()
     with serving([shop["red"]], limits=Limits(waiting=5)) as service, ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(service.post, path, long) for _ in range(4)]
-        first = wait(asked, return_when=FIRST_COMPLETED).done
-        short = {"model": "red", "messages": ASKED, "max_tokens": 1}
-        status, _ = service.post(path, short)
-        waiting = sum(not each.done() for each in asked)
-        assert (status, waiting > 0) == (200, True)
-        assert all("maximum context length" in each.result()[1]["error"]["message"] for each in first)
-        asked += [pool.submit(service.post, path, long) for _ in range(6)]
-        assert {each.result()[0] for each in asked} == {400, 429}
+        try:
+            pool.submit(asyncio.run, service.desk.do(others.wait, long=True))  # another, as long as this test wants
+            asked = [pool.submit(service.post, path, long) for _ in range(3)]
+            until(lambda: service.desk.waiting == 4)
+            assert service.post(path, short)[0] == 200
+            assert not any(each.done() for each in asked)
+            asked.append(pool.submit(service.post, path, long))
+            until(lambda: service.desk.waiting == 5)
+            assert service.post(path, long)[0] == 429
+        finally:
+            others.set()
+        for each in asked:
+            status, reply = each.result()
+            assert (status, "maximum context length" in reply["error"]["message"]) == (400, True)
 
 
 @pytest.mark.slow
