@@ -16,8 +16,8 @@ settings.register_profile("align", deadline=None, derandomize=True, suppress_hea
 settings.load_profile("align")
 
 FIRST = (
-    "hosts", "pipeline_kill", "shards", "shard_moments", "processes", "ppo_resume", "resume", "plain_path", "dpo",
-    "classify", "ppo_truth", "pipeline",
+    "tutorial", "hosts", "pipeline_kill", "shards", "shard_moments", "processes", "ppo_resume", "resume", "plain_path",
+    "dpo", "classify", "ppo_truth", "pipeline",
 )  # fmt: skip
 APART = ("test_hosts.py", "test_pipeline_kill.py")
 
