@@ -65,6 +65,8 @@ def recipes(paths: dict[str, Path], steps: int, reward: Path) -> dict[str, dict[
     few_bits = {n: {"model": {"base": "demo/smollm2-135m", "quantize": n}} for n in ("4bit", "8bit")}
     rewards = [{"function": "align.training.rules:sentiment", "name": "rule"}]
     drawn = {"samples": 2, "generation": {"max_new": 24}}
+    longer = {"samples": 8, "generation": {"max_new": 40}}
+    six = {"train": {"steps": 3 * steps, "save_every": None}}  # rows of other lengths, one after another
     ptx = {"sources": [{"path": str(paths["text"])}], "examples": 12, "max_length": 512}
     return {
         "sft": recipe("sft", "text", 4),
@@ -82,6 +84,8 @@ def recipes(paths: dict[str, Path], steps: int, reward: Path) -> dict[str, dict[
         "ppo": recipe("ppo", "prompts", 4, ppo=drawn | {"rewards": rewards, "epochs": 2}),
         "ppo adapter ptx": recipe("ppo", "prompts", 4, ppo=drawn | {"rewards": [{"adapter": str(reward)}], "ptx": ptx}),
         "grpo": recipe("grpo", "prompts", 4, grpo=drawn | {"rewards": rewards}),
+        "ppo longer": recipe("ppo", "prompts", 4, ppo=longer | {"rewards": rewards}, **six),
+        "grpo longer": recipe("grpo", "prompts", 4, grpo=longer | {"rewards": rewards}, **six),
         "distill": recipe("distill", "prompts", 4, distill=drawn | {"teacher": {"base": "demo/smollm2-135m"}}),
         "sft 4bit": recipe("sft", "text", 4, **few_bits["4bit"]),
         "sft 8bit": recipe("sft", "text", 4, **few_bits["8bit"]),

@@ -58,10 +58,7 @@ def assert_same(run, other, tolerance=1e-5):
         assert numbers == pytest.approx({n: reference[n] for n in numbers}, rel=tolerance, abs=tolerance)
     mine = weights(run)
     for name, tensor in weights(other).items():
-        if tolerance > 1e-5:  # of rounded products AdamW moves a weight whose gradient is close to 0 either way
-            assert torch.cosine_similarity(mine[name].flatten(), tensor.flatten(), dim=0) > 0.99, name
-        else:
-            torch.testing.assert_close(mine[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-4, atol=2e-4 if tolerance > 1e-5 else 1e-5)
 
 
 RUNS = [
@@ -115,7 +112,8 @@ def test_classifiers_bfloat16_and_few_bits(world, here, monkeypatch):
     """Several runs of the same two processes, one after another, beside one process."""
     monkeypatch.setattr("world.WAIT", 600)
     rounded, steps = {"dtype": "bfloat16"}, {"train": {"steps": 3, "eval_every": 3, "save_every": None}}
-    gentle = {"optim": {"learning_rate": 0.001, "warmup": 0}} | steps
+    # Of rounded products AdamW moves a weight whose gradient is close to 0 either way, unless eps is large.
+    gentle = {"optim": {"learning_rate": 0.001, "warmup": 0, "eps": 0.1}} | steps
     made = []
 
     def add(stage, name, number, make, **sections):

@@ -11,7 +11,7 @@ import torch
 
 from align.models.memory import MOST_PROMPTS, Budgets, budgets, cached_token_bytes
 from align.training.planning.activations import Row, row
-from align.training.planning.load import Drawn, Load, drawings, expected
+from align.training.planning.load import Drawn, Load, drawings, expected, sampling_of
 from align.training.planning.parts import (
     Part,
     Setting,
@@ -31,6 +31,7 @@ HEADROOM = 0.9  # share of what is free that rows may take where `batch.row_toke
 MOST_ROW = {"cpu": 2048, "cuda": 16_384}  # tokens that keep the device busy; more only costs memory
 LEAST_ROW = 256
 SENT = 2 * 250 * 2**20  # bytes of weights that DDP sends round at once as it begins (PyTorch: buckets of 250 MB)
+GAPS = 0.15  # of activations, in a CPU's heap, where sampling comes between rows of other lengths (seen: 0.1 to 0.3)
 FEW_LOGITS = 5  # tensors of the vocabulary that the choice of a token makes
 
 
@@ -138,6 +139,8 @@ def _learning(at: Setting, always: list[Part], load: Load, one: Row, limits: Bud
     recipe, adam, slopes = at.recipe, moments_of_adam(at), gradients(at)
     kept = Part("activations kept", policies(at) * one.kept)
     before = [slopes] if load.rows > 1 or at.processes > 1 else []
+    if at.device.type == "cpu" and sampling_of(recipe):
+        always = [*always, Part("gaps between activations", int(GAPS * kept.bytes))]
     logits, unpack = _logits(at, limits, load.labels), unpacked(at)
     fixed = (*always, *adam)
     moments = [
