@@ -27,7 +27,8 @@ def taught(world, cache, tmp_path_factory):
     rows = [talk(f"Call {i}", f"<|call|>{i}<|back|> I did.", "<|call|>") for i in range(12)]
     data = {"train": [{"path": str(write_rows(folder / "rows.jsonl", rows))}], "eval": {"sources": [], "fraction": 0.2}}
     sections = {"model": {"add_tokens": TOKENS}, "lora": {"dora": True}, "data": data}
-    recipe = world.recipe(folder / "r.yaml", run=str(folder / "run"), train={"steps": 6, "save_every": 2}, **sections)
+    train = {"steps": 4, "eval_every": None, "save_every": 2}
+    recipe = world.recipe(folder / "r.yaml", run=str(folder / "run"), train=train, **sections)
     told = align(recipe)
     assert (told.status, told.err) == (0, "")
     return folder / "run", recipe

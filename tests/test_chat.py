@@ -212,9 +212,9 @@ def test_a_result_brings_its_trunk(world, tuned, here, cache, talk):
     """One that was trained on a base with an SFT result merged into it, in a run and on its own."""
     from align import dpo
 
-    short = {"steps": 2, "eval_every": None, "save_every": None}
+    short = {"train": {"steps": 2, "eval_every": None, "save_every": None}, "data": {"eval": {"sources": []}}}
     model = {"base": str(world.base), "dtype": "float32", "adapter": str(tuned)}
-    recipe = world.preferences(here / "dpo.yaml", dpo, train=short, model=model)
+    recipe = world.preferences(here / "dpo.yaml", dpo, model=model, **short)
     assert align(recipe, stage=dpo).status == 0
     inside = talk(here / "run", ASKED, *WARM)  # the run's folder stands for its final/
     assert (inside.status, inside.err) == (0, "")

@@ -178,14 +178,34 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("kind", TRAINED)
-def test_only_what_the_recipe_names_trains(world, here, kind):
-    told = align(recipe(world, here / "r.yaml", lora=None, classify={"train": kind}, train={"steps": 2}))
+@pytest.fixture(scope="module", params=TRAINED)
+def bare(request, world, cache, tmp_path_factory):
+    """What trains without a LoRA, and the run."""
+    folder, kind = tmp_path_factory.mktemp(request.param), request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGN_CACHE", str(cache))
+        patch.chdir(folder)
+        told = align(recipe(world, folder / "r.yaml", lora=None, classify={"train": kind}, train={"steps": 3}))
     assert told.status == 0, told.err
-    final, base = weights(here / "run"), load_file(world.base / "model.safetensors")
+    return kind, folder / "run"
+
+
+def test_only_what_the_recipe_names_trains(world, bare):
+    kind, run = bare
+    final, base = weights(run), load_file(world.base / "model.safetensors")
     moved = {name for name, tensor in final.items() if name not in base or not torch.equal(tensor, base[name])}
     assert moved == {name for name in final if re.fullmatch(TRAINED[kind], name)}
     assert set(base) - {"lm_head.weight"} <= set(final)  # a whole model, frozen weights included
+
+
+def agrees_with_transformers(final: Path) -> None:
+    texts = [row["text"] for row in ROWS]
+    ours = shares(predicted(final, stdin="\n".join(texts)))
+    assert np.abs(ours - stock(final, texts)).max() < 1e-5
+
+
+def test_without_a_lora_final_gives_the_same_probabilities_with_transformers_alone(bare):
+    agrees_with_transformers(bare[1] / "final")
 
 
 @pytest.mark.parametrize(
@@ -258,24 +278,30 @@ def test_undersampling_is_told_and_in_the_ledger(world, here):
 # -- wrong input -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("row", "complaint"),
-    [
-        ({"text": "hi"}, "rows.jsonl:49: label: expected a label, found nothing"),
-        ({"text": "hi", "label": "egg"}, "rows.jsonl:49: label: expected one of ham, spam, found 'egg'"),
-        ({"text": "", "label": "ham"}, "rows.jsonl:49: text: expected text, found an empty text"),
-        ('{"text": "hi"', "rows.jsonl:49: broken JSON"),
-    ],
-)
-def test_a_faulty_row_is_one_line_and_can_be_dropped(world, here, row, complaint):
-    path = recipe(world, here / "r.yaml", [*ROWS, row])
-    told = align(path)
+FAULTS = [
+    ({"text": "hi"}, "rows.jsonl:49: label: expected a label, found nothing"),
+    ({"text": "hi", "label": "egg"}, "rows.jsonl:49: label: expected one of ham, spam, found 'egg'"),
+    ({"text": "", "label": "ham"}, "rows.jsonl:49: text: expected text, found an empty text"),
+    ('{"text": "hi"', "rows.jsonl:49: broken JSON"),
+]
+
+
+@pytest.mark.parametrize(("row", "complaint"), FAULTS)
+def test_a_faulty_row_is_one_line(world, here, row, complaint):
+    told = align(recipe(world, here / "r.yaml", [*ROWS, row]))
     assert told.status == 2
     assert complaint in told.err
     assert "Traceback" not in told.err
+
+
+def test_faulty_rows_can_be_dropped(world, here):
+    path = recipe(world, here / "r.yaml", [*ROWS, *(row for row, _ in FAULTS)])
     told = align(path, "data.invalid=drop", "train.steps=1")
     assert told.status == 0, told.err
-    assert complaint.split(": ", 1)[1] in lines(here / "run" / "ledger.jsonl")[-1]["reason"]
+    dropped = lines(here / "run" / "ledger.jsonl")[-len(FAULTS) :]
+    for number, ((_, complaint), entry) in enumerate(zip(FAULTS, dropped, strict=True), 49):
+        assert entry["line"] == number
+        assert complaint.split(": ", 1)[1] in entry["reason"]
 
 
 def test_wrong_columns_classes_and_bytes_are_told(world, here):
@@ -355,16 +381,8 @@ def shares(rows: list[dict[str, str]]) -> np.ndarray:
     return np.array([[float(row["p_ham"]), float(row["p_spam"])] for row in rows])
 
 
-@pytest.mark.parametrize("kind", ["lora", "head", "last_blocks"])
-def test_final_gives_the_same_probabilities_with_transformers_alone(world, here, run, kind):
-    final = run / "final"
-    if kind != "lora":
-        told = align(recipe(world, here / "r.yaml", lora=None, classify={"train": kind}, train={"steps": 3}))
-        assert told.status == 0, told.err
-        final = here / "run" / "final"
-    texts = [row["text"] for row in ROWS]
-    ours = shares(predicted(final, stdin="\n".join(texts)))
-    assert np.abs(ours - stock(final, texts)).max() < 1e-5
+def test_final_gives_the_same_probabilities_with_transformers_alone(run):
+    agrees_with_transformers(run / "final")
 
 
 def encoder(here, kind: str) -> None:

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = {
     "model": {"base": "base", "dtype": "float32"},
     "lora": {"r": 4, "alpha": 8},
-    "batch": {"examples": 4, "row_tokens": 128},
+    "batch": {"examples": 4, "row_tokens": 384},
     "train": {"steps": 6, "save_every": 2},
     "log": {"trackers": []},
 }

@@ -48,7 +48,7 @@ STAGES = {
 SHARED = {
     "model": {"base": "base", "dtype": "float32"},
     "lora": {"r": 4, "alpha": 8},
-    "batch": {"row_tokens": 128},
+    "batch": {"row_tokens": 384},
     "optim": {"learning_rate": 0.02},
     "train": {"steps": 3, "eval_every": 1, "save_every": 1},
     "log": {"trackers": []},

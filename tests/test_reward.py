@@ -158,12 +158,13 @@ def test_all_weights_are_trained_without_lora(world, here):
 
 def test_an_sft_result_is_the_trunk_and_demonstrations_normalise(world, here):
     """On base + merged SFT adapter; mean and spread are those of the conversations' last answers."""
-    sft = align(world.recipe(here / "sft.yaml", run=str(here / "sft"), train={"steps": 2}))
+    few = {"train": {"steps": 2}, "data": {"eval": {"sources": []}}}
+    sft = align(world.recipe(here / "sft.yaml", run=str(here / "sft"), **few))
     assert sft.status == 0, sft.err
     bad = write_rows(here / "bad.jsonl", [{"prompt": "Hi", "completion": "Go.", "label": False}])
     said = {"demonstrations": [{"path": str(world.talks)}, {"path": str(bad)}], "demonstration_rows": 100}
     on = {"model": {"adapter": str(here / "sft" / "final")}, "data": {"invalid": "drop"}}
-    run = train(world, here, **on, train={"steps": 2}, reward=said)
+    run = train(world, here, **on, train={"steps": 1}, reward=said)
     (lost,) = lines(run / "ledger.jsonl")
     assert (lost["file"], lost["action"]) == (str(bad), "dropped")
     summary = json.loads((run / "data.json").read_text())["summary"]

@@ -105,7 +105,7 @@ class World(NamedTuple):
             "model": {"base": str(self.base), "dtype": "float32"},
             "lora": {"r": 4, "alpha": 8},
             "data": {"train": [{"path": str(self.talks)}], "eval": {"sources": [{"path": str(self.held)}]}},
-            "batch": {"examples": 4, "row_tokens": 128},
+            "batch": {"examples": 4, "row_tokens": 384},
             "optim": {"learning_rate": 0.02, "warmup": 2},
             "train": {"steps": 12, "eval_every": 4, "save_every": 3},
             "log": {"trackers": []},

@@ -46,12 +46,12 @@ def close(found: dict, expected: dict, rtol: float) -> None:
 
 
 @pytest.mark.parametrize("lora", [Lora(r=4, alpha=8), None], ids=["lora", "full"])
-@pytest.mark.parametrize("forest", FORESTS)
 @pytest.mark.parametrize("family", ATTENTION)
-def test_trees_give_what_padded_paths_give(family, forest, lora):
+def test_trees_give_what_padded_paths_give(family, lora):
+    """Trees of one path beside trees of several."""
     trunk = tiny_trunk(family, lora)
     assert trunk.layout == "tree"
-    trees = FORESTS[forest]
+    trees = [*FORESTS["texts"], *FORESTS["pairs"]]
     packed = trunk(plant(trees, multiple=8))
     packed_gradients = gradients(trunk, packed)
     padded = laid(trunk, "padded")(plant(trees, packed=False))
