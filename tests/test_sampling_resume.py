@@ -23,7 +23,9 @@ STEPS = 3
 GENERATE = {"max_rows": 2, "scores": [{"function": "ppo_start:watching"}], "generation": {"max_new": 4}}
 
 
-@pytest.fixture(scope="module", params=SETTINGS, ids=lambda stage: stage.__name__)
+@pytest.fixture(
+    scope="module", params=[grpo, pytest.param(distill, marks=pytest.mark.slow)], ids=lambda stage: stage.__name__
+)
 def whole(request, world, cache, tmp_path_factory):
     """A run that nothing stopped, its recipe and its stage."""
     stage, folder = request.param, tmp_path_factory.mktemp("whole")
