@@ -322,7 +322,7 @@ SCORED = {"max_rows": 3, "generation": {"max_new": MOST}}
 @pytest.mark.parametrize(
     ("stage", "own"),
     [
-        (dpo, {"loss": "kto"}),
+        pytest.param(dpo, {"loss": "kto"}, marks=pytest.mark.slow),
         (ppo, {"rewards": [{"function": "ppo_start:wordy"}]}),
         *(pytest.param(stage, {}, marks=pytest.mark.slow) for stage in (dpo, grpo, distill)),
     ],
