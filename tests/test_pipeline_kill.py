@@ -94,11 +94,13 @@ def same_figures(study: Path) -> bool:
 
 
 def kill_stages(folder: Path) -> int:
-    """SIGKILL to all that runs in this folder but this process; how many there were."""
+    """SIGKILL to all that runs in this folder but this process; how many there were. They are children of the tests'
+    server of forks, which may be another process's."""
     killed = 0
-    for process in psutil.Process(os.getpid()).children(recursive=True):  # the tests' server of forks is another
+    for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if Path(process.cwd()) == folder and process.status() != psutil.STATUS_ZOMBIE:
+            own = process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE
+            if not own and Path(process.cwd()) == folder:
                 process.kill()
                 killed += 1
     return killed
