@@ -26,8 +26,8 @@ def _only_the_plain_path():
     assert not {GONE} & sys.modules.keys()
 """
 SMALL = [
-    "tests/models/test_trunk.py::test_trees_give_what_padded_paths_give[llama-pairs-lora]",
-    "tests/models/test_trunk.py::test_trees_give_what_padded_paths_give[gemma2-pairs-lora]",
+    "tests/models/test_trunk.py::test_trees_give_what_padded_paths_give[llama-lora]",
+    "tests/models/test_trunk.py::test_trees_give_what_padded_paths_give[gemma2-lora]",
     "tests/models/test_trunk.py::test_numbers_are_those_of_plain_transformers_and_peft[lora-qwen3]",
     "tests/models/test_roles.py::test_scores_are_those_of_plain_peft",
     "tests/models/sampling/test_decode.py::test_greedy_is_that_of_generate[llama]",
