@@ -27,6 +27,7 @@ if find_spec("deepspeed"):
     os.environ["DS_ACCELERATOR"] = "cpu"  # before the children's server imports it
     PRELOADED.append("deepspeed")
 STAGES = {"sft": sft, "dpo": dpo, "reward": reward}
+ROWS = {"batch": {"examples": 4, "row_tokens": 128}}  # one for each example, so that processes have several
 
 
 def pair(here, *argv, zero, stage=sft, more=()):
@@ -79,6 +80,7 @@ def test_as_with_one_process_and_gone_on_with(stage, zero, sections, world, here
     optim = {"learning_rate": 0.002} if "lora" in sections else {}
     write = world.recipe if stage == "sft" else lambda path, **given: world.preferences(path, module, **given)
     given = {
+        **ROWS,
         "optim": {"learning_rate": 0.005, "warmup": 2} | optim,
         "train": {"steps": 6, "eval_every": 3, "save_every": 2},
         "log": {"trackers": [], "samples": ["Peru?"], "sample_tokens": 4} if stage == "sft" else {"trackers": []},
@@ -111,7 +113,7 @@ def test_as_with_one_process_and_gone_on_with(stage, zero, sections, world, here
 def test_classifiers_bfloat16_and_few_bits(world, here, monkeypatch):
     """Several runs of the same two processes, one after another, beside one process."""
     monkeypatch.setattr("world.WAIT", 600)
-    rounded, steps = {"dtype": "bfloat16"}, {"train": {"steps": 3, "eval_every": 3, "save_every": None}}
+    rounded, steps = {"dtype": "bfloat16"}, ROWS | {"train": {"steps": 3, "eval_every": 3, "save_every": None}}
     # Of rounded products AdamW moves a weight whose gradient is close to 0 either way, unless eps is large.
     gentle = {"optim": {"learning_rate": 0.001, "warmup": 0, "eps": 0.1}} | steps
     made = []
