@@ -56,8 +56,6 @@ def assert_same(run, other, tolerance=1e-5):
     assert [set(record) for record in ours] == [set(record) for record in theirs]
     for record, reference in zip(ours, theirs, strict=True):
         numbers = {n: x for n, x in record.items() if isinstance(x, float | int)}
-        if tolerance > 1e-5:  # of rounded scores a pair that is close to a tie counts either way
-            numbers.pop("accuracy", None)
         assert numbers == pytest.approx({n: reference[n] for n in numbers}, rel=tolerance, abs=tolerance)
     mine = weights(run)
     for name, tensor in weights(other).items():
